@@ -1,0 +1,66 @@
+# The Pythons that the pinned Airflow supports, newest first.
+PYTHON_VERSIONS := 3.14 3.13 3.12 3.11
+PYTHON ?= $(firstword $(foreach version,$(PYTHON_VERSIONS),\
+	$(shell python$(version) -c 'print("python$(version)")' 2>/dev/null)) python3)
+
+# The commands talk to the emulator alone, wherever the calling shell points.
+unexport $(filter AIRFLOW_% AWS_% POLARS_CLOUD_%,$(.VARIABLES))
+export AIRFLOW_HOME := $(CURDIR)/.airflow
+export PYTHONPATH := $(CURDIR):$(CURDIR)/emulator
+export UV_CACHE_DIR := $(CURDIR)/.venv/cache
+
+.PHONY: help demo emulator airflow test lint benchmark lock clean
+
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/installed ## Run the eight DAGs against the emulator, once, and print what they did
+	.venv/bin/python scripts/demo.py
+
+emulator: .venv/installed ## Serve the emulator until Ctrl-C
+	.venv/bin/python -m polars_cloud_emulator serve --state-dir .emulator --env-file .emulator/env
+
+airflow: PORT := 8080
+airflow: .venv/installed ## Serve Airflow's UI, with the DAGs and the emulator, until Ctrl-C
+	.venv/bin/python scripts/standalone.py --port $(PORT)
+
+test: .venv/installed ## Run the tests
+	.venv/bin/python -m pytest
+
+lint: .venv/installed ## Check style, imports and types
+	.venv/bin/python -m ruff check
+	.venv/bin/python -m ruff format --check
+	.venv/bin/python -m mypy
+
+benchmark: .venv/installed ## Measure the emulator's start, memory and waiting
+	.venv/bin/python benchmarks/emulator_footprint.py
+
+# Keeps what still fits; without the file, everything moves to its newest release.
+lock: .venv/bin/uv ## Write requirements-dev.lock anew, after a version was changed
+	.venv/bin/uv pip compile --quiet --universal --python-version $(lastword $(PYTHON_VERSIONS)) \
+		--no-build --custom-compile-command 'make lock' --output-file requirements-dev.lock \
+		requirements.txt --group dev
+
+clean: ## Delete everything that the commands made
+	rm -rf .venv .airflow .emulator .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -r {} +
+
+# The constraint stops an installation whose lock is older than requirements.txt.
+.venv/installed: requirements.txt requirements-dev.lock | .venv/bin/uv
+	.venv/bin/uv pip sync --quiet --python .venv --no-build --constraint requirements.txt \
+		requirements-dev.lock
+	@touch $@
+
+.venv/bin/uv:
+	@version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	case ' $(PYTHON_VERSIONS) ' in *" $${version:-missing} "*) ;; *) \
+		echo "Python $(lastword $(PYTHON_VERSIONS)) to $(firstword $(PYTHON_VERSIONS)) is needed," \
+			"$(PYTHON) is $${version:-missing}: install one, or name it as in" \
+			"'make PYTHON=/path/to/python3'." >&2; exit 1;; \
+	esac
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) cannot make virtual environments: on Debian and Ubuntu," \
+			"install the package python3-venv." >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	.venv/bin/python -m pip install --quiet --no-cache-dir --disable-pip-version-check \
+		--constraint requirements-dev.lock uv

@@ -1,0 +1,63 @@
+"""
+### A cluster for the length of one task
+
+The cluster starts when the `with` body begins and stops however the body ends: after success, a
+failed query, a time-out. Use it when all queries fit in one task, one after the other or at once.
+
+`running_cluster` takes the place of `with ctx:`, which raises an error of its own when there is
+nothing to stop, and so hides the error of the body.
+
+**What it costs:** the cluster while the body runs, nothing after it; a worker slot for as long.
+
+**Copy along:** `include/auth.py`, `include/clusters.py`, `include/queries.py`,
+`include/settings.py`.
+"""
+
+from datetime import datetime, timedelta
+
+from airflow.sdk import dag, task
+
+from include.auth import authenticate
+from include.clusters import running_cluster
+from include.queries import wait_for
+from include.settings import DATA, WORKSPACE
+
+INVENTORY = f"{DATA}/inventory/"
+RESULT = f"{DATA}/results/context_manager_shutdown.parquet"
+CLUSTER = {"cpus": 2, "memory": 4, "idle_timeout_mins": 10}
+
+
+@dag(
+    schedule="@daily",
+    start_date=datetime(2026, 1, 1),
+    catchup=False,
+    default_args={"retries": 2, "retry_delay": timedelta(minutes=1)},
+    tags=["polars-cloud", "shop"],
+    doc_md=__doc__,
+)
+def context_manager_shutdown() -> None:
+    @task(execution_timeout=timedelta(minutes=30))
+    @authenticate
+    def value_stock() -> list[str]:
+        import polars as pl
+        import polars_cloud as pc
+
+        ctx = pc.ComputeContext(workspace=WORKSPACE, **CLUSTER)
+        with running_cluster(ctx):
+            query = (
+                pl.scan_parquet(INVENTORY)
+                .group_by("date", "category")
+                .agg(
+                    units=pl.sum("on_hand"),
+                    value=(pl.col("on_hand") * pl.col("unit_cost")).sum(),
+                )
+                .sort("date", "category")
+                .remote(ctx)
+                .sink_parquet(RESULT, sink_to_single_file=True)
+            )
+            return wait_for(query)
+
+    value_stock()
+
+
+context_manager_shutdown()

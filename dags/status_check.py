@@ -1,0 +1,59 @@
+"""
+### Wait for a query and check how it ended
+
+The task is green only if the query has written its result. Use it whenever something depends on
+that result, be it the next task or an alert.
+
+`wait_for` asks for the query's status from time to time, so that Airflow's time-outs reach the
+task and then cancel the query. A query that failed raises its own exception, for example
+`ColumnNotFoundError`; one that was canceled, or that names no location, fails the task too.
+
+**What it costs:** a worker slot while the query runs, and the cluster until ten minutes
+after the query has ended. `context_manager_shutdown` saves the latter.
+
+**Copy along:** `include/auth.py`, `include/queries.py`, `include/settings.py`.
+"""
+
+from datetime import datetime, timedelta
+
+from airflow.sdk import dag, task
+
+from include.auth import authenticate
+from include.queries import wait_for
+from include.settings import DATA, WORKSPACE
+
+SALES = f"{DATA}/sales/"
+RESULT = f"{DATA}/results/status_check.parquet"
+CLUSTER = {"cpus": 2, "memory": 4, "idle_timeout_mins": 10}
+
+
+@dag(
+    schedule="@daily",
+    start_date=datetime(2026, 1, 1),
+    catchup=False,
+    default_args={"retries": 2, "retry_delay": timedelta(minutes=1)},
+    tags=["polars-cloud", "shop"],
+    doc_md=__doc__,
+)
+def status_check() -> None:
+    @task(execution_timeout=timedelta(minutes=30))
+    @authenticate
+    def count_order_statuses() -> list[str]:
+        import polars as pl
+        import polars_cloud as pc
+
+        ctx = pc.ComputeContext(workspace=WORKSPACE, **CLUSTER)
+        query = (
+            pl.scan_parquet(SALES)
+            .group_by("date", "status")
+            .agg(lines=pl.len(), orders=pl.n_unique("order_id"))
+            .sort("date", "status")
+            .remote(ctx)
+            .sink_parquet(RESULT, sink_to_single_file=True)
+        )
+        return wait_for(query)
+
+    count_order_statuses()
+
+
+status_check()

@@ -1,0 +1,1 @@
+"""A local Polars Cloud for the unmodified ``polars_cloud`` client."""

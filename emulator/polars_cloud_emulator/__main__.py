@@ -1,0 +1,63 @@
+"""``python -m polars_cloud_emulator serve``: run the emulator until SIGINT or SIGTERM."""
+
+import argparse
+import errno
+import os
+import signal
+import threading
+from pathlib import Path
+
+from polars_cloud_emulator.env_file import write_env_file
+from polars_cloud_emulator.server import Emulator
+from polars_cloud_emulator.state_directory import UnreadableState
+
+DEFAULT_PORT_BASE = 7410
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="polars_cloud_emulator", description=__doc__)
+    serve = parser.add_subparsers(required=True, metavar="serve").add_parser("serve")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    serve.add_argument(
+        "--port-base",
+        type=int,
+        default=DEFAULT_PORT_BASE,
+        help="first of three ports (REST, TLS, S3); 0 picks free ones",
+    )
+    serve.add_argument("--state-dir", type=Path, help="keep state, data and certificates here")
+    serve.add_argument(
+        "--env-file", type=Path, help="write every variable that a client needs to this file"
+    )
+    options = parser.parse_args()
+
+    # A user's own S3 and proxies are not the emulator's, nor its workers'.
+    for name in os.environ.copy():
+        if name.startswith("AWS_") or name.lower().endswith("_proxy"):
+            del os.environ[name]
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        emulator = Emulator(
+            host=options.host, port_base=options.port_base, state_dir=options.state_dir
+        )
+        with emulator:
+            ready = f"Polars Cloud emulator ready at {emulator.rest_url}"
+            if options.env_file is not None:
+                write_env_file(options.env_file, emulator.environment)
+                ready += f"; in another shell: set -a; . {options.env_file}; set +a"
+            print(ready, flush=True)
+            stop.wait()
+    except UnreadableState as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    except OverflowError as error:
+        parser.exit(1, f"{parser.prog}: --port-base {options.port_base}: {error}\n")
+    except OSError as error:
+        hint = "; is another emulator running? try --port-base"
+        taken = error.errno == errno.EADDRINUSE
+        parser.exit(1, f"{parser.prog}: {error}{hint if taken else ''}\n")
+
+
+if __name__ == "__main__":
+    main()

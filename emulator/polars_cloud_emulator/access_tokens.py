@@ -1,0 +1,72 @@
+"""The service account, and the short-lived access tokens that it is given."""
+
+import secrets
+from datetime import timedelta
+from uuid import UUID
+
+import jwt
+
+from polars_cloud_emulator.clock import Clock
+from polars_cloud_emulator.errors import Unauthenticated
+
+CLIENT_ID = "polars-cloud-emulator"
+ACCOUNT_ID = UUID("5e41ce00-acc0-4000-8000-000000000001")
+
+
+class AccessTokens:
+    """Gives tokens for the right secret, and recognizes them.
+
+    Parameters
+    ----------
+    client_secret
+        The secret of the only service account, ``CLIENT_ID``. It also signs the tokens, so that
+        those of an emulator before a restart stay good and those of anyone else are refused.
+    lifetime
+        How long a token is good. The client fetches a new one when less than 10 s are left.
+    """
+
+    def __init__(self, clock: Clock, client_secret: str, lifetime: timedelta) -> None:
+        self._clock = clock
+        self._client_secret = client_secret
+        self._lifetime = lifetime
+
+    def issue(self, client_id: str, client_secret: str) -> str:
+        """A token for the service account.
+
+        Raises
+        ------
+        Unauthenticated
+            The id or the secret is wrong.
+        """
+        known = client_id == CLIENT_ID
+        if not (
+            secrets.compare_digest(client_secret.encode(), self._client_secret.encode()) and known
+        ):
+            raise Unauthenticated("unknown client id or wrong client secret")
+        # The client decodes the payload with the standard alphabet and without padding:
+        # ASCII text never needs the two letters in which the alphabets differ.
+        expiry = int((self._clock.now() + self._lifetime).timestamp())
+        return jwt.encode({"sub": CLIENT_ID, "exp": expiry}, self._client_secret)
+
+    def check(self, authorization: str | None) -> None:
+        """Accept ``Bearer <token>``.
+
+        Raises
+        ------
+        Unauthenticated
+            There is no token, it is another issuer's, or it has expired.
+        """
+        if authorization is None or not authorization.startswith("Bearer "):
+            raise Unauthenticated("no access token")
+        try:
+            claims = jwt.decode(
+                authorization.removeprefix("Bearer "),
+                self._client_secret,
+                algorithms=["HS256"],
+                # Against the emulator's clock below, not the system's.
+                options={"verify_exp": False},
+            )
+        except jwt.InvalidTokenError:
+            raise Unauthenticated("this access token was not issued here") from None
+        if claims["exp"] <= self._clock.now().timestamp():
+            raise Unauthenticated("the access token has expired")

@@ -1,0 +1,40 @@
+"""Who may call: one version of the client, with a token that was issued here."""
+
+import polars as pl
+from starlette.datastructures import Headers
+
+from polars_cloud_emulator.access_tokens import AccessTokens
+from polars_cloud_emulator.errors import WrongState
+
+CLIENT_VERSION = "0.12"
+
+
+class ClientCheck:
+    """Refuses, in words that the user sees, every client whose protocol is not spoken here."""
+
+    def __init__(self, access_tokens: AccessTokens) -> None:
+        self._access_tokens = access_tokens
+
+    def __call__(self, headers: Headers) -> None:
+        """Accept a call with these headers.
+
+        Raises
+        ------
+        WrongState
+            Another client, or another version of ``polars_cloud`` or ``polars``.
+        Unauthenticated
+            No good token.
+        """
+        client = headers.get("x-client-version")
+        if client is None or not f"{client}.".startswith(f"{CLIENT_VERSION}."):
+            raise WrongState(
+                f"this emulator speaks to polars_cloud {CLIENT_VERSION}.x, not to "
+                f"{headers.get('user-agent', 'an unknown client')}; "
+                f"install polars-cloud=={CLIENT_VERSION}.*"
+            )
+        if headers.get("x-polars-version") != pl.__version__:
+            raise WrongState(
+                f"this emulator runs polars {pl.__version__}, the client has "
+                f"{headers.get('x-polars-version', 'none')}; install polars=={pl.__version__}"
+            )
+        self._access_tokens.check(headers.get("authorization"))

@@ -1,0 +1,197 @@
+"""Clusters at work: carries out on worker processes what the state decides."""
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Coroutine, Mapping
+from datetime import timedelta
+from typing import NamedTuple
+from uuid import UUID
+
+from polars_cloud_emulator.state import Cluster, Query, State, TerminationReason
+from polars_cloud_emulator.worker import Failure, Job, Success
+from polars_cloud_emulator.workers import Worker, WorkerDied
+
+TICK = timedelta(milliseconds=50)
+"""How often the clock is looked at for start-ups and idle timeouts."""
+
+
+class Lease(NamedTuple):
+    """A running query and the workers that are its own; the first of them runs the plan."""
+
+    query: Query
+    workers: list[Worker]
+
+
+class Compute:
+    """The workers of every live cluster.
+
+    Parameters
+    ----------
+    environment
+        What a worker needs to reach the object store, on top of this process's variables.
+    temporary_uri
+        Prefix for results without a destination.
+    delete_result
+        Called in a thread with the id of each query that was dropped to stay within bounds.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        *,
+        environment: Mapping[str, str],
+        temporary_uri: str,
+        delete_result: Callable[[UUID], None],
+    ) -> None:
+        self._state = state
+        self._environment = environment
+        self._temporary_uri = temporary_uri
+        self._delete_result = delete_result
+        self._idle: dict[UUID, list[Worker]] = {}
+        self._leases: dict[UUID, Lease] = {}
+        self._ended: dict[UUID, asyncio.Event] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def worker_pids(self, cluster_id: UUID) -> list[int]:
+        workers = [*self._idle.get(cluster_id, [])]
+        for lease in self._leases_on(cluster_id):
+            workers += lease.workers
+        return sorted(worker.pid for worker in workers if worker.pid)
+
+    def launch(self, cluster: Cluster) -> None:
+        """Start the cluster's workers, unless they are there."""
+        if cluster.id not in self._idle:
+            environment = {
+                **os.environ,
+                # A worker imports what this process can, installed or not.
+                "PYTHONPATH": os.pathsep.join(sys.path),
+                **self._environment,
+                **cluster.spec.env_vars,
+            }
+
+            def give_up(reason: str) -> None:
+                self._run_in_background(self.stop(cluster.id, TerminationReason.FAILED, reason))
+
+            self._idle[cluster.id] = [
+                Worker(environment, give_up) for _ in range(cluster.spec.cluster_size)
+            ]
+
+    async def stop(
+        self, cluster_id: UUID, reason: TerminationReason, message: str | None = None
+    ) -> None:
+        cluster = self._state.find_cluster(cluster_id)
+        if self._state.begin_stop(cluster, reason, message):
+            self._announce_ends()
+            await self._end_workers(cluster_id)
+            self._state.end_stop(cluster)
+
+    def queue(self, query: Query) -> None:
+        """Let a submitted query run when its turn comes."""
+        self._ended[query.id] = asyncio.Event()
+        self._start_queries(query.cluster_id)
+
+    def cancel(self, query_id: UUID) -> None:
+        self._state.cancel(query_id)
+        self._announce_ends()
+        if query_id in self._leases:
+            self._leases[query_id].workers[0].kill()
+        else:
+            self._start_queries(self._state.find_query(query_id).cluster_id)
+
+    async def wait_for_end(self, query_id: UUID, timeout: float) -> bool:
+        """Whether the query ended within ``timeout`` seconds."""
+        query = self._state.find_query(query_id)
+        if not query.has_ended:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ended[query_id].wait(), timeout)
+        return query.has_ended
+
+    def release_waiters(self) -> None:
+        """Let every ``wait_for_end`` return now, ended or not."""
+        for event in self._ended.values():
+            event.set()
+
+    def resume(self) -> None:
+        """Take up the clusters and queries of a restored state."""
+        for cluster in self._state.clusters.values():
+            if cluster.is_live:
+                self.launch(cluster)
+        for query in self._state.queries.values():
+            if not query.has_ended:
+                self.queue(query)
+
+    async def watch_clock(self) -> None:
+        """Start-ups and idle timeouts, until cancelled."""
+        while True:
+            for cluster_id in self._state.become_ready():
+                self._start_queries(cluster_id)
+            for cluster_id in self._state.idle_too_long():
+                await self.stop(cluster_id, TerminationReason.STOPPED_INACTIVE, "idle timeout")
+            for query_id in self._state.forget_oldest():
+                await asyncio.to_thread(self._delete_result, query_id)
+            await asyncio.sleep(TICK.total_seconds())
+
+    async def close(self) -> None:
+        """End every process; the state keeps its clusters and queries as they are."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for cluster_id in list(self._idle):
+            await self._end_workers(cluster_id)
+
+    async def reset(self) -> None:
+        """End every process and forget what was waited for."""
+        await self.close()
+        self.release_waiters()
+        self._ended.clear()
+
+    async def _end_workers(self, cluster_id: UUID) -> None:
+        workers = self._idle.pop(cluster_id, [])
+        for lease in self._leases_on(cluster_id):
+            workers += self._leases.pop(lease.query.id).workers
+        await asyncio.gather(*(worker.close() for worker in workers))
+
+    def _leases_on(self, cluster_id: UUID) -> list[Lease]:
+        return [lease for lease in self._leases.values() if lease.query.cluster_id == cluster_id]
+
+    def _start_queries(self, cluster_id: UUID) -> None:
+        idle = self._idle.get(cluster_id, [])
+        while query := self._state.start_next(cluster_id, len(idle)):
+            size = self._state.workers_for(query)
+            workers, idle[:size] = idle[:size], []
+            self._leases[query.id] = Lease(query, workers)
+            self._run_in_background(self._run(query, workers[0]))
+
+    def _run_in_background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, query: Query, worker: Worker) -> None:
+        job = Job(
+            plan=query.plan,
+            engine=query.engine,
+            optimization_flags=query.optimization_flags,
+            temporary_uri=f"{self._temporary_uri}/{query.id}/00000000.parquet",
+        )
+        await worker.ready()
+        if not query.has_ended:  # by a cancel, while the process started
+            try:
+                answer = await worker.run(job)
+            except WorkerDied as death:
+                answer = Failure(f"RuntimeError: {death}")
+            match answer:
+                case Success(outcome):
+                    self._state.succeed(query, outcome)
+                case Failure(error):
+                    self._state.fail(query, error)
+            self._announce_ends()
+        if query.id in self._leases:  # else the cluster was stopped
+            self._idle[query.cluster_id] += self._leases.pop(query.id).workers
+            self._start_queries(query.cluster_id)
+
+    def _announce_ends(self) -> None:
+        for query_id in [q for q in self._ended if self._state.queries[q].has_ended]:
+            self._ended.pop(query_id).set()

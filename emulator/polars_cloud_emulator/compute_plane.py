@@ -1,0 +1,148 @@
+"""The compute plane of all clusters on one port: scheduler (gRPC) and observatory (REST)."""
+
+import platform
+from typing import Any
+from uuid import UUID
+
+import polars as pl
+from pure_protobuf.message import BaseMessage
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from polars_cloud_emulator.access_tokens import AccessTokens
+from polars_cloud_emulator.client_check import CLIENT_VERSION, ClientCheck
+from polars_cloud_emulator.compute import Compute
+from polars_cloud_emulator.errors import DeadlineExceeded, EmulatorError, NotFound, Unavailable
+from polars_cloud_emulator.grpc_transport import grpc_route, seconds_left
+from polars_cloud_emulator.messages import (
+    ComputeVersions,
+    ComputeVersionsAnswer,
+    DirectQueryResultAnswer,
+    DirectSubmitRequest,
+    Empty,
+    Head,
+    QueryReference,
+    QueryStatusAnswer,
+)
+from polars_cloud_emulator.query_messages import (
+    ENGINE_NAMES,
+    QUERY_TYPE_NAMES,
+    STATUS_CODES,
+    parse_id,
+    query_result,
+    submitted,
+)
+from polars_cloud_emulator.rest_transport import json_response, refusal
+from polars_cloud_emulator.state import State
+
+SERVICE = "/polars_cloud.compute_plane.client.v1.ClientService"
+LONGEST_HOLD = 30.0
+"""Seconds. A longer wait is answered UNAVAILABLE, and the client asks again after one second."""
+
+
+class ComputePlane:
+    """Scheduler and observatory. A call's cluster is the first label of its host name."""
+
+    def __init__(
+        self,
+        state: State,
+        compute: Compute,
+        access_tokens: AccessTokens,
+        check_client: ClientCheck,
+    ) -> None:
+        self._state = state
+        self._compute = compute
+        self._access_tokens = access_tokens
+        self._check_client = check_client
+
+    def routes(self) -> list[BaseRoute]:
+        return [
+            grpc_route(f"{SERVICE}/SubmitQuery", DirectSubmitRequest, self.submit_query),
+            grpc_route(f"{SERVICE}/GetQueryStatus", QueryReference, self.get_query_status),
+            grpc_route(f"{SERVICE}/GetQueryResult", QueryReference, self.get_query_result),
+            grpc_route(f"{SERVICE}/CancelQuery", QueryReference, self.cancel_query),
+            grpc_route(f"{SERVICE}/GetComputeVersions", Empty, self.get_compute_versions),
+            Route("/api/v1/query/{query_id:uuid}", self.get_query_details),
+        ]
+
+    async def submit_query(self, message: DirectSubmitRequest, request: Request) -> BaseMessage:
+        self._check_client(request.headers)
+        host = request.headers["host"]
+        try:
+            cluster_id = UUID(host.partition(".")[0])
+        except ValueError:
+            raise NotFound(f"'{host}' names no cluster; use a ComputeContext") from None
+        query = submitted(self._state, cluster_id, message, request.headers)
+        self._compute.queue(query)
+        return QueryReference.of(query.id)
+
+    async def get_query_status(self, message: QueryReference, request: Request) -> BaseMessage:
+        self._check_client(request.headers)
+        return QueryStatusAnswer(
+            STATUS_CODES[self._state.find_query(parse_id(message.query)).status]
+        )
+
+    async def get_query_result(self, message: QueryReference, request: Request) -> BaseMessage:
+        self._check_client(request.headers)
+        query = self._state.find_query(parse_id(message.query))
+        # Past its own deadline the client reports a broken call in place of a time-out.
+        deadline = (seconds_left(request) or LONGEST_HOLD * 2) * 0.9
+        if not await self._compute.wait_for_end(query.id, min(deadline, LONGEST_HOLD)):
+            if deadline <= LONGEST_HOLD:
+                raise DeadlineExceeded(f"query {query.id} has not ended")
+            raise Unavailable(f"query {query.id} has not ended; ask again")
+        return DirectQueryResultAnswer(
+            query_result(query),
+            Head(query.outcome.head if query.outcome else None),
+            STATUS_CODES[query.status],
+        )
+
+    async def cancel_query(self, message: QueryReference, request: Request) -> BaseMessage:
+        self._check_client(request.headers)
+        self._compute.cancel(parse_id(message.query))
+        return Empty()
+
+    async def get_compute_versions(self, message: Empty, request: Request) -> BaseMessage:
+        self._check_client(request.headers)
+        return ComputeVersionsAnswer(
+            ComputeVersions(
+                compute_plane=f"emulator for polars_cloud {CLIENT_VERSION}",
+                polars_python=pl.__version__,
+                polars_rust=f"Python {platform.python_version()}",
+            )
+        )
+
+    async def get_query_details(self, request: Request) -> Response:
+        try:
+            self._access_tokens.check(request.headers.get("authorization"))
+            query = self._state.find_query(request.path_params["query_id"])
+        except EmulatorError as error:
+            return refusal(error)
+        details: dict[str, Any] = {
+            "id": str(query.id),
+            "user": {"name": query.user or "emulator"},
+            "status": query.status,
+            "request_time": query.submitted_at,
+            "start_time": query.started_at,
+            "end_time": query.ended_at,
+            "query_plan_timing": {
+                f"{step}_time": None
+                for step in (
+                    "plan_start",
+                    "parse_start",
+                    "optimize_start",
+                    "distribute_start",
+                    "distribute_end",
+                    "plan_end",
+                )
+            },
+            "total_num_stages": 1,
+            "in_progress_stages": [] if query.ended_at else [0],
+            "finished_stages": [0] if query.outcome else [],
+            "total_node_time_ns": int(self._state.query_seconds(query) * 1e9),
+            "engine": ENGINE_NAMES[query.engine],
+            "query_type": QUERY_TYPE_NAMES[query.distributed],
+            "output_rows": query.outcome.n_rows if query.outcome else None,
+        }
+        return json_response(details)

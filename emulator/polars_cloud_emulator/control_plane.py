@@ -1,0 +1,395 @@
+"""The control plane: REST for workspaces, manifests, clusters and queries; gRPC in proxy mode."""
+
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Any
+from urllib.parse import parse_qsl
+from uuid import UUID
+
+import msgspec
+from pure_protobuf.message import BaseMessage
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from polars_cloud_emulator.access_tokens import ACCOUNT_ID, AccessTokens
+from polars_cloud_emulator.client_check import ClientCheck
+from polars_cloud_emulator.compute import Compute
+from polars_cloud_emulator.errors import EmulatorError, NotFound, Unauthenticated
+from polars_cloud_emulator.grpc_transport import grpc_route
+from polars_cloud_emulator.messages import (
+    ProxyQueryResultAnswer,
+    ProxySubmitRequest,
+    QueryReference,
+)
+from polars_cloud_emulator.query_messages import (
+    ENGINE_NAMES,
+    QUERY_TYPE_NAMES,
+    parse_id,
+    query_result,
+    submitted,
+)
+from polars_cloud_emulator.rest_transport import decode_body, json_response, refusal
+from polars_cloud_emulator.state import (
+    Cluster,
+    ClusterSpec,
+    Manifest,
+    Query,
+    State,
+    TerminationReason,
+)
+
+WORKSPACE = "playground"
+WORKSPACE_ID = UUID("5e41ce00-0000-4000-8000-000000000002")
+ORGANIZATION_ID = UUID("5e41ce00-0000-4000-8000-000000000003")
+EPOCH = "2026-01-01T00:00:00Z"
+SERVICE = "/polars_cloud.control_plane.client.v1.ClientService"
+FILE_TYPE_NAMES = {"parquet": "Parquet", "ipc": "IPC", "csv": "Csv", "ndjson": "NDJSON", None: None}
+
+Model = dict[str, Any]
+
+
+class RegisterManifest(ClusterSpec, kw_only=True):
+    name: str
+
+
+class StartManifest(msgspec.Struct):
+    name: str
+
+
+class ControlPlane:
+    """The routes behind ``POLARS_CLOUD_API_ADDR``.
+
+    Parameters
+    ----------
+    certificate_authority
+        PEM that issued the compute plane's certificate.
+    compute_plane_address
+        ``host:port`` of scheduler and observatory.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        compute: Compute,
+        access_tokens: AccessTokens,
+        check_client: ClientCheck,
+        *,
+        certificate_authority: str,
+        compute_plane_address: str,
+    ) -> None:
+        self._state = state
+        self._compute = compute
+        self._access_tokens = access_tokens
+        self._check_client = check_client
+        self._certificate_authority = certificate_authority
+        self._compute_plane_address = compute_plane_address
+
+    def routes(self) -> list[BaseRoute]:
+        workspace = "/api/v1/workspace/{workspace_id:uuid}"
+        cluster = workspace + "/compute/{cluster_id:uuid}"
+        query = workspace + "/query/{query_id:uuid}"
+        rest = [
+            ("GET", "/api/v1/user/me", self.get_user),
+            ("GET", "/api/v1/organization", self.list_organizations),
+            ("GET", "/api/v1/organization/{organization_id:uuid}", self.get_organization),
+            ("GET", "/api/v1/workspace", self.list_workspaces),
+            ("GET", workspace, self.get_workspace),
+            ("GET", workspace + "/cluster-defaults", self.get_cluster_defaults),
+            ("POST", workspace + "/compute/start", self.start_cluster),
+            ("GET", workspace + "/compute", self.list_clusters),
+            ("GET", cluster, self.get_cluster),
+            ("POST", cluster + "/stop", self.stop_cluster),
+            ("GET", cluster + "/public_info", self.get_public_info),
+            ("POST", workspace + "/manifest", self.register_manifest),
+            ("DELETE", workspace + "/manifest", self.unregister_manifest),
+            ("GET", workspace + "/manifest/find", self.find_manifest),
+            ("POST", workspace + "/manifest/start", self.start_manifest),
+            ("GET", workspace + "/query", self.list_queries),
+            ("GET", query, self.get_query),
+            ("POST", query + "/cancel", self.cancel_query),
+        ]
+        return [
+            # The token endpoint is a fixed path of the identity provider behind the real service.
+            Route("/realms/Polars/protocol/openid-connect/token", self.get_token, methods=["POST"]),
+            *(Route(path, self._checked(call), methods=[method]) for method, path, call in rest),
+            grpc_route(f"{SERVICE}/SubmitQuery", ProxySubmitRequest, self.submit_query),
+            grpc_route(f"{SERVICE}/GetQueryResult", QueryReference, self.get_query_result),
+        ]
+
+    def _checked(
+        self, call: Callable[[Request], Awaitable[object]]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            try:
+                self._check_client(request.headers)
+                if request.path_params.get("workspace_id", WORKSPACE_ID) != WORKSPACE_ID:
+                    raise NotFound("workspace does not exist")
+                answer = await call(request)
+            except EmulatorError as error:
+                return refusal(error)
+            return Response(status_code=204) if answer is None else json_response(answer)
+
+        return endpoint
+
+    # Login
+
+    async def get_token(self, request: Request) -> Response:
+        form = dict(parse_qsl((await request.body()).decode()))
+        user, password = form.get("username", ""), form.get("password", "")
+        try:
+            token = self._access_tokens.issue(user.removesuffix("@sa.cloud.pola.rs"), password)
+        except Unauthenticated as error:
+            refused = {"error": "invalid_grant", "error_description": str(error)}
+            return json_response(refused, error.http_status)
+        return json_response({"access_token": token, "token_type": "Bearer"})
+
+    # Users, organizations, workspaces
+
+    async def get_user(self, request: Request) -> Model:
+        return {
+            "id": ACCOUNT_ID,
+            "avatar_url": None,
+            "newsletter_updates": False,
+            "personal_emails": False,
+            "default_workspace_id": WORKSPACE_ID,
+        }
+
+    async def list_organizations(self, request: Request) -> Model:
+        return _page([_organization()], request)
+
+    async def get_organization(self, request: Request) -> Model:
+        if request.path_params["organization_id"] != ORGANIZATION_ID:
+            raise NotFound("organization does not exist")
+        return _organization()
+
+    async def list_workspaces(self, request: Request) -> Model:
+        name = request.query_params.get("name", "").lower()
+        return _page([_workspace()] if name in WORKSPACE else [], request)
+
+    async def get_workspace(self, request: Request) -> Model:
+        return _workspace()
+
+    async def get_cluster_defaults(self, request: Request) -> Model:
+        return {"instance_specs": {"specs": {"cpus": 2, "ram_gb": 4}}, "cluster_size": 1}
+
+    # Clusters
+
+    async def start_cluster(self, request: Request) -> Model:
+        cluster = self._state.start_cluster(await decode_body(request, ClusterSpec))
+        self._compute.launch(cluster)
+        return _cluster(cluster)
+
+    async def list_clusters(self, request: Request) -> Model:
+        wanted = request.query_params.get("status")
+        clusters = self._state.clusters.values()
+        return _page(
+            [_cluster(c) for c in clusters if wanted is None or c.status in wanted.split(",")],
+            request,
+        )
+
+    async def get_cluster(self, request: Request) -> Model:
+        return _cluster(self._state.find_cluster(request.path_params["cluster_id"]))
+
+    async def stop_cluster(self, request: Request) -> None:
+        await self._compute.stop(
+            request.path_params["cluster_id"], TerminationReason.STOPPED_BY_USER
+        )
+
+    async def get_public_info(self, request: Request) -> Model:
+        cluster = self._state.find_cluster(request.path_params["cluster_id"])
+        endpoint = {
+            "address": self._compute_plane_address,
+            # The only thing that tells clusters apart on the one port of the compute plane.
+            "tls_server_name": f"{cluster.id}.clusters.polars.test",
+        }
+        return {
+            "cluster_id": cluster.id,
+            "public_address": self._compute_plane_address.rpartition(":")[0],
+            "public_server_key": self._certificate_authority,
+            "scheduler": endpoint,
+            "observatory": endpoint,
+        }
+
+    # Manifests
+
+    async def register_manifest(self, request: Request) -> Model:
+        body = await decode_body(request, RegisterManifest)
+        spec = msgspec.convert(
+            {field: getattr(body, field) for field in ClusterSpec.__struct_fields__}, ClusterSpec
+        )
+        return self._manifest(self._state.register_manifest(body.name, spec))
+
+    async def unregister_manifest(self, request: Request) -> None:
+        self._state.unregister_manifest(request.query_params.get("name", ""))
+
+    async def find_manifest(self, request: Request) -> Model:
+        return self._manifest(self._state.find_manifest(request.query_params.get("name", "")))
+
+    async def start_manifest(self, request: Request) -> Model:
+        cluster = self._state.start_manifest((await decode_body(request, StartManifest)).name)
+        self._compute.launch(cluster)
+        return _cluster(cluster)
+
+    def _manifest(self, manifest: Manifest) -> Model:
+        live = self._state.live_cluster_of(manifest.name)
+        spec = manifest.spec
+        return {
+            "id": manifest.id,
+            "workspace_id": WORKSPACE_ID,
+            "name": manifest.name,
+            "polars_version": spec.polars_version,
+            "python_version": str(spec.python_version),
+            "idle_timeout_mins": spec.idle_timeout_mins,
+            "requirements_txt": spec.requirements_txt,
+            "env_vars": spec.env_vars,
+            "live_cluster_id": live.id if live else None,
+            **_hardware(spec),
+        }
+
+    # Queries
+
+    async def list_queries(self, request: Request) -> Model:
+        queries = self._state.queries.values()
+        return _page([_query(q) | {"active_share_count": 0} for q in queries], request)
+
+    async def get_query(self, request: Request) -> Model:
+        query = self._state.find_query(request.path_params["query_id"])
+        result = query_result(query)
+        model = _query(query)
+        if query.has_ended:
+            file_type = query.outcome.file_type if query.outcome else None
+            model["result"] = {
+                "total_stages": result.total_stages,
+                "finished_stages": result.finished_stages,
+                "failed_stages": result.failed_stages,
+                "errors": [error.message for error in result.errors],
+                "n_rows_result": result.output.n_rows if result.output else None,
+                "file_type_sink": FILE_TYPE_NAMES[file_type],
+            }
+        return model
+
+    async def cancel_query(self, request: Request) -> None:
+        self._compute.cancel(request.path_params["query_id"])
+
+    async def submit_query(self, message: ProxySubmitRequest, request: Request) -> BaseMessage:
+        self._check_client(request.headers)
+        query = submitted(self._state, parse_id(message.compute), message, request.headers)
+        self._compute.queue(query)
+        return QueryReference.of(query.id)
+
+    async def get_query_result(self, message: QueryReference, request: Request) -> BaseMessage:
+        self._check_client(request.headers)
+        return ProxyQueryResultAnswer(query_result(self._state.find_query(parse_id(message.query))))
+
+
+def _page(models: list[Model], request: Request) -> Model:
+    page = int(request.query_params.get("page", 1))
+    limit = int(request.query_params.get("limit", 1000))
+    result = models[(page - 1) * limit : page * limit]
+    return {
+        "pagination": {
+            "page": page,
+            "limit": limit,
+            "amount": len(result),
+            "total_pages": -(-len(models) // limit),
+            "total_count": len(models),
+        },
+        "result": result,
+    }
+
+
+def _organization() -> Model:
+    return {
+        "id": ORGANIZATION_ID,
+        "name": "emulator",
+        "description": "",
+        "creator_id": ACCOUNT_ID,
+        "avatar_url": None,
+        "subscription_state": "Subscribed",
+        "tier": "PayAsYouGo",
+        "created_at": EPOCH,
+        "updated_at": EPOCH,
+    }
+
+
+def _workspace() -> Model:
+    return {
+        "id": WORKSPACE_ID,
+        "organization_id": ORGANIZATION_ID,
+        "name": WORKSPACE,
+        "description": "",
+        "creator_id": ACCOUNT_ID,
+        "status": "Active",
+        "deployment": "OnPrem",
+        "idle_timeout_mins": 60,
+        "created_at": EPOCH,
+        "updated_at": EPOCH,
+    }
+
+
+def _hardware(spec: ClusterSpec) -> Model:
+    model: Model = {
+        "cluster_size": spec.cluster_size,
+        "mode": spec.mode,
+        "log_level": spec.log_level,
+        "req_storage": spec.storage,
+        "req_big_instance_storage": spec.big_instance_storage,
+    }
+    if spec.specs is not None:
+        model |= {
+            "req_cpu_cores": spec.specs.cpus,
+            "req_ram_gb": spec.specs.ram_gb,
+            "req_big_instance_multiplier": spec.specs.multiplier,
+            "cpu_architectures": spec.specs.cpu_architectures,
+        }
+    if spec.instance_type is not None:
+        model |= {
+            "instance_type": spec.instance_type.standard,
+            "big_instance_type": spec.instance_type.big,
+        }
+    return model
+
+
+def _cluster(cluster: Cluster) -> Model:
+    model = {
+        "id": cluster.id,
+        "user_id": ACCOUNT_ID,
+        "workspace_id": WORKSPACE_ID,
+        "name": cluster.manifest,
+        "request_time": cluster.requested_at,
+        "deployment_type": "OnPrem",
+        "connection_status": "Connected",
+        "status": cluster.status,
+        "polars_version": cluster.spec.polars_version,
+        "gc_inactive_hours": 1,
+        **_hardware(cluster.spec),
+    }
+    if cluster.termination_reason is not None:
+        model["termination"] = {
+            "termination_reason": cluster.termination_reason,
+            "termination_time": cluster.stopped_at or cluster.requested_at,
+            "termination_message": cluster.termination_message,
+        }
+    return model
+
+
+def _query(query: Query) -> Model:
+    changed: datetime = query.ended_at or query.started_at or query.submitted_at
+    return {
+        "id": query.id,
+        "workspace_id": WORKSPACE_ID,
+        "cluster_id": query.cluster_id,
+        "user_id": ACCOUNT_ID,
+        "request_time": query.submitted_at,
+        "started_at": query.started_at,
+        "ended_at": query.ended_at,
+        "status_code": query.status,
+        "latest_status": query.status,
+        "status_updated_at": changed,
+        "latest_status_time": changed,
+        "created_at": query.submitted_at,
+        "updated_at": changed,
+        "query_type": QUERY_TYPE_NAMES[query.distributed],
+        "engine": ENGINE_NAMES[query.engine],
+    }

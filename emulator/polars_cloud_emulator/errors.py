@@ -1,0 +1,74 @@
+"""The emulator's refusals, and what each becomes on the wire."""
+
+from enum import IntEnum
+from typing import ClassVar
+
+
+class GrpcStatus(IntEnum):
+    """Status codes of gRPC (https://grpc.github.io/grpc/core/md_doc_statuscodes.html)."""
+
+    OK = 0
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    FAILED_PRECONDITION = 9
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    UNAUTHENTICATED = 16
+
+
+class EmulatorError(Exception):
+    """Something the emulator refuses, in words that the client's user sees."""
+
+    http_status: ClassVar[int] = 500
+    grpc_status: ClassVar[GrpcStatus] = GrpcStatus.INTERNAL
+
+
+class InvalidRequest(EmulatorError):
+    """The call is understood and its content is wrong. On gRPC the user gets a ``ComputeError``."""
+
+    http_status = 400
+    grpc_status = GrpcStatus.INVALID_ARGUMENT
+
+
+class Unauthenticated(EmulatorError):
+    http_status = 401
+    grpc_status = GrpcStatus.UNAUTHENTICATED
+
+
+class NotFound(EmulatorError):
+    http_status = 404
+    grpc_status = GrpcStatus.NOT_FOUND
+
+
+class Conflict(EmulatorError):
+    http_status = 409
+    grpc_status = GrpcStatus.ALREADY_EXISTS
+
+
+class WrongState(EmulatorError):
+    """Right call, wrong moment or wrong client: repeating it cannot help."""
+
+    http_status = 400
+    grpc_status = GrpcStatus.FAILED_PRECONDITION
+
+
+class UnknownCall(EmulatorError):
+    """No retry by the client: it answers 501 and UNIMPLEMENTED at once."""
+
+    http_status = 501
+    grpc_status = GrpcStatus.UNIMPLEMENTED
+
+
+class Unavailable(EmulatorError):
+    """Ask again: the client repeats ``GetQueryResult`` after a second."""
+
+    http_status = 503
+    grpc_status = GrpcStatus.UNAVAILABLE
+
+
+class DeadlineExceeded(EmulatorError):
+    http_status = 504
+    grpc_status = GrpcStatus.DEADLINE_EXCEEDED

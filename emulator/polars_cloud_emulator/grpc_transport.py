@@ -1,0 +1,76 @@
+"""Unary gRPC calls as HTTP/2 requests of an ASGI server.
+
+One call is one POST to ``/package.Service/Method`` whose body is a compression flag, a length and
+a protobuf message; the answer has the same form, and its status comes in the trailers
+(https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md).
+"""
+
+import base64
+import struct
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+from urllib.parse import quote
+
+from pure_protobuf.message import BaseMessage
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from polars_cloud_emulator.errors import EmulatorError, GrpcStatus, InvalidRequest
+
+CONTENT_TYPE = "application/grpc"
+TIMEOUT_UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+
+M = TypeVar("M", bound=BaseMessage)
+
+
+def grpc_route(
+    path: str, request_type: type[M], method: Callable[[M, Request], Awaitable[BaseMessage]]
+) -> Route:
+    """A route that decodes the request, calls the method and encodes what it gives or raises."""
+
+    async def endpoint(request: Request) -> Response:
+        try:
+            answer = await method(_decode(request_type, await request.body()), request)
+        except EmulatorError as error:
+            return GrpcResponse(error=error)
+        return GrpcResponse(bytes(answer))
+
+    return Route(path, endpoint, methods=["POST"])
+
+
+def seconds_left(request: Request) -> float | None:
+    """The call's deadline as the client gave it, in seconds from now; None if there is none."""
+    timeout = request.headers.get("grpc-timeout")
+    return int(timeout[:-1]) * TIMEOUT_UNITS[timeout[-1]] if timeout else None
+
+
+class GrpcResponse(Response):
+    """A protobuf message, or an error as status, text and, where the client reads it, details."""
+
+    def __init__(self, message: bytes | None = None, *, error: EmulatorError | None = None) -> None:
+        super().__init__(media_type=CONTENT_TYPE)
+        del self.headers["content-length"]
+        self._frame = b"" if message is None else struct.pack(">BI", 0, len(message)) + message
+        self._trailers = [
+            (b"grpc-status", str(int(error.grpc_status if error else GrpcStatus.OK)).encode())
+        ]
+        if error is not None:
+            self._trailers.append((b"grpc-message", quote(str(error)).encode()))
+        if isinstance(error, InvalidRequest):
+            details = base64.b64encode(f"ComputeError: {error}".encode()).rstrip(b"=")
+            self._trailers.append((b"grpc-status-details-bin", details))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send({**start, "trailers": True})
+        await send({"type": "http.response.body", "body": self._frame})
+        await send({"type": "http.response.trailers", "headers": self._trailers})
+
+
+def _decode(request_type: type[M], body: bytes) -> M:
+    flag, length = struct.unpack_from(">BI", body) if len(body) >= 5 else (1, 0)
+    if flag or length != len(body) - 5:
+        raise InvalidRequest("expected one uncompressed gRPC message")
+    return request_type.loads(body[5:])

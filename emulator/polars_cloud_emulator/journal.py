@@ -1,0 +1,75 @@
+"""What was called: the journal of every call, and the calls nobody here understands."""
+
+from collections import deque
+from datetime import datetime
+
+import msgspec
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from polars_cloud_emulator.clock import Clock
+from polars_cloud_emulator.errors import UnknownCall
+
+MAX_ENTRIES = 2_000
+ADMIN_PREFIX = "/_emulator/"
+
+
+class Entry(msgspec.Struct):
+    """One call. Query strings, headers and bodies are left out: they may hold secrets."""
+
+    at: datetime
+    method: str
+    path: str
+    client: str
+    status: int
+    grpc_status: int | None
+
+
+class Journal:
+    """The latest calls, and those among them that the emulator does not know."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.entries: deque[Entry] = deque(maxlen=MAX_ENTRIES)
+
+    @property
+    def unmatched(self) -> list[Entry]:
+        return [
+            entry
+            for entry in self.entries
+            if UnknownCall.http_status == entry.status
+            or UnknownCall.grpc_status == entry.grpc_status
+        ]
+
+    def record(self, scope: Scope, status: int, grpc_status: int | None) -> None:
+        client = Headers(scope=scope).get("user-agent", "")
+        self.entries.append(
+            Entry(self._clock.now(), scope["method"], scope["path"], client, status, grpc_status)
+        )
+
+
+class JournalMiddleware:
+    """Writes down every call except those of the admin API itself."""
+
+    def __init__(self, app: ASGIApp, journal: Journal) -> None:
+        self._app = app
+        self._journal = journal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].startswith(ADMIN_PREFIX):
+            await self._app(scope, receive, send)
+            return
+        status, grpc_status = 500, None
+
+        async def observe(message: Message) -> None:
+            nonlocal status, grpc_status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            elif message["type"] == "http.response.trailers":
+                grpc_status = int(dict(message["headers"])[b"grpc-status"])
+            await send(message)
+
+        try:
+            await self._app(scope, receive, observe)
+        finally:
+            self._journal.record(scope, status, grpc_status)

@@ -1,0 +1,169 @@
+"""The protobuf messages of the compute plane and of the control plane's proxy service.
+
+Field numbers are those of ``polars_cloud`` 0.12.0 as seen on the wire; fields that the
+emulator does not use are left out and skipped when they arrive.
+"""
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Annotated, Self
+from uuid import UUID
+
+from pure_protobuf.annotations import Field, uint
+from pure_protobuf.message import BaseMessage
+
+
+class Engine(IntEnum):
+    UNSET = 0
+    AUTO = 1
+    STREAMING = 2
+    IN_MEMORY = 3
+
+
+class ExecuteUntil(IntEnum):
+    UNSET = 0
+    OPTIMIZE_IR = 1
+    PLAN = 2
+    EXECUTE = 3
+
+
+class StatusCode(IntEnum):
+    SCHEDULED = 1
+    IN_PROGRESS = 2
+    SUCCESS = 3
+    FAILED = 4
+    CANCELED = 5
+
+
+class FileType(IntEnum):
+    UNKNOWN = 0
+    PARQUET = 1
+    IPC = 2
+    CSV = 3
+    NDJSON = 4
+
+
+@dataclass
+class Empty(BaseMessage):
+    pass
+
+
+@dataclass
+class Id(BaseMessage):
+    """QueryId and ComputeId: a UUID in its text form."""
+
+    value: Annotated[str, Field(1)] = ""
+
+
+@dataclass
+class QuerySettings(BaseMessage):
+    """``single`` and ``distributed`` exclude each other."""
+
+    engine: Annotated[Engine, Field(1)] = Engine.UNSET
+    single: Annotated[Empty | None, Field(2)] = None
+    distributed: Annotated[Empty | None, Field(4)] = None
+    optimization_flags: Annotated[uint | None, Field(7)] = None
+    priority: Annotated[int, Field(11)] = 0
+    execute_until: Annotated[ExecuteUntil, Field(12)] = ExecuteUntil.UNSET
+
+
+@dataclass
+class Label(BaseMessage):
+    name: Annotated[str, Field(1)] = ""
+
+
+@dataclass
+class QueryInfo(BaseMessage):
+    labels: Annotated[list[Label], Field(1)] = field(default_factory=list)
+
+
+@dataclass
+class DirectSubmitRequest(BaseMessage):
+    settings: Annotated[QuerySettings, Field(1)] = field(default_factory=QuerySettings)
+    plan: Annotated[bytes, Field(2)] = b""
+    info: Annotated[QueryInfo, Field(3)] = field(default_factory=QueryInfo)
+
+
+@dataclass
+class ProxySubmitRequest(BaseMessage):
+    compute: Annotated[Id, Field(1)] = field(default_factory=Id)
+    settings: Annotated[QuerySettings, Field(2)] = field(default_factory=QuerySettings)
+    plan: Annotated[bytes, Field(3)] = b""
+    info: Annotated[QueryInfo, Field(4)] = field(default_factory=QueryInfo)
+
+
+@dataclass
+class QueryReference(BaseMessage):
+    """Any request or answer that names one query and nothing else."""
+
+    query: Annotated[Id, Field(1)] = field(default_factory=Id)
+
+    @classmethod
+    def of(cls, query_id: UUID) -> Self:
+        return cls(Id(str(query_id)))
+
+
+@dataclass
+class QueryStatusAnswer(BaseMessage):
+    status: Annotated[StatusCode, Field(1)]
+
+
+@dataclass
+class QueryError(BaseMessage):
+    """``message`` is a JSON object of failures by the name of who saw them."""
+
+    message: Annotated[str, Field(1)] = ""
+
+
+@dataclass
+class Destination(BaseMessage):
+    uri: Annotated[str, Field(1)] = ""
+
+
+@dataclass
+class Output(BaseMessage):
+    destinations: Annotated[list[Destination], Field(1)] = field(default_factory=list)
+    file_type: Annotated[FileType, Field(2)] = FileType.UNKNOWN
+    n_rows: Annotated[uint, Field(3)] = uint(0)  # noqa: RUF009 (an int)
+
+
+@dataclass
+class QueryResult(BaseMessage):
+    total_stages: Annotated[uint, Field(1)] = uint(0)  # noqa: RUF009
+    finished_stages: Annotated[uint, Field(2)] = uint(0)  # noqa: RUF009
+    failed_stages: Annotated[uint, Field(3)] = uint(0)  # noqa: RUF009
+    errors: Annotated[list[QueryError], Field(4)] = field(default_factory=list)
+    output: Annotated[Output | None, Field(5)] = None
+
+
+@dataclass
+class Head(BaseMessage):
+    """The first rows of a result as an Arrow IPC file."""
+
+    data: Annotated[bytes | None, Field(1)] = None
+
+
+@dataclass
+class DirectQueryResultAnswer(BaseMessage):
+    """The client needs ``result`` and ``head`` to be there, empty or not."""
+
+    result: Annotated[QueryResult, Field(1)]
+    head: Annotated[Head, Field(2)]
+    status: Annotated[StatusCode, Field(3)]
+
+
+@dataclass
+class ProxyQueryResultAnswer(BaseMessage):
+    result: Annotated[QueryResult, Field(1)]
+
+
+@dataclass
+class ComputeVersions(BaseMessage):
+    compute_plane: Annotated[str, Field(1)] = ""
+    polars_python: Annotated[str, Field(2)] = ""
+    polars_rust: Annotated[str, Field(3)] = ""
+
+
+@dataclass
+class ComputeVersionsAnswer(BaseMessage):
+    versions: Annotated[ComputeVersions, Field(1)]

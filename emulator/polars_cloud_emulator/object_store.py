@@ -1,0 +1,106 @@
+"""The object store: moto's S3 server, holding the sample data and the queries' results."""
+
+import logging
+import shutil
+import socket
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import boto3
+from moto.moto_server.werkzeug_app import (
+    DomainDispatcherApplication,
+    MotoRequestHandler,
+    create_backend_app,
+)
+from werkzeug.serving import make_server
+
+DATA_BUCKET = "your-bucket"
+TEMPORARY_BUCKET = "polars-cloud-temporary"
+REGION = "us-east-1"
+ACCESS_KEY = "emulator"
+"""moto accepts any pair of keys; its clients insist on having one."""
+
+
+class ObjectStore:
+    """An S3 server on a listening socket. moto keeps one store per process, whoever serves it."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        host, port = listener.getsockname()[:2]
+        self.endpoint_url = f"http://{host}:{port}"
+        logging.getLogger("werkzeug").setLevel(logging.WARNING)
+        self._server = make_server(
+            host,
+            port,
+            DomainDispatcherApplication(create_backend_app),
+            threaded=True,
+            request_handler=MotoRequestHandler,
+            fd=listener.fileno(),
+        )
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, name="object-store", daemon=True
+        )
+        self._thread.start()
+        self._client: Any = boto3.client(
+            "s3",
+            endpoint_url=self.endpoint_url,
+            region_name=REGION,
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=ACCESS_KEY,
+        )
+        for bucket in (DATA_BUCKET, TEMPORARY_BUCKET):
+            self._client.create_bucket(Bucket=bucket)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What Polars, boto3 and other S3 clients need to come here and nowhere else."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint_url,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": ACCESS_KEY,
+            "AWS_REGION": REGION,
+            "AWS_DEFAULT_REGION": REGION,
+        }
+
+    def put(self, objects: Iterable[tuple[str, bytes]]) -> None:
+        """Write (key, content) pairs into the data bucket."""
+        for key, content in objects:
+            self._client.put_object(Bucket=DATA_BUCKET, Key=key, Body=content)
+
+    def delete_result(self, query_id: object) -> None:
+        """Delete what the query left in the temporary bucket."""
+        for key in self._keys(TEMPORARY_BUCKET, prefix=f"{query_id}/"):
+            self._client.delete_object(Bucket=TEMPORARY_BUCKET, Key=key)
+
+    def clear(self) -> None:
+        for bucket in (DATA_BUCKET, TEMPORARY_BUCKET):
+            for key in self._keys(bucket):
+                self._client.delete_object(Bucket=bucket, Key=key)
+
+    def save(self, directory: Path) -> None:
+        """Make ``directory/bucket`` hold every object, and nothing else."""
+        shutil.rmtree(directory, ignore_errors=True)
+        for bucket in (DATA_BUCKET, TEMPORARY_BUCKET):
+            (directory / bucket).mkdir(parents=True)
+            for key in self._keys(bucket):
+                content = self._client.get_object(Bucket=bucket, Key=key)["Body"].read()
+                # Quoted, no key can leave the folder or be another's parent.
+                (directory / bucket / quote(key, safe="")).write_bytes(content)
+
+    def load(self, directory: Path) -> None:
+        """Read back what ``save`` wrote."""
+        for path in directory.glob("*/*"):
+            self._client.put_object(
+                Bucket=path.parent.name, Key=unquote(path.name), Body=path.read_bytes()
+            )
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._client.close()
+
+    def _keys(self, bucket: str, prefix: str = "") -> Iterator[str]:
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return (entry["Key"] for page in pages for entry in page.get("Contents", []))

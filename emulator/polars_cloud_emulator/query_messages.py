@@ -1,0 +1,94 @@
+"""Queries between the protocol and the state, the same for the direct and the proxy mode."""
+
+from collections.abc import Mapping
+from uuid import UUID
+
+import msgspec
+
+from polars_cloud_emulator import plan
+from polars_cloud_emulator.errors import InvalidRequest
+from polars_cloud_emulator.messages import (
+    Destination,
+    DirectSubmitRequest,
+    Engine,
+    ExecuteUntil,
+    FileType,
+    Id,
+    Output,
+    ProxySubmitRequest,
+    QueryError,
+    QueryResult,
+    StatusCode,
+)
+from polars_cloud_emulator.state import Query, QueryStatus, State
+
+STATUS_CODES = {
+    QueryStatus.SCHEDULED: StatusCode.SCHEDULED,
+    QueryStatus.IN_PROGRESS: StatusCode.IN_PROGRESS,
+    QueryStatus.SUCCESS: StatusCode.SUCCESS,
+    QueryStatus.FAILED: StatusCode.FAILED,
+    QueryStatus.CANCELED: StatusCode.CANCELED,
+}
+FILE_TYPES = {
+    None: FileType.UNKNOWN,
+    "parquet": FileType.PARQUET,
+    "ipc": FileType.IPC,
+    "csv": FileType.CSV,
+    "ndjson": FileType.NDJSON,
+}
+QUERY_TYPE_NAMES = {False: "Single", True: "Distributed"}
+ENGINE_NAMES = {"streaming": "Streaming", "in-memory": "InMemory"}
+
+
+def parse_id(message: Id) -> UUID:
+    try:
+        return UUID(message.value)
+    except ValueError:
+        raise InvalidRequest(f"'{message.value}' is not a UUID") from None
+
+
+def submitted(
+    state: State,
+    cluster_id: UUID,
+    request: DirectSubmitRequest | ProxySubmitRequest,
+    headers: Mapping[str, str],
+) -> Query:
+    """Take the query of a submit request into the state.
+
+    Raises
+    ------
+    InvalidRequest
+        No worker here could run it.
+    """
+    settings = request.settings
+    if settings.execute_until not in {ExecuteUntil.UNSET, ExecuteUntil.EXECUTE}:
+        raise InvalidRequest("the emulator executes queries; it does not explain them")
+    plan.check(request.plan)
+    return state.submit(
+        cluster_id,
+        plan=request.plan,
+        distributed=settings.single is None,
+        engine="in-memory" if settings.engine is Engine.IN_MEMORY else "streaming",
+        optimization_flags=settings.optimization_flags,
+        priority=settings.priority,
+        labels=[label.name for label in request.info.labels],
+        user=headers.get("x-polars-user"),
+    )
+
+
+def query_result(query: Query) -> QueryResult:
+    """What the client is told of a query's end; one stage, since one worker runs the plan."""
+    result = QueryResult(total_stages=1)  # type: ignore[arg-type]
+    if query.outcome is not None:
+        result.finished_stages = 1  # type: ignore[assignment]
+        result.output = Output(
+            [Destination(uri) for uri in query.outcome.destinations],
+            FILE_TYPES[query.outcome.file_type],
+            query.outcome.n_rows,  # type: ignore[arg-type]
+        )
+    if query.error is not None:
+        result.failed_stages = 1  # type: ignore[assignment]
+        # The client raises what it finds under this key.
+        message = msgspec.json.encode({"scheduler": query.error}).decode()
+        result.errors = [QueryError(message)]
+    return result

@@ -1,0 +1,34 @@
+"""JSON over HTTP in the form that the client reads."""
+
+from typing import TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from polars_cloud_emulator.errors import EmulatorError, InvalidRequest
+
+T = TypeVar("T")
+
+
+def json_response(content: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status, media_type="application/json")
+
+
+def refusal(error: EmulatorError) -> Response:
+    """An error whose message the client shows as it is; any other form it shows raw."""
+    return json_response({"message": str(error), "errors": {}}, error.http_status)
+
+
+async def decode_body(request: Request, model: type[T]) -> T:
+    """The request's JSON body.
+
+    Raises
+    ------
+    InvalidRequest
+        It is not JSON, or not a ``model``.
+    """
+    try:
+        return msgspec.json.decode(await request.body(), type=model)
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"the body of {request.url.path} is not understood: {error}") from None

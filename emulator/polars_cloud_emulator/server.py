@@ -1,0 +1,298 @@
+"""The emulator as a whole: starts its parts, listens, and stops without leaving anything behind."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import platform
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import AsyncIterator
+from datetime import date, timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import hypercorn
+import hypercorn.asyncio
+import polars as pl
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from polars_cloud_emulator import grpc_transport, object_store, sample_data
+from polars_cloud_emulator.access_tokens import CLIENT_ID, AccessTokens
+from polars_cloud_emulator.admin import Admin
+from polars_cloud_emulator.client_check import ClientCheck
+from polars_cloud_emulator.clock import Clock
+from polars_cloud_emulator.compute import TICK, Compute
+from polars_cloud_emulator.compute_plane import ComputePlane
+from polars_cloud_emulator.control_plane import ControlPlane
+from polars_cloud_emulator.errors import UnknownCall
+from polars_cloud_emulator.journal import Journal, JournalMiddleware
+from polars_cloud_emulator.object_store import ObjectStore
+from polars_cloud_emulator.rest_transport import refusal
+from polars_cloud_emulator.state import State
+from polars_cloud_emulator.state_directory import StateDirectory
+
+START_TIMEOUT = 60.0
+"""Seconds until a start is given up."""
+
+
+class Emulator:
+    """A local Polars Cloud in a thread of this process, running while the context is open.
+
+    Three ports: REST and proxy-mode gRPC on plain HTTP; token endpoint, schedulers and observatory
+    on TLS; S3. The client of this very process cannot use it: it keeps the interpreter's lock
+    while it connects. ``polars_cloud_emulator.testing`` starts one that it can use.
+
+    Parameters
+    ----------
+    host
+        Address to listen on.
+    port_base
+        First of the three ports in a row; 0 picks free ones.
+    state_dir
+        Directory in which a restarted emulator finds its state; a temporary one if None.
+    clock
+        Time for billing, idle timeouts, start-up and tokens.
+    token_lifetime
+        How long an access token is good.
+    startup_delay
+        How long a cluster is ``Starting``.
+
+    Raises
+    ------
+    OSError
+        A port is taken.
+    UnreadableState
+        The state directory holds something else.
+    """
+
+    def __init__(
+        self,
+        *,
+        host: str = "127.0.0.1",
+        port_base: int = 0,
+        state_dir: Path | None = None,
+        clock: Clock | None = None,
+        token_lifetime: timedelta = timedelta(minutes=5),
+        startup_delay: timedelta = timedelta(0),
+    ) -> None:
+        self.clock = clock or Clock()
+        self._host = host
+        self._ports = [port_base + n if port_base else 0 for n in range(3)]
+        self._state_dir = state_dir
+        self._token_lifetime = token_lifetime
+        self._startup_delay = startup_delay
+        self._resources = contextlib.ExitStack()
+
+    @property
+    def rest_url(self) -> str:
+        return f"http://{_address(self._rest_listener)}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Every variable that a client in another process needs."""
+        return {
+            "POLARS_CLOUD_API_ADDR": self.rest_url,
+            # Before the @ stands a user name: it keeps the client's "auth." out of the host.
+            "POLARS_CLOUD_DOMAIN": f"emulator@{_address(self._tls_listener)}",
+            "POLARS_CLOUD_CONFIG_DIR": str(self._files.client_config),
+            "POLARS_CLOUD_CLIENT_ID": CLIENT_ID,
+            "POLARS_CLOUD_CLIENT_SECRET": self._files.client_secret(),
+            "AIRFLOW_CONN_POLARS_CLOUD": f"http://{CLIENT_ID}:{self._files.client_secret()}@",
+            "SSL_CERT_DIR": str(self._files.trusted_certificates),
+            "NO_PROXY": f"{self._host},localhost",
+            **self._object_store.environment,
+        }
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as resources:
+            self._rest_listener, self._tls_listener, s3_listener = (
+                resources.enter_context(_listen(self._host, port)) for port in self._ports
+            )
+            state_dir = self._state_dir or Path(
+                resources.enter_context(tempfile.TemporaryDirectory())
+            )
+            self._files = StateDirectory(state_dir.resolve())
+            self._snapshot = self._files.load()
+            self._object_store = ObjectStore(s3_listener)
+            resources.callback(self._object_store.close)
+            self._serve_in_thread(resources)
+            self._resources = resources.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._resources.close()
+
+    def _serve_in_thread(self, resources: contextlib.ExitStack) -> None:
+        self._loop = _EventLoop()
+        self._stopping = asyncio.Event()
+        self._started = concurrent.futures.Future[None]()
+        thread = threading.Thread(target=self._run_loop, name="emulator", daemon=True)
+
+        def stop() -> None:
+            self._loop.call_soon_threadsafe(self._stopping.set)
+            thread.join()
+            self._loop.close()
+
+        resources.callback(stop)
+        thread.start()
+        self._started.result(START_TIMEOUT)
+
+    def _run_loop(self) -> None:
+        try:
+            self._loop.run_until_complete(self._serve())
+        except BaseException as error:
+            if self._started.done():
+                raise
+            self._started.set_exception(error)
+
+    async def _serve(self) -> None:
+        authority = self._files.certificate_authority()
+        certificate = authority.issue_cert(self._host, "localhost", "*.clusters.polars.test")
+        certificate.private_key_and_cert_chain_pem.write_to_path(self._files.server_certificate)
+        self._state = State(
+            self.clock,
+            python_version=platform.python_version(),
+            polars_version=pl.__version__,
+            startup_delay=self._startup_delay,
+        )
+        self._compute = Compute(
+            self._state,
+            environment=self._object_store.environment,
+            temporary_uri=f"s3://{object_store.TEMPORARY_BUCKET}",
+            delete_result=self._object_store.delete_result,
+        )
+        access_tokens = AccessTokens(self.clock, self._files.client_secret(), self._token_lifetime)
+        check_client = ClientCheck(access_tokens)
+        control_plane = ControlPlane(
+            self._state,
+            self._compute,
+            access_tokens,
+            check_client,
+            certificate_authority=authority.cert_pem.bytes().decode(),
+            compute_plane_address=_address(self._tls_listener),
+        )
+        compute_plane = ComputePlane(self._state, self._compute, access_tokens, check_client)
+        self._journal = Journal(self.clock)
+        admin = Admin(self._state, self._compute, self._journal, self._reset)
+        application = Starlette(
+            routes=[
+                *admin.routes(),
+                *control_plane.routes(),
+                *compute_plane.routes(),
+                Route("/{path:path}", _unknown_call, methods=list(_METHODS)),
+            ],
+            lifespan=self._lifespan,
+        )
+        await hypercorn.asyncio.serve(
+            JournalMiddleware(application, self._journal),  # type: ignore[arg-type]
+            self._hypercorn_config(),
+            shutdown_trigger=self._released,
+        )
+
+    def _hypercorn_config(self) -> hypercorn.Config:
+        config = hypercorn.Config()
+        config.bind = [f"fd://{_duplicate(self._tls_listener)}"]
+        config.insecure_bind = [f"fd://{_duplicate(self._rest_listener)}"]
+        config.certfile = config.keyfile = str(self._files.server_certificate)
+        # A client's cached channel must outlive the pauses of its user, and any number of calls.
+        config.keep_alive_timeout = timedelta(days=1).total_seconds()
+        config.keep_alive_max_requests = sys.maxsize
+        config.graceful_timeout = 1.0
+        config.loglevel = "WARNING"
+        return config
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, application: Starlette) -> AsyncIterator[None]:
+        await asyncio.to_thread(self._object_store.load, self._files.objects)
+        opening = await self._open_the_shop()
+        if self._snapshot is not None:
+            self._state.restore(self._snapshot)
+            self._compute.resume()
+        watches = [
+            asyncio.create_task(self._compute.watch_clock()),
+            asyncio.create_task(self._open_the_shop_each_day(opening)),
+        ]
+        self._started.set_result(None)
+        yield
+        for watch in watches:
+            watch.cancel()
+        await self._compute.close()
+        if self._state_dir is not None:
+            self._files.save(self._state.snapshot())
+            await asyncio.to_thread(self._object_store.save, self._files.objects)
+
+    async def _released(self) -> None:
+        """Return when the server is to stop, after those who wait for a query were answered."""
+        await self._stopping.wait()
+        self._compute.release_waiters()
+
+    async def _reset(self) -> None:
+        await self._compute.reset()
+        self._state.clear()
+        self._journal.entries.clear()
+        await asyncio.to_thread(self._object_store.clear)
+        await self._open_the_shop()
+
+    async def _open_the_shop(self) -> date:
+        """Write the sample data up to tomorrow, so that a run just after midnight finds sales."""
+        today = self.clock.now().date()
+        await asyncio.to_thread(
+            self._object_store.put, sample_data.parquet_files(today + timedelta(days=1))
+        )
+        return today
+
+    async def _open_the_shop_each_day(self, opened: date) -> None:
+        while True:
+            if self.clock.now().date() != opened:
+                opened = await self._open_the_shop()
+            await asyncio.sleep(TICK.total_seconds())
+
+
+class _EventLoop(asyncio.SelectorEventLoop):
+    async def create_server(self, *args: Any, **kwargs: Any) -> asyncio.Server:
+        if kwargs.get("ssl") is not None:
+            # By default a client that holds a connection and sleeps holds up the end by 30 s.
+            kwargs["ssl_shutdown_timeout"] = 0.5
+        return await super().create_server(*args, **kwargs)
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        # Connections that were cut when the emulator stopped are no news.
+        if not isinstance(context.get("exception"), TimeoutError | asyncio.CancelledError):
+            super().call_exception_handler(context)
+
+
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+
+
+async def _unknown_call(request: Request) -> Response:
+    # An answer before the end of the request makes hypercorn drop the whole connection.
+    await request.body()
+    error = UnknownCall(f"the emulator does not know {request.method} {request.url.path}")
+    if request.headers.get("content-type", "").startswith(grpc_transport.CONTENT_TYPE):
+        return grpc_transport.GrpcResponse(error=error)
+    return refusal(error)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    return socket.create_server((host, port), backlog=128)
+
+
+def _duplicate(listener: socket.socket) -> int:
+    """A file descriptor for hypercorn, which closes what it is given."""
+    return listener.dup().detach()
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"{host}:{port}"

@@ -1,0 +1,67 @@
+"""What outlives one run of the emulator: certificates, the service account's secret, the state."""
+
+import secrets
+from pathlib import Path
+
+import msgspec
+import trustme
+
+from polars_cloud_emulator.state import Snapshot
+
+
+class UnreadableState(Exception):
+    """The state in the directory is not this emulator's."""
+
+
+class StateDirectory:
+    """A directory that only this user can read."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o700)
+        self.trusted_certificates = path / "trusted-certificates"
+        self.client_config = path / "client-config"
+        self.objects = path / "objects"
+        self.server_certificate = path / "server.pem"
+        self._authority_key = path / "certificate-authority.key"
+        self._authority = self.trusted_certificates / "certificate-authority.pem"
+        self._client_secret = path / "client-secret"
+        self._snapshot = path / "state.json"
+        for directory in (self.trusted_certificates, self.client_config):
+            directory.mkdir(exist_ok=True)
+
+    def certificate_authority(self) -> trustme.CA:
+        """The authority of the first run, so that a client's trust survives a restart."""
+        if self._authority_key.exists():
+            return trustme.CA.from_pem(
+                self._authority.read_bytes(), self._authority_key.read_bytes()
+            )
+        authority = trustme.CA(organization_name="Polars Cloud emulator")
+        authority.cert_pem.write_to_path(self._authority)
+        authority.private_key_pem.write_to_path(self._authority_key)
+        return authority
+
+    def client_secret(self) -> str:
+        if not self._client_secret.exists():
+            self._client_secret.write_text(secrets.token_urlsafe(32))
+        return self._client_secret.read_text()
+
+    def save(self, snapshot: Snapshot) -> None:
+        self._snapshot.write_bytes(msgspec.json.encode(snapshot))
+
+    def load(self) -> Snapshot | None:
+        """What was saved, if anything.
+
+        Raises
+        ------
+        UnreadableState
+            With the file to delete.
+        """
+        if not self._snapshot.exists():
+            return None
+        try:
+            return msgspec.json.decode(self._snapshot.read_bytes(), type=Snapshot)
+        except msgspec.DecodeError as error:
+            raise UnreadableState(
+                f"{self._snapshot} is not a state of this emulator ({error}); delete it"
+            ) from None

@@ -1,0 +1,139 @@
+"""A worker process: runs serialized LazyFrames with Polars, one at a time.
+
+Jobs arrive on standard input and answers leave on standard output, each a 4-byte big-endian
+length and a MessagePack document; an empty one comes first, when the process is ready. The process
+ends when its standard input does, even in the middle of a query, so that it never outlives the
+emulator.
+"""
+
+import io
+import os
+import queue
+import struct
+import sys
+import threading
+from typing import BinaryIO
+
+import msgspec
+import polars as pl
+
+from polars_cloud_emulator import plan as query_plan
+from polars_cloud_emulator.state import Outcome
+
+HEAD_ROWS = 10
+
+OPTIMIZATION_BITS = {
+    "projection_pushdown": 0,
+    "predicate_pushdown": 2,
+    "cluster_with_columns": 3,
+    "simplify_expression": 5,
+    "slice_pushdown": 7,
+    "comm_subplan_elim": 8,
+    "comm_subexpr_elim": 9,
+    "row_estimate": 13,
+    "fast_projection": 14,
+    "check_order_observe": 15,
+    "sort_collapse": 16,
+    "pre_partition_hive": 17,
+    "join_order": 19,
+}
+"""Where the client's bit mask keeps each option of ``polars.QueryOptFlags``."""
+
+
+class Job(msgspec.Struct, kw_only=True):
+    plan: bytes
+    engine: str
+    optimization_flags: int | None
+    temporary_uri: str
+    """Where a result without a destination of its own goes."""
+
+
+class Failure(msgspec.Struct, tag=True):
+    error: str
+    """``Type: message``, from which the client makes the exception again."""
+
+
+class Success(msgspec.Struct, tag=True):
+    outcome: Outcome
+
+
+Answer = Success | Failure
+
+
+def run(job: Job) -> Answer:
+    """Run one job. What the plan raises is its failure, never the worker's."""
+    try:
+        return Success(_run_plan(job))
+    except UnicodeError as error:
+        # The client cannot construct this type from a message alone.
+        return Failure(f"ValueError: {error}")
+    except Exception as error:
+        return Failure(f"{type(error).__name__}: {error}")
+    except pl.exceptions.PanicException as panic:
+        return Failure(f"ComputeError: {panic}")
+
+
+def _run_plan(job: Job) -> Outcome:
+    document, sinks = query_plan.with_destinations(job.plan, job.temporary_uri)
+    lf = pl.LazyFrame.deserialize(io.BytesIO(document))
+    lf.collect(
+        engine="in-memory" if job.engine == "in-memory" else "streaming",
+        optimizations=_optimizations(job.optimization_flags),
+    )
+    if not sinks:
+        return Outcome(destinations=[], file_type=None, n_rows=0, head=None)
+    written = query_plan.scan_written(sinks[0])
+    head = io.BytesIO()
+    written.head(HEAD_ROWS).collect().write_ipc(head)
+    # With the projection pushed down, Polars counts the lines of an old copy of a CSV file.
+    counting = pl.QueryOptFlags(projection_pushdown=sinks[0].file_type != "csv")
+    return Outcome(
+        destinations=[sink.uri for sink in sinks],
+        file_type=sinks[0].file_type,
+        n_rows=written.select(pl.len()).collect(optimizations=counting).item(),
+        head=head.getvalue(),
+    )
+
+
+def _optimizations(mask: int | None) -> pl.QueryOptFlags:
+    if mask is None:
+        return pl.QueryOptFlags()
+    return pl.QueryOptFlags(
+        **{name: bool(mask >> bit & 1) for name, bit in OPTIMIZATION_BITS.items()}
+    )
+
+
+def read_frame(stream: BinaryIO) -> bytes | None:
+    """The next document, or None at the end of the stream."""
+    header = stream.read(4)
+    if len(header) < 4:
+        return None
+    body: bytes = stream.read(struct.unpack(">I", header)[0])
+    return body
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    # A user function that prints must not end up between the answers.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    jobs: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def receive() -> None:
+        while (frame := read_frame(sys.stdin.buffer)) is not None:
+            jobs.put(frame)
+        os._exit(0)
+
+    def send(frame: bytes) -> None:
+        answers.write(struct.pack(">I", len(frame)) + frame)
+        answers.flush()
+
+    threading.Thread(target=receive, daemon=True).start()
+    send(b"")
+    while True:
+        job = msgspec.msgpack.decode(jobs.get(), type=Job)
+        send(msgspec.msgpack.encode(run(job)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""One worker of a cluster, seen from the emulator: a process, replaced whenever it dies."""
+
+import asyncio
+import contextlib
+import signal
+import struct
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable, Mapping
+
+import msgspec
+
+from polars_cloud_emulator.worker import Answer, Job
+
+
+class WorkerDied(Exception):
+    """The process ended before it answered."""
+
+
+class Worker:
+    """One worker of a cluster.
+
+    Parameters
+    ----------
+    environment
+        Variables of the process.
+    give_up
+        Called with the reason when a process cannot be started; there will be no further one.
+    """
+
+    def __init__(self, environment: Mapping[str, str], give_up: Callable[[str], None]) -> None:
+        self._environment = environment
+        self._give_up = give_up
+        self._process: Process | None = None
+        self._ready = asyncio.Event()
+        self._killed = False
+        self._supervisor = asyncio.create_task(self._keep_running())
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    async def ready(self) -> None:
+        """Wait until there is a process that takes jobs."""
+        await self._ready.wait()
+
+    async def run(self, job: Job) -> Answer:
+        """Run one job on the process that is ready.
+
+        Raises
+        ------
+        WorkerDied
+            With the way the process ended.
+        """
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        frame = msgspec.msgpack.encode(job)
+        try:
+            process.stdin.write(struct.pack(">I", len(frame)) + frame)
+            await process.stdin.drain()
+            answer = await _read_frame(process)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            raise WorkerDied(f"worker process died with {await _exit_of(process)}") from None
+        decoded: Answer = msgspec.msgpack.decode(answer, type=Answer)
+        return decoded
+
+    def kill(self) -> None:
+        """End the process now; nothing softer reaches a thread in native code."""
+        self._killed = True
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+    async def close(self) -> None:
+        self._supervisor.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._supervisor
+        self._ready.set()  # nobody shall wait for a process that will not come
+
+    async def _keep_running(self) -> None:
+        try:
+            while True:
+                self._killed = False
+                self._process = process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "polars_cloud_emulator.worker"),
+                    stdin=PIPE,
+                    stdout=PIPE,
+                    env=self._environment,
+                    # Ctrl-C in the emulator's terminal is the emulator's to handle.
+                    start_new_session=True,
+                )
+                try:
+                    await _read_frame(process)
+                except asyncio.IncompleteReadError:
+                    if self._killed:
+                        continue
+                    self._give_up(f"a worker could not start: {await _exit_of(process)}")
+                    return
+                self._ready.set()
+                await process.wait()
+                self._ready.clear()
+        except (OSError, ValueError) as error:  # variables that no process can have
+            self._give_up(f"a worker could not start: {error}")
+        finally:
+            self.kill()
+            if self._process is not None:
+                await self._process.wait()
+
+
+async def _read_frame(process: Process) -> bytes:
+    assert process.stdout is not None
+    [length] = struct.unpack(">I", await process.stdout.readexactly(4))
+    return await process.stdout.readexactly(length)
+
+
+async def _exit_of(process: Process) -> str:
+    code = await process.wait()
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"

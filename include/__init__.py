@@ -1,0 +1,1 @@
+"""What several DAGs share, one idea per module."""

@@ -1,0 +1,12 @@
+"""Where the DAGs run and where the shop's data lies: edit here, or set the variables."""
+
+import os
+
+WORKSPACE = os.environ.get("POLARS_CLOUD_WORKSPACE", "playground")
+"""Name of the Polars Cloud workspace."""
+
+MANIFEST = os.environ.get("POLARS_CLOUD_MANIFEST", "airflow-production")
+"""Name of the manifest, the registered description of a cluster."""
+
+DATA = os.environ.get("POLARS_CLOUD_DATA", "s3://your-bucket").rstrip("/")
+"""URI below which `sales/`, `inventory/` and `returns/` are read and results are written."""

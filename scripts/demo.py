@@ -1,0 +1,103 @@
+"""Run the eight DAGs against an emulator, one after the other, and show what they did."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from local_airflow import ROOT, use_airflow, use_emulator
+from polars_cloud_emulator.testing import RunningEmulator, running_emulator
+
+AIRFLOW_HOME = ROOT / ".airflow"
+LOG = AIRFLOW_HOME / "demo.log"
+WIDTH = 150
+"""Columns where the output is no terminal: room for every URI."""
+QUERY_TIMEOUT = 60.0
+"""Seconds for the query that nobody waits for."""
+
+
+@contextlib.contextmanager
+def airflow_output_in_log() -> Iterator[Console]:
+    """Send what Airflow prints to the log, and give a console for the rest."""
+    console = Console(file=os.fdopen(os.dup(sys.stdout.fileno()), "w"), highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    LOG.parent.mkdir(exist_ok=True)
+    with LOG.open("w") as log:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(log.fileno(), stream.fileno())
+        yield console
+
+
+def ended_queries(emulator: RunningEmulator, known: set[str]) -> list[dict[str, Any]]:
+    """Queries that are not among the known ones, once all of them have ended."""
+    deadline = time.monotonic() + QUERY_TIMEOUT
+    while True:
+        queries = [query for query in emulator.state()["queries"] if query["id"] not in known]
+        if all(query["ended_at"] for query in queries) or time.monotonic() > deadline:
+            return queries
+        time.sleep(0.1)
+
+
+def billed(emulator: RunningEmulator, queries: list[dict[str, Any]]) -> str:
+    """Seconds of the queries' clusters, and those still to come while they idle."""
+    used = {query["cluster_id"] for query in queries}
+    clusters = [cluster for cluster in emulator.state()["clusters"] if cluster["id"] in used]
+    text = f"{sum(cluster['billed_seconds'] for cluster in clusters):.1f}"
+    idle = sum(
+        60 * cluster["idle_timeout_mins"] for cluster in clusters if not cluster["stopped_at"]
+    )
+    return f"{text} + {idle:.0f} idle" if idle else text
+
+
+def main() -> int:
+    with running_emulator() as emulator, airflow_output_in_log() as console:
+        use_airflow(AIRFLOW_HOME)
+        use_emulator(emulator.environment)
+        subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], check=True)
+        console.print(f"Emulator at {emulator.rest_url}, Airflow's log in {LOG.relative_to(ROOT)}")
+
+        from airflow.dag_processing.dagbag import DagBag
+
+        dag_bag = DagBag()
+        for path, error in dag_bag.import_errors.items():
+            console.print(f"{path}: {error}", style="red")
+
+        table = Table(
+            *("DAG", "State", "Seconds", "Tasks", "Rows"),
+            Column("Written", overflow="fold"),
+            "Cluster-seconds",
+        )
+        known: set[str] = set()
+        failures = len(dag_bag.import_errors)
+        for dag_id in sorted(dag_bag.dags):
+            console.print(f"{dag_id} ...", end=" ")
+            start = time.monotonic()
+            run = dag_bag.dags[dag_id].test()
+            seconds = f"{time.monotonic() - start:.1f}"
+            queries = ended_queries(emulator, known)
+            known |= {query["id"] for query in queries}
+            succeeded = run.state == "success" and all(q["status"] == "Success" for q in queries)
+            failures += not succeeded
+            console.print(f"{run.state}, {len(queries)} queries, {seconds} s")
+            table.add_row(
+                dag_id,
+                f"[{'green' if succeeded else 'red'}]{run.state}",
+                seconds,
+                str(len(run.get_task_instances())),
+                "\n".join(str(query["n_rows"]) for query in queries),
+                "\n".join(uri for query in queries for uri in query["destinations"]),
+                billed(emulator, queries),
+            )
+        console.print(table)
+    return 1 if failures or not known else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""What the tests share: an emulator to talk to, and an Airflow of their own."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from local_airflow import use_airflow, use_emulator
+from polars_cloud_emulator.testing import RunningEmulator, running_emulator
+
+# Airflow reads its variables when it is imported: before any test is collected.
+_airflow_home = tempfile.TemporaryDirectory(prefix="airflow-home-")
+use_airflow(Path(_airflow_home.name))
+# A client that is imported without the emulator reaches nothing, and never the real service.
+os.environ["POLARS_CLOUD_API_ADDR"] = "http://127.0.0.1:9"
+os.environ["POLARS_CLOUD_DOMAIN"] = "nobody@127.0.0.1:9"
+
+
+@pytest.fixture(scope="session")
+def running() -> Iterator[RunningEmulator]:
+    """One emulator for the whole run, in this process's environment."""
+    with running_emulator() as emulator:
+        use_emulator(emulator.environment)
+        yield emulator
+
+
+@pytest.fixture
+def emulator(running: RunningEmulator) -> RunningEmulator:
+    """The emulator as it was at its start."""
+    running.reset()
+    return running
+
+
+@pytest.fixture
+def pc(emulator: RunningEmulator) -> ModuleType:
+    """`polars_cloud`, logged in. It reads the emulator's address when it is imported."""
+    import polars_cloud
+
+    polars_cloud.authenticate(
+        client_id=emulator.environment["POLARS_CLOUD_CLIENT_ID"],
+        client_secret=emulator.environment["POLARS_CLOUD_CLIENT_SECRET"],
+        interactive=False,
+    )
+    return polars_cloud
+
+
+@pytest.fixture(scope="session")
+def airflow_db() -> None:
+    """A migrated metadata database in this run's AIRFLOW_HOME."""
+    subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], check=True)

@@ -1,0 +1,45 @@
+"""A query that runs until it is released: no test needs to guess how long a query takes."""
+
+import time
+from pathlib import Path
+
+import polars as pl
+
+from tests.waiting import eventually
+
+
+class BlockingQuery:
+    """A step of a query, and the two files through which test and worker talk.
+
+    Parameters
+    ----------
+    directory
+        Where the files go; one per blocking query.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(exist_ok=True)
+        self.directory = directory
+        self._started = directory / "started"
+        self._released = directory / "released"
+
+    def lazy_frame(self) -> pl.LazyFrame:
+        started, released = self._started, self._released
+
+        def block(df: pl.DataFrame) -> pl.DataFrame:
+            started.touch()
+            while not released.exists():
+                time.sleep(0.01)
+            return df
+
+        return pl.LazyFrame({"x": [1, 2, 3]}).map_batches(block)
+
+    @property
+    def has_started(self) -> bool:
+        return self._started.exists()
+
+    def wait_for_start(self) -> None:
+        eventually(self._started.exists)
+
+    def release(self) -> None:
+        self._released.touch()

@@ -1,0 +1,97 @@
+"""What the emulator's tests share: the real client here, and the real client elsewhere."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import httpx
+import pytest
+
+from polars_cloud_emulator.server import Emulator
+from polars_cloud_emulator.testing import RunningEmulator
+from tests.emulator.blocking_query import BlockingQuery
+from tests.emulator.raw_calls import rest_client
+
+LOG_IN = """
+import os
+import polars as pl
+import polars_cloud as pc
+
+pc.authenticate(
+    client_id=os.environ["POLARS_CLOUD_CLIENT_ID"],
+    client_secret=os.environ["POLARS_CLOUD_CLIENT_SECRET"],
+    interactive=False,
+)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _bounded_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client would wait for a query for a year."""
+    monkeypatch.setenv("POLARS_TIMEOUT_MS", "60000")
+
+
+@pytest.fixture
+def start_cluster(pc: ModuleType) -> Callable[..., Any]:
+    """Start a cluster and give its ``ComputeContext``."""
+
+    def start(**specs: Any) -> Any:
+        context = pc.ComputeContext(workspace="playground", cpus=2, memory=4, **specs)
+        context.start()
+        return context
+
+    return start
+
+
+@pytest.fixture
+def rest(emulator: RunningEmulator) -> Iterator[httpx.Client]:
+    with rest_client(emulator.environment) as client:
+        yield client
+
+
+@pytest.fixture
+def background(emulator: RunningEmulator) -> Iterator[Executor]:
+    """Threads for calls that wait."""
+    with ThreadPoolExecutor() as executor:
+        yield executor
+        # Also ends what a failed test left waiting.
+        emulator.reset()
+
+
+@pytest.fixture
+def blocking(tmp_path: Path) -> BlockingQuery:
+    return BlockingQuery(tmp_path / "blocking")
+
+
+@pytest.fixture
+def emulator_here() -> Iterator[Callable[..., RunningEmulator]]:
+    """Start an emulator in this process, where the test holds its clock."""
+    emulators: list[Emulator] = []
+
+    def start(**options: Any) -> RunningEmulator:
+        emulators.append(Emulator(**options).__enter__())
+        return RunningEmulator(emulators[-1].environment, os.getpid())
+
+    yield start
+    for emulator in emulators:
+        emulator.__exit__(None, None, None)
+
+
+@pytest.fixture
+def run_client() -> Callable[[Mapping[str, str], str], str]:
+    """Run code after a login in a process of its own; what it printed."""
+
+    def run(environment: Mapping[str, str], code: str) -> str:
+        command = [sys.executable, "-c", LOG_IN + code]
+        ran = subprocess.run(
+            command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=100
+        )
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout.strip()
+
+    return run

@@ -1,0 +1,67 @@
+"""Calls that the real client would never make: other versions, other tokens, other bodies."""
+
+import platform
+import ssl
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import polars as pl
+
+MAJOR, MINOR, PATCH = map(int, platform.python_version_tuple())
+CLUSTER = {
+    "specs": {"cpus": 2, "ram_gb": 4},
+    "cluster_size": 1,
+    "mode": "Direct",
+    "python_version": {"major": MAJOR, "minor": MINOR, "patch": PATCH},
+    "polars_version": pl.__version__,
+}
+"""The body of a start, or with a name of a registration, that the emulator accepts."""
+
+VERSIONS = {"x-client-version": "0.12.0", "x-polars-version": pl.__version__}
+WORKSPACE = "/api/v1/workspace/5e41ce00-0000-4000-8000-000000000002"
+COMPUTE_PLANE = "/polars_cloud.compute_plane.client.v1.ClientService"
+CONTROL_PLANE = "/polars_cloud.control_plane.client.v1.ClientService"
+
+
+def tls_client(environment: Mapping[str, str]) -> httpx.Client:
+    """A client of the TLS port that trusts the emulator's certificate authority."""
+    [authority] = Path(environment["SSL_CERT_DIR"]).iterdir()
+    return httpx.Client(
+        base_url=f"https://{environment['POLARS_CLOUD_DOMAIN'].partition('@')[2]}",
+        verify=ssl.create_default_context(cafile=str(authority)),
+        trust_env=False,
+    )
+
+
+def access_token(environment: Mapping[str, str]) -> str:
+    user = f"{environment['POLARS_CLOUD_CLIENT_ID']}@sa.cloud.pola.rs"
+    form = {"username": user, "password": environment["POLARS_CLOUD_CLIENT_SECRET"]}
+    with tls_client(environment) as client:
+        answer = client.post("/realms/Polars/protocol/openid-connect/token", data=form)
+    return str(answer.raise_for_status().json()["access_token"])
+
+
+def rest_client(environment: Mapping[str, str]) -> httpx.Client:
+    """A client of the REST port with everything that the emulator asks for."""
+    return httpx.Client(
+        base_url=environment["POLARS_CLOUD_API_ADDR"],
+        headers={"authorization": f"Bearer {access_token(environment)}", **VERSIONS},
+        trust_env=False,
+    )
+
+
+def call_grpc(
+    environment: Mapping[str, str], path: str, headers: Mapping[str, str]
+) -> tuple[grpc.StatusCode, str]:
+    """Status and text of an empty message sent to ``path`` on the plain port."""
+    target = environment["POLARS_CLOUD_API_ADDR"].removeprefix("http://")
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        call: Any = channel.unary_unary(path, bytes, bytes)
+        try:
+            call(b"", metadata=list(headers.items()), timeout=30)
+        except grpc.RpcError as error:
+            return error.code(), error.details()
+    return grpc.StatusCode.OK, ""

@@ -1,0 +1,154 @@
+"""The admin API, and what becomes of calls that nobody understands."""
+
+import json
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import grpc
+import httpx
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+
+from polars_cloud_emulator.testing import RunningEmulator
+from tests.emulator.blocking_query import BlockingQuery
+from tests.emulator.processes import none_running
+from tests.emulator.raw_calls import COMPUTE_PLANE, VERSIONS, access_token, call_grpc
+
+StartCluster = Callable[..., Any]
+
+
+def test_health_answers_without_a_login(emulator: RunningEmulator) -> None:
+    answer = httpx.get(f"{emulator.rest_url}/_emulator/health", trust_env=False)
+    assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
+    assert emulator.journal() == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/api/v1/invoices"), ("POST", "/api/v1/invoices"), ("PATCH", "/api/v1/user/me")],
+)
+def test_unknown_rest_call_is_answered_at_once_and_listed(
+    emulator: RunningEmulator, rest: httpx.Client, method: str, path: str
+) -> None:
+    answer = rest.request(method, path, json={"name": "x"} if method == "POST" else None)
+    assert answer.status_code == 501
+    words = f"the emulator does not know {method} {path}"
+    assert answer.json() == {"message": words, "errors": {}}
+    [unmatched] = emulator.state()["unmatched"]
+    assert (unmatched["method"], unmatched["path"], unmatched["status"]) == (method, path, 501)
+
+
+def test_client_is_told_of_an_unknown_rest_call_without_repeating_it(
+    emulator: RunningEmulator, pc: ModuleType
+) -> None:
+    with pytest.raises(ValueError, match="the emulator does not know PATCH /api/v1/user"):
+        pc.Workspace("playground").set_default()
+    assert len(emulator.state()["unmatched"]) == 1
+
+
+def test_unknown_grpc_call_leaves_the_channel_intact(
+    emulator: RunningEmulator, start_cluster: StartCluster
+) -> None:
+    query = pl.LazyFrame({"x": [1]}).remote(start_cluster()).execute(blocking=False)
+    query.await_result()
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match=f"does not know POST {COMPUTE_PLANE}/GetQueryPlans"):
+            query.plan()
+        assert query.get_status().is_done()
+    unmatched = emulator.state()["unmatched"]
+    assert [entry["path"] for entry in unmatched] == [f"{COMPUTE_PLANE}/GetQueryPlans"] * 3
+    assert {entry["grpc_status"] for entry in unmatched} == {grpc.StatusCode.UNIMPLEMENTED.value[0]}
+
+
+def test_unknown_grpc_service_is_unimplemented(emulator: RunningEmulator) -> None:
+    headers = {"authorization": f"Bearer {access_token(emulator.environment)}", **VERSIONS}
+    status, text = call_grpc(emulator.environment, "/polars_cloud.v9.Service/Call", headers)
+    assert status is grpc.StatusCode.UNIMPLEMENTED
+    assert text == "the emulator does not know POST /polars_cloud.v9.Service/Call"
+
+
+def test_journal_has_every_call_and_neither_it_nor_the_state_a_secret(
+    emulator: RunningEmulator, start_cluster: StartCluster
+) -> None:
+    secrets = {"aws_access_key_id": "storage-key", "aws_secret_access_key": "storage-secret"}
+    context = start_cluster(env_vars={"SHOP_PASSWORD": "worker-secret"})
+    remote = pl.LazyFrame({"x": [1]}).remote(context)
+    remote.sink_parquet("s3://your-bucket/x/", storage_options=secrets).await_result()
+    httpx.get(f"{emulator.rest_url}/api/v1/invoices?token=query-secret", trust_env=False)
+
+    journal = emulator.journal()
+    assert [entry["path"].rpartition("/")[2] for entry in journal] == [
+        "token",
+        "me",
+        "workspace",
+        "cluster-defaults",
+        "start",
+        str(context._compute_id),
+        "public_info",
+        "SubmitQuery",
+        "GetQueryResult",
+        "invoices",
+    ]
+    assert {entry["client"].partition(" ")[0] for entry in journal[:-1]} == {"polars-cloud/0.12.0"}
+    shown = json.dumps([journal, emulator.state()])
+    jwt_header = access_token(emulator.environment).partition(".")[0]
+    for secret in (
+        emulator.environment["POLARS_CLOUD_CLIENT_SECRET"],
+        jwt_header,
+        "storage-key",
+        "storage-secret",
+        "worker-secret",
+        "query-secret",
+    ):
+        assert secret not in shown
+
+
+def test_state_shows_what_a_cluster_and_its_queries_cost(
+    emulator: RunningEmulator, start_cluster: StartCluster
+) -> None:
+    context = start_cluster(cluster_size=2, labels=["daily"], idle_timeout_mins=30)
+    pl.LazyFrame({"x": [1]}).remote(context).execute()
+    context.stop()
+    [cluster], [query] = emulator.state()["clusters"], emulator.state()["queries"]
+    assert (cluster["cluster_size"], cluster["idle_timeout_mins"]) == (2, 30)
+    assert cluster["labels"] == ["daily"]
+    assert cluster["requested_at"] < query["submitted_at"] < cluster["stopped_at"]
+    assert 0 < query["seconds"] < cluster["billed_seconds"]
+    assert query["mode"] == "distributed"
+
+
+def test_reset_brings_back_the_first_state_and_ends_the_workers(
+    pc: ModuleType,
+    emulator: RunningEmulator,
+    start_cluster: StartCluster,
+    blocking: BlockingQuery,
+) -> None:
+    first_state = emulator.state()
+    sales = "s3://your-bucket/sales/"
+    first_sales = pl.read_parquet(sales)
+    context = start_cluster(cluster_size=2)
+    context.register("airflow-production")
+    remote = pl.LazyFrame({"x": [1]}).remote(context)
+    remote.sink_parquet("s3://your-bucket/mine/").await_result()
+    [overwritten, *_] = pl.scan_parquet(sales, include_file_paths="path").collect()["path"]
+    remote.single_node().sink_parquet(overwritten).await_result()
+    location = remote.execute().location
+    running = blocking.lazy_frame().remote(context).execute(blocking=False)
+    blocking.wait_for_start()
+    pids = emulator.state()["clusters"][0]["worker_pids"]
+    assert len(pids) == 2
+
+    emulator.reset()
+
+    assert emulator.state() == first_state
+    assert emulator.journal() == []
+    assert none_running(pids)
+    assert_frame_equal(pl.read_parquet(sales), first_sales)
+    for gone in ("s3://your-bucket/mine/00000000.parquet", *location):
+        with pytest.raises(FileNotFoundError):
+            pl.read_parquet(gone)
+    with pytest.raises(RuntimeError, match="does not exist"):
+        running.get_status()
+    assert pc.Workspace("playground").name == "playground"

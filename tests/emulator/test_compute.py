@@ -1,0 +1,234 @@
+"""Clusters: worker processes, statuses, idle timeout and start-up delay."""
+
+import contextlib
+from collections.abc import Callable
+from datetime import timedelta
+from types import ModuleType
+from typing import Any
+
+import httpx
+import polars as pl
+import pytest
+
+from polars_cloud_emulator.clock import Clock
+from polars_cloud_emulator.testing import RunningEmulator
+from tests.emulator.blocking_query import BlockingQuery
+from tests.emulator.processes import is_running, none_running
+from tests.emulator.raw_calls import CLUSTER, WORKSPACE, rest_client
+from tests.waiting import eventually
+
+StartCluster = Callable[..., Any]
+StartEmulator = Callable[..., RunningEmulator]
+RunClient = Callable[..., str]
+
+
+def worker_pids(emulator: RunningEmulator, count: int) -> list[int]:
+    def pids() -> list[int]:
+        [cluster] = emulator.state()["clusters"]
+        return cluster["worker_pids"]
+
+    eventually(lambda: len(pids()) == count)
+    return pids()
+
+
+@pytest.mark.parametrize("cluster_size", [1, 3])
+def test_cluster_is_a_process_per_worker_until_it_stops(
+    emulator: RunningEmulator, start_cluster: StartCluster, cluster_size: int
+) -> None:
+    context = start_cluster(cluster_size=cluster_size)
+    pids = worker_pids(emulator, cluster_size)
+    assert len(set(pids)) == cluster_size
+    assert all(map(is_running, pids))
+    context.stop()
+    assert none_running(pids)
+    [cluster] = emulator.state()["clusters"]
+    assert (cluster["status"], cluster["worker_pids"]) == ("Stopped", [])
+    assert cluster["termination_reason"] == "StoppedByUser"
+
+
+def test_worker_gets_the_environment_variables_of_its_cluster(start_cluster: StartCluster) -> None:
+    def region(df: pl.DataFrame) -> pl.DataFrame:
+        import os
+
+        return df.select(region=pl.lit(os.environ["SHOP_REGION"]))
+
+    context = start_cluster(env_vars={"SHOP_REGION": "North"})
+    result = pl.LazyFrame({"region": [""]}).map_batches(region).remote(context).execute()
+    assert result.head.item() == "North"
+
+
+def test_status_follows_the_cluster(
+    pc: ModuleType, start_cluster: StartCluster, blocking: BlockingQuery
+) -> None:
+    status = pc.ComputeContextStatus
+    context = pc.ComputeContext(workspace="playground", cpus=2, memory=4)
+    assert context.get_status() is status.UNINITIALIZED
+    context.start()
+    assert context.get_status() is status.IDLE
+    query = blocking.lazy_frame().remote(context).execute(blocking=False)
+    assert context.get_status() is status.RUNNING
+    blocking.release()
+    query.await_result()
+    assert context.get_status() is status.IDLE
+
+    other = pc.ComputeContext.connect(context._compute_id, workspace="playground")
+    context.stop()
+    assert other.get_status() is status.STOPPED
+    with pytest.raises(RuntimeError, match="Context is in an incorrect state"):
+        pc.ComputeContext.connect(context._compute_id, workspace="playground")
+
+
+def test_another_process_connects_by_id_and_shares_the_cluster(
+    emulator: RunningEmulator, start_cluster: StartCluster, run_client: RunClient
+) -> None:
+    cluster_id = start_cluster()._compute_id
+    code = f"""
+ctx = pc.ComputeContext.connect("{cluster_id}", workspace="playground")
+print(pl.LazyFrame({{"x": [1, 2]}}).remote(ctx).execute().n_rows_total)
+"""
+    assert run_client(emulator.environment, code) == "2"
+    [query] = emulator.state()["queries"]
+    assert query["cluster_id"] == str(cluster_id)
+
+
+def test_stopping_twice_is_quiet_and_changes_nothing(
+    emulator: RunningEmulator, start_cluster: StartCluster, rest: httpx.Client
+) -> None:
+    context = start_cluster()
+    context.stop()
+    first = emulator.state()["clusters"]
+    assert rest.post(f"{WORKSPACE}/compute/{context._compute_id}/stop").status_code == 204
+    assert emulator.state()["clusters"] == first
+
+
+def test_stopped_cluster_refuses_queries_at_once(
+    pc: ModuleType, emulator: RunningEmulator, start_cluster: StartCluster
+) -> None:
+    context = start_cluster()
+    unaware = pc.ComputeContext.connect(context._compute_id, workspace="playground")
+    pl.LazyFrame({"x": [1]}).remote(unaware).execute()
+    context.stop()
+    with pytest.raises(RuntimeError, match="is Stopped: it takes no query"):
+        pl.LazyFrame({"x": [1]}).remote(unaware).execute()
+    assert len(emulator.state()["queries"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"python_version": {"major": 3, "minor": 10, "patch": 4}}, "start the emulator with the"),
+        ({"polars_version": "1.44.2"}, "workers run Polars"),
+        ({"cluster_size": 0}, "cluster_size must be at least 1"),
+        ({"idle_timeout_mins": 9}, "idle_timeout_mins must be at least 10"),
+        ({"specs": None}, "give either cpus and memory or an instance type"),
+        ({"cluster_size": "many"}, "Expected `int`, got `str` - at `$.cluster_size`"),
+        ({"mode": None}, "is not understood"),
+    ],
+)
+def test_cluster_that_cannot_be_is_refused_in_words(
+    emulator: RunningEmulator, rest: httpx.Client, changed: dict[str, Any], words: str
+) -> None:
+    answer = rest.post(f"{WORKSPACE}/compute/start", json=CLUSTER | changed)
+    assert answer.status_code == 400
+    assert answer.json()["errors"] == {}
+    assert words in answer.json()["message"]
+    assert emulator.state()["clusters"] == []
+
+
+def test_client_sees_the_words_of_a_refusal(start_cluster: StartCluster) -> None:
+    with pytest.raises(ValueError, match="idle_timeout_mins must be at least 10"):
+        start_cluster(idle_timeout_mins=9)
+    start_cluster(idle_timeout_mins=10)
+
+
+@pytest.mark.parametrize("broken", [{"PYTHONPATH": "nowhere"}, {"NOT=A=NAME": ""}])
+def test_cluster_whose_workers_cannot_start_has_failed(
+    emulator: RunningEmulator, start_cluster: StartCluster, broken: dict[str, str]
+) -> None:
+    # The client may see the cluster before its workers have failed, or after.
+    with contextlib.suppress(RuntimeError):
+        start_cluster(env_vars=broken)
+    eventually(lambda: emulator.state()["clusters"][0]["status"] == "Failed")
+    [cluster] = emulator.state()["clusters"]
+    assert cluster["termination_reason"] == "Failed"
+    assert cluster["worker_pids"] == []
+    with rest_client(emulator.environment) as rest:
+        model = rest.get(f"{WORKSPACE}/compute/{cluster['id']}").json()
+    assert "a worker could not start" in model["termination"]["termination_message"]
+
+
+def test_query_that_is_canceled_while_its_worker_starts_never_runs(
+    pc: ModuleType, start_cluster: StartCluster, blocking: BlockingQuery
+) -> None:
+    context = start_cluster()
+    query = blocking.lazy_frame().remote(context).execute(blocking=False)
+    query.cancel()
+    after = pl.LazyFrame({"x": [1]}).remote(context).execute()
+    assert after.status is pc.QueryStatus.SUCCESS
+    assert query.get_status() is pc.QueryStatus.CANCELED
+    assert not blocking.has_started
+
+
+def test_idle_timeout_stops_a_cluster_that_does_nothing(
+    emulator_here: StartEmulator, run_client: RunClient, blocking: BlockingQuery
+) -> None:
+    clock = Clock()
+    emulator = emulator_here(clock=clock)
+
+    def clusters() -> dict[int, dict[str, Any]]:
+        return {cluster["idle_timeout_mins"]: cluster for cluster in emulator.state()["clusters"]}
+
+    start_and_query = f"""
+from pathlib import Path
+from tests.emulator.blocking_query import BlockingQuery
+for minutes in (10, 15, 20):
+    ctx = pc.ComputeContext(
+        workspace="playground", cpus=2, memory=4, idle_timeout_mins=minutes
+    )
+    ctx.start()
+blocking = BlockingQuery(Path("{blocking.directory}"))
+blocking.lazy_frame().remote(ctx).execute(blocking=False)
+"""
+    run_client(emulator.environment, start_and_query)
+    blocking.wait_for_start()
+    pids = clusters()[10]["worker_pids"]
+
+    clock.advance(timedelta(minutes=12))
+    eventually(lambda: clusters()[10]["status"] == "Stopped")
+    assert clusters()[15]["status"] == "Idle"
+    assert clusters()[10]["termination_reason"] == "StoppedInactive"
+    assert 12 * 60 <= clusters()[10]["billed_seconds"] < 13 * 60
+    assert none_running(pids)
+
+    clock.advance(timedelta(hours=1))
+    eventually(lambda: clusters()[15]["status"] == "Stopped")
+    assert clusters()[20]["status"] == "Running"
+    blocking.release()
+    eventually(lambda: clusters()[20]["status"] == "Idle")
+    clock.advance(timedelta(minutes=20))
+    eventually(lambda: clusters()[20]["status"] == "Stopped")
+
+    with rest_client(emulator.environment) as rest:
+        model = rest.get(f"{WORKSPACE}/compute/{clusters()[20]['id']}").json()
+    assert model["termination"]["termination_reason"] == "StoppedInactive"
+    assert model["termination"]["termination_message"] == "idle timeout"
+
+
+def test_query_submitted_while_the_cluster_starts_waits_for_it(
+    emulator_here: StartEmulator, run_client: RunClient
+) -> None:
+    clock = Clock()
+    emulator = emulator_here(clock=clock, startup_delay=timedelta(minutes=2))
+    with rest_client(emulator.environment) as rest:
+        # By hand: the client looks at a starting cluster again after half a minute only.
+        cluster = rest.post(f"{WORKSPACE}/compute/start", json=CLUSTER).json()
+        assert cluster["status"] == "Starting"
+        submit = f"""
+ctx = pc.ComputeContext.connect("{cluster["id"]}", workspace="playground")
+print(ctx.get_status().name)
+print(pl.LazyFrame({{"x": [1]}}).remote(ctx).execute(blocking=False).get_status().name)
+"""
+        assert run_client(emulator.environment, submit).split() == ["STARTING", "SCHEDULED"]
+        clock.advance(timedelta(minutes=2))
+        eventually(lambda: emulator.state()["queries"][0]["status"] == "Success")
+        assert rest.get(f"{WORKSPACE}/compute/{cluster['id']}").json()["status"] == "Idle"

@@ -1,0 +1,316 @@
+"""``python -m polars_cloud_emulator serve``: start, stop, and what is left behind."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import psutil
+import pytest
+
+from polars_cloud_emulator.clock import Clock
+from polars_cloud_emulator.env_file import read_env_file, write_env_file
+from polars_cloud_emulator.server import Emulator
+from polars_cloud_emulator.testing import RunningEmulator
+from tests.emulator.blocking_query import BlockingQuery
+from tests.emulator.processes import descendants, none_running
+from tests.emulator.raw_calls import access_token, rest_client, tls_client
+from tests.waiting import eventually
+
+RunClient = Callable[..., str]
+SUBMIT = """
+from pathlib import Path
+from tests.emulator.blocking_query import BlockingQuery
+ctx = pc.ComputeContext(workspace="playground", cpus=2, memory=4, cluster_size=2)
+ctx.start()
+blocking = BlockingQuery(Path("{directory}"))
+query = blocking.lazy_frame().remote(ctx).sink_parquet("s3://your-bucket/mine/")
+"""
+
+
+class Served(RunningEmulator):
+    """An emulator that was started from the command line, once it is ready."""
+
+    process: "subprocess.Popen[str]"
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
+        """Exit code, and what came on standard output after the first line and on error."""
+        self.process.send_signal(number)
+        output, errors = self.process.communicate(timeout=60)
+        return self.process.returncode, output, errors
+
+
+def command(*options: object) -> list[str]:
+    return [sys.executable, "-m", "polars_cloud_emulator", "serve", *map(str, options)]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    with contextlib.ExitStack() as started:
+
+        def start(*options: object) -> Served:
+            env_file = tmp_path / "env"
+            process = subprocess.Popen(
+                command("--env-file", env_file, *options),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            started.enter_context(process)
+            started.callback(process.kill)
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            served = Served(read_env_file(env_file), process.pid)
+            object.__setattr__(served, "process", process)
+            shell = f"set -a; . {env_file}; set +a"
+            ready = f"Polars Cloud emulator ready at {served.rest_url}"
+            assert line == f"{ready}; in another shell: {shell}\n"
+            return served
+
+        yield start
+
+
+@pytest.fixture
+def port_base() -> int:
+    """The first of three free ports in a row."""
+    while True:
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError, OverflowError):
+            first = held.enter_context(socket.create_server(("127.0.0.1", 0)))
+            base: int = first.getsockname()[1]
+            for port in (base + 1, base + 2):
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+            return base
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_the_emulator_and_every_process_in_the_middle_of_a_query(
+    serve: Callable[..., Served], run_client: RunClient, blocking: BlockingQuery, number: int
+) -> None:
+    served = serve("--port-base", 0)
+    run_client(served.environment, SUBMIT.format(directory=blocking.directory))
+    blocking.wait_for_start()
+    processes = descendants(served.pid)
+    assert len(processes) == 2
+    assert served.stop(number) == (0, "", "")
+    assert none_running(processes)
+
+
+def test_emulator_that_is_killed_leaves_no_worker_behind(
+    serve: Callable[..., Served], run_client: RunClient, blocking: BlockingQuery
+) -> None:
+    served = serve("--port-base", 0)
+    run_client(served.environment, SUBMIT.format(directory=blocking.directory))
+    blocking.wait_for_start()
+    processes = descendants(served.pid)
+    assert len(processes) == 2
+    served.stop(signal.SIGKILL)
+    eventually(lambda: none_running(processes))
+
+
+def test_connection_that_a_client_keeps_open_does_not_hold_up_the_end(
+    serve: Callable[..., Served],
+) -> None:
+    served = serve("--port-base", 0)
+    with tls_client(served.environment) as tls, rest_client(served.environment) as rest:
+        assert tls.get("/").status_code == rest.get("/").status_code == 501
+        served.process.send_signal(signal.SIGTERM)
+        # An asyncio server would wait 30 s for a goodbye that does not come.
+        _, errors = served.process.communicate(timeout=15)
+    assert errors == ""
+
+
+def test_ready_means_that_everything_listens_on_loopback_alone(
+    serve: Callable[..., Served], port_base: int
+) -> None:
+    served = serve("--port-base", port_base)
+    listening = {
+        (connection.laddr.ip, connection.laddr.port)
+        for connection in psutil.Process(served.pid).net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening == {("127.0.0.1", port_base + n) for n in range(3)}
+    assert served.rest_url == f"http://127.0.0.1:{port_base}"
+    assert access_token(served.environment)
+
+
+def test_env_file_has_every_variable_and_only_its_owner_reads_it(
+    serve: Callable[..., Served], tmp_path: Path
+) -> None:
+    env_file = tmp_path / "env"
+    env_file.touch(mode=0o644)
+    environment = serve("--port-base", 0).environment
+    assert env_file.stat().st_mode & 0o777 == 0o600
+    assert set(environment) == {
+        "POLARS_CLOUD_API_ADDR",
+        "POLARS_CLOUD_DOMAIN",
+        "POLARS_CLOUD_CONFIG_DIR",
+        "POLARS_CLOUD_CLIENT_ID",
+        "POLARS_CLOUD_CLIENT_SECRET",
+        "AIRFLOW_CONN_POLARS_CLOUD",
+        "SSL_CERT_DIR",
+        "NO_PROXY",
+        "AWS_ENDPOINT_URL",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_REGION",
+        "AWS_DEFAULT_REGION",
+    }
+
+
+def test_env_file_reads_the_same_in_a_shell_and_here(tmp_path: Path) -> None:
+    environment = {"A": "two words", "B": 'it\'s "quoted" $HOME `x` \\', "C": ""}
+    path = tmp_path / "a directory" / "env"
+    write_env_file(path, environment)
+    assert read_env_file(path) == environment
+    script = 'set -a; . "$0"; printf "%s\\n" "$A" "$B" "$C"'
+    shell = subprocess.run(["sh", "-c", script, path], capture_output=True, text=True, check=True)
+    assert shell.stdout.splitlines() == list(environment.values())
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_taken_port_is_named_in_one_sentence(port_base: int, taken: int) -> None:
+    with socket.create_server(("127.0.0.1", port_base + taken)):
+        ran = subprocess.run(
+            command("--port-base", port_base), capture_output=True, text=True, timeout=60
+        )
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert len(ran.stderr.splitlines()) == 1
+    assert "Address already in use" in ran.stderr
+    assert str(port_base + taken) in ran.stderr
+    assert "is another emulator running? try --port-base" in ran.stderr
+
+
+def test_wait_survives_a_restart_of_the_emulator(
+    serve: Callable[..., Served],
+    run_client: RunClient,
+    port_base: int,
+    blocking: BlockingQuery,
+    tmp_path: Path,
+) -> None:
+    options = ("--port-base", port_base, "--state-dir", tmp_path / "state")
+    first = serve(*options)
+    code = SUBMIT.format(directory=blocking.directory) + "print(query.await_result().n_rows_total)"
+    with ThreadPoolExecutor() as background:
+        waiting = background.submit(run_client, first.environment, code)
+        try:
+            blocking.wait_for_start()
+            before = first.state()
+            assert first.stop() == (0, "", "")
+            second = serve(*options)
+            assert second.environment == first.environment
+            assert not waiting.done()
+        finally:
+            blocking.release()
+        assert waiting.result() == "3"
+    assert ids(second.state()) == ids(before)
+    assert second.state()["queries"][0]["status"] == "Success"
+
+
+def ids(state: dict[str, Any]) -> list[str]:
+    return [item["id"] for kind in ("clusters", "queries") for item in state[kind]]
+
+
+def test_second_start_in_a_state_directory_keeps_secret_trust_and_data(
+    serve: Callable[..., Served], run_client: RunClient, tmp_path: Path
+) -> None:
+    options = ("--port-base", 0, "--state-dir", tmp_path / "state")
+    first = serve(*options)
+    token = access_token(first.environment)
+    write = """
+ctx = pc.ComputeContext(workspace="playground", cpus=2, memory=4)
+ctx.register("airflow-production")
+remote = pl.LazyFrame({"x": [1, 2]}).remote(ctx)
+remote.sink_parquet("s3://your-bucket/mine/").await_result()
+ctx.stop()
+"""
+    run_client(first.environment, write)
+    before = first.state()
+    assert first.stop() == (0, "", "")
+    assert os.stat(tmp_path / "state").st_mode & 0o777 == 0o700
+
+    second = serve(*options)
+    [authority] = Path(first.environment["SSL_CERT_DIR"]).iterdir()
+    assert Path(second.environment["SSL_CERT_DIR"]) == authority.parent
+    secret = "POLARS_CLOUD_CLIENT_SECRET"
+    assert second.environment[secret] == first.environment[secret]
+    assert access_token(second.environment)
+    with rest_client(second.environment) as rest:
+        rest.headers["authorization"] = f"Bearer {token}"
+        assert rest.get("/api/v1/user/me").status_code == 200
+    assert second.state() == before
+    read = 'print(pl.read_parquet("s3://your-bucket/mine/")["x"].to_list())'
+    assert run_client(second.environment, read) == "[1, 2]"
+
+
+def test_the_shop_is_open_on_the_day_of_a_later_start_and_on_every_day_after_it(
+    tmp_path: Path,
+) -> None:
+    clock = Clock()
+
+    def is_open_until_tomorrow(emulator: Emulator) -> bool:
+        return last_day_of_sales(emulator) == clock.now().date() + timedelta(days=1)
+
+    for _ in range(2):
+        clock.advance(timedelta(days=40))
+        with Emulator(clock=clock, state_dir=tmp_path / "state") as emulator:
+            assert is_open_until_tomorrow(emulator)
+            clock.advance(timedelta(days=40))
+            eventually(partial(is_open_until_tomorrow, emulator))
+
+
+def last_day_of_sales(emulator: Emulator) -> date:
+    options = {
+        "aws_endpoint_url": emulator.environment["AWS_ENDPOINT_URL"],
+        "aws_access_key_id": "any",
+        "aws_secret_access_key": "any",
+        "aws_region": "us-east-1",
+    }
+    sales = pl.scan_parquet("s3://your-bucket/sales/", storage_options=options)
+    day: date = sales.select(pl.max("date")).collect().item()
+    return day
+
+
+def test_variables_of_the_users_own_s3_and_proxy_lead_nowhere(
+    serve: Callable[..., Served], run_client: RunClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_PROFILE", "unknown")
+    served = serve("--port-base", 0)
+    for name in ("HTTP_PROXY", "http_proxy", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"):
+        monkeypatch.delenv(name)
+    query = """
+ctx = pc.ComputeContext(workspace="playground", cpus=2, memory=4)
+print(pl.scan_parquet("s3://your-bucket/returns/").select(pl.len()).remote(ctx).execute().status)
+"""
+    assert run_client(served.environment, query) == "QueryStatus.SUCCESS"
+
+
+def test_port_that_cannot_be_is_named() -> None:
+    ran = subprocess.run(command("--port-base", 70000), capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 1
+    assert "--port-base 70000" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize("state", ["{", "{}"])
+def test_state_that_cannot_be_read_is_named(state: str, tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text(state)
+    ran = subprocess.run(
+        command("--port-base", 0, "--state-dir", tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert str(tmp_path / "state.json") in ran.stderr
+    assert len(ran.stderr.splitlines()) == 1

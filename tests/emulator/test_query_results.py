@@ -1,0 +1,265 @@
+"""What a query reads, writes, answers and raises."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+
+from polars_cloud_emulator.testing import RunningEmulator
+
+SALES = "s3://your-bucket/sales/"
+
+StartCluster = Callable[..., Any]
+
+
+@pytest.fixture
+def context(start_cluster: StartCluster) -> Any:
+    return start_cluster()
+
+
+def revenue_by_region() -> pl.LazyFrame:
+    return (
+        pl.scan_parquet(SALES)
+        .filter(pl.col("status") == "completed")
+        .group_by("region")
+        .agg(pl.len(), revenue=(pl.col("quantity") * pl.col("unit_price")).sum())
+        .sort("region")
+    )
+
+
+def test_sink_to_a_directory_writes_what_the_query_gives_locally(context: Any) -> None:
+    target = "s3://your-bucket/revenue/"
+    query = revenue_by_region().remote(context).sink_parquet(target)
+    result = query.await_result()
+    expected = revenue_by_region().collect()
+    assert result.location == [f"{target}00000000.parquet"]
+    assert result.n_rows_total == expected.height
+    assert result.file_type == "parquet"
+    assert_frame_equal(result.head, expected.head(10))
+    assert_frame_equal(pl.read_parquet(target), expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "engine", "recorded"),
+    [
+        ("distributed", "auto", "streaming"),
+        ("single_node", "streaming", "streaming"),
+        ("single_node", "in-memory", "in-memory"),
+    ],
+)
+def test_result_without_a_destination_is_readable_at_its_location(
+    emulator: RunningEmulator, context: Any, mode: str, engine: str, recorded: str
+) -> None:
+    remote = getattr(revenue_by_region().remote(context, engine=engine), mode)()
+    result = remote.execute()
+    [location] = result.location
+    expected = revenue_by_region().collect()
+    assert_frame_equal(pl.read_parquet(location), expected)
+    assert_frame_equal(result.lazy().collect(), expected)
+    [query] = emulator.state()["queries"]
+    assert (query["mode"], query["engine"]) == (mode, recorded)
+
+
+@pytest.mark.parametrize(
+    ("sink", "target", "location", "read"),
+    [
+        ("sink_parquet", "x/", "x/00000000.parquet", pl.read_parquet),
+        ("sink_parquet", "x", "x/00000000.parquet", pl.read_parquet),
+        ("sink_parquet", "x/one.parquet", "x/one.parquet", pl.read_parquet),
+        ("sink_csv", "x/", "x/00000000.csv", pl.read_csv),
+        ("sink_ipc", "x/", "x/00000000.ipc", pl.read_ipc),
+    ],
+)
+def test_each_sink_writes_the_file_that_it_reports(
+    context: Any, sink: str, target: str, location: str, read: Callable[[str], pl.DataFrame]
+) -> None:
+    frame = pl.DataFrame({"product": ["tea", "jam", None], "quantity": [1, 2, 3]})
+    remote = frame.lazy().remote(context).single_node()
+    result = getattr(remote, sink)(f"s3://your-bucket/{target}").await_result()
+    assert result.location == [f"s3://your-bucket/{location}"]
+    assert result.file_type == sink.removeprefix("sink_")
+    assert result.n_rows_total == 3
+    assert_frame_equal(result.head, frame)
+    assert_frame_equal(read(result.location[0]), frame)
+
+
+@pytest.mark.parametrize("sink", ["sink_parquet", "sink_csv", "sink_ipc"])
+def test_rows_are_those_of_the_latest_query_that_wrote_there(context: Any, sink: str) -> None:
+    for rows in (5, 2, 3):
+        remote = pl.LazyFrame({"x": range(rows)}).remote(context)
+        result = getattr(remote, sink)("s3://your-bucket/x/").await_result()
+        assert result.n_rows_total == result.head.height == rows
+
+
+def test_csv_without_header_is_counted_right(context: Any) -> None:
+    remote = pl.LazyFrame({"x": [1, 2]}).remote(context)
+    result = remote.sink_csv("s3://your-bucket/x/", include_header=False).await_result()
+    assert result.n_rows_total == 2
+
+
+def test_partitioned_sink_writes_one_directory_per_key(context: Any) -> None:
+    target = "s3://your-bucket/by_region/"
+    frame = pl.DataFrame({"region": ["North", "South", "North"], "quantity": [1, 2, 3]})
+    remote = frame.lazy().remote(context)
+    result = remote.sink_parquet(pl.PartitionBy(target, key="region")).await_result()
+    assert result.location == [target]
+    assert result.n_rows_total == 3
+    assert_frame_equal(pl.read_parquet(target).sort("quantity"), frame)
+    assert pl.read_parquet(f"{target}region=North/").height == 2
+
+
+def test_several_sinks_run_as_one_query(emulator: RunningEmulator, context: Any) -> None:
+    frame = pl.LazyFrame({"x": [1, 2]})
+    sinks = [
+        frame.sink_ndjson("s3://your-bucket/both/x.ndjson", lazy=True),
+        frame.select(pl.col("x") * 2).sink_parquet("s3://your-bucket/both/x.parquet", lazy=True),
+    ]
+    result = pl.collect_all(sinks, lazy=True).remote(context).execute()
+    assert result.file_type == "ndjson"
+    first, second = result.location
+    assert pl.read_ndjson(first)["x"].to_list() == [1, 2]
+    assert pl.read_parquet(second)["x"].to_list() == [2, 4]
+    assert len(emulator.state()["queries"]) == 1
+
+
+def test_empty_result_is_a_file_without_rows(context: Any) -> None:
+    result = pl.LazyFrame({"x": [1]}).filter(pl.col("x") > 1).remote(context).execute()
+    assert (result.n_rows_total, result.head.shape) == (0, (0, 1))
+    assert pl.read_parquet(result.location[0]).schema == {"x": pl.Int64}
+
+
+def test_secrets_of_a_sink_read_its_result_back(context: Any) -> None:
+    frame = pl.LazyFrame({"x": [1, 2]})
+    options = {"aws_access_key_id": "the-key", "aws_secret_access_key": "a-storage-secret"}
+    remote = frame.remote(context)
+    result = remote.sink_parquet("s3://your-bucket/x/", storage_options=options).await_result()
+    assert result.n_rows_total == 2
+
+
+def test_optimization_flags_reach_the_worker(context: Any, tmp_path: Path) -> None:
+    columns = tmp_path / "columns"
+
+    def write_columns(df: pl.DataFrame) -> pl.DataFrame:
+        columns.write_text(" ".join(df.columns))
+        return df
+
+    pl.DataFrame({"x": [1], "y": [2]}).write_parquet(tmp_path / "frame.parquet")
+    frame = pl.scan_parquet(tmp_path / "frame.parquet").map_batches(
+        write_columns, projection_pushdown=True, validate_output_schema=False
+    )
+    for flags, seen in [(pl.QueryOptFlags(), "x"), (pl.QueryOptFlags.none(), "x y")]:
+        frame.select("x").remote(context).execute(optimizations=flags)
+        assert columns.read_text() == seen
+
+
+def test_user_function_that_prints_does_not_disturb_the_worker(context: Any) -> None:
+    def talk(df: pl.DataFrame) -> pl.DataFrame:
+        import os
+
+        print("a line" * 10_000, flush=True)
+        os.write(1, b"\x00\x00\x00\x01 bytes that look like an answer\n")
+        return df
+
+    for _ in range(2):
+        result = pl.LazyFrame({"x": [1]}).map_batches(talk).remote(context).execute()
+        assert result.n_rows_total == 1
+
+
+def test_large_plan_and_result_pass(context: Any) -> None:
+    frame = pl.LazyFrame({"x": range(1_000_000)})
+    assert frame.remote(context).execute().n_rows_total == 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("frame", "error", "words"),
+    [
+        (pl.scan_parquet(SALES).select("nope"), pl.exceptions.ColumnNotFoundError, '"nope"'),
+        (
+            pl.LazyFrame({"x": ["a"]}).select(pl.col("x").cast(pl.Int64)),
+            pl.exceptions.InvalidOperationError,
+            "conversion from `str` to `i64` failed",
+        ),
+        (
+            pl.LazyFrame({"x": [1]}).join(pl.LazyFrame({"x": ["a"]}), on="x"),
+            pl.exceptions.SchemaError,
+            "datatypes of join keys",
+        ),
+        (
+            pl.scan_parquet("s3://your-bucket/missing/"),
+            pl.exceptions.ComputeError,
+            "expanded paths were empty",
+        ),
+        (pl.scan_parquet("s3://nobodys-bucket/x.parquet"), FileNotFoundError, "not found"),
+        (pl.scan_csv("/missing/x.csv"), FileNotFoundError, "/missing/x.csv"),
+    ],
+)
+def test_failed_query_raises_the_exception_of_the_worker(
+    pc: ModuleType, context: Any, frame: pl.LazyFrame, error: type[Exception], words: str
+) -> None:
+    query = frame.remote(context).sink_parquet("s3://your-bucket/never/")
+    with pytest.raises(error, match=words):
+        query.await_result()
+    assert query.get_status() is pc.QueryStatus.FAILED
+    result = query.await_result(raise_on_failure=False)
+    assert (result.status, result.location) == (pc.QueryStatus.FAILED, [])
+
+
+@pytest.mark.parametrize(
+    ("raised", "caught"),
+    [
+        (ZeroDivisionError("division by zero"), ZeroDivisionError),
+        (KeyError("region"), KeyError),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), ValueError),
+        (LookupError("words: with, punctuation\nand lines"), LookupError),
+    ],
+)
+def test_exception_of_a_user_function_keeps_its_type(
+    context: Any, raised: Exception, caught: type[Exception]
+) -> None:
+    def fail(df: pl.DataFrame) -> pl.DataFrame:
+        raise raised
+
+    query = pl.LazyFrame({"x": [1]}).map_batches(fail).remote(context).execute(blocking=False)
+    with pytest.raises(caught) as error:
+        query.await_result()
+    assert type(error.value) is caught
+    assert str(raised) in str(error.value)
+    assert pl.LazyFrame({"x": [1]}).remote(context).execute().n_rows_total == 1
+
+
+def test_explaining_is_refused_in_words(context: Any) -> None:
+    with pytest.raises(pl.exceptions.ComputeError, match="executes queries; it does not explain"):
+        pl.LazyFrame({"x": [1]}).remote(context).explain()
+
+
+def test_labels_and_user_are_recorded(
+    emulator: RunningEmulator, context: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLARS_CLOUD_USER_NAME", "daily-report")
+    remote = pl.LazyFrame({"x": [1]}).remote(context).labels(["daily", "run 1"])
+    remote.execute()
+    [query] = emulator.state()["queries"]
+    assert query["labels"] == ["daily", "run 1"]
+    assert query["user"] == "daily-report"
+    assert query["n_rows"] == 1
+    assert query["submitted_at"] <= query["started_at"] < query["ended_at"]
+
+
+@pytest.mark.parametrize("select", ["x", "nope"])
+def test_observatory_gives_the_details_of_a_query(context: Any, select: str) -> None:
+    remote = pl.LazyFrame({"x": [1, 2]}).select(select).remote(context).single_node()
+    query = remote.execute(blocking=False)
+    query.await_result(raise_on_failure=False)
+    details = query._client.get_query_details(query._query_id)
+    succeeded = select == "x"
+    assert details.id == str(query._query_id)
+    assert details.status == ("Success" if succeeded else "Failed")
+    assert (details.engine, details.query_type) == ("Streaming", "Single")
+    assert details.finished_stages == ([0] if succeeded else [])
+    assert details.in_progress_stages == []
+    assert details.output_rows == (2 if succeeded else None)
+    assert details.total_node_time_ns > 0

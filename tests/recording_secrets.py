@@ -1,0 +1,15 @@
+"""A secrets backend that holds nothing and remembers who asked."""
+
+from airflow.secrets.base_secrets import BaseSecretsBackend
+
+accesses: list[str] = []
+
+
+class RecordingSecrets(BaseSecretsBackend):
+    """Asked before every other backend."""
+
+    def get_conn_value(self, conn_id: str, team_name: str | None = None) -> None:
+        accesses.append(f"Connection {conn_id}")
+
+    def get_variable(self, key: str, team_name: str | None = None) -> None:
+        accesses.append(f"Variable {key}")

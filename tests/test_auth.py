@@ -1,0 +1,294 @@
+"""`include/auth.py` against the emulator, through the unmodified client."""
+
+import asyncio
+import inspect
+import json
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from traceback import TracebackException
+
+import pytest
+from airflow.configuration import conf
+from airflow.sdk import task
+from airflow.sdk.exceptions import AirflowFailException
+
+from include.auth import authenticate
+
+REPOSITORY = Path(__file__).parents[1]
+WRONG_SECRET = "not-the-client-secret"
+WHERE = "under Admin > Connections, in AIRFLOW_CONN_POLARS_CLOUD or in your secrets backend"
+WHAT = "type = HTTP, login = client ID and password = client secret"
+
+pytestmark = pytest.mark.usefixtures("emulator")
+
+LOG_IN = """
+from include.auth import authenticate
+
+@authenticate
+def run_query():
+    print("the query ran")
+
+run_query()
+"""
+
+DAG_FILE = """
+from airflow.sdk import dag, task
+from include.auth import authenticate
+
+@dag
+def logs_in():
+    @task
+    @authenticate
+    def run_query() -> str:
+        return "the query ran"
+
+    @task
+    @authenticate
+    async def await_query() -> str:
+        return "the query was awaited"
+
+    @task
+    @authenticate
+    def fail_query():
+        raise RuntimeError("the query failed")
+
+    @task(retries=3)
+    @authenticate(conn_id="wrong_secret")
+    def never_run():
+        pass
+
+    run_query(), await_query(), fail_query(), never_run()
+
+if __name__ == "__main__":
+    for ti in logs_in().test().get_task_instances():
+        print(ti.task_id, ti.state, "after try", ti.try_number)
+else:
+    logs_in()
+"""
+
+
+@authenticate
+def run_query(region: str, *, limit: int = 10) -> "Mapping[str, str]":
+    """Sum the sales."""
+    return {"region": region, "limit": str(limit)}
+
+
+@authenticate(conn_id="nightly")
+def run_nightly_query() -> str:
+    return "the query ran"
+
+
+@authenticate
+async def await_query(region: str) -> dict[str, str]:
+    return {"region": region}
+
+
+def connection(login: str, password: str) -> str:
+    return json.dumps({"conn_type": "http", "login": login, "password": password})
+
+
+def run_python(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a fresh interpreter, as the client reads its environment when it is imported."""
+    return subprocess.run(
+        [sys.executable, *args],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def refusal(function: Callable[[], object]) -> str:
+    """The sentence of a failure that Airflow does not retry, after a search for the secret."""
+    with pytest.raises(AirflowFailException) as caught:
+        function()
+    error = caught.value
+    assert error.__cause__ is None
+    assert error.__context__ is None
+    frames = error.__traceback__.tb_next.tb_next  # type: ignore[union-attr]  # below this module
+    rendered = "".join(TracebackException(type(error), error, frames, capture_locals=True).format())
+    assert "conn_id = 'polars_cloud'" in rendered
+    assert WRONG_SECRET not in rendered
+    assert os.environ["POLARS_CLOUD_CLIENT_SECRET"] not in rendered
+    return str(error)
+
+
+@contextmanager
+def rest_api_that_answers(status: int, body: str) -> Iterator[str]:
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_function_runs_logged_in_with_its_arguments() -> None:
+    assert run_query("north", limit=3) == {"region": "north", "limit": "3"}
+
+
+def test_coroutine_function_runs_logged_in_with_its_arguments() -> None:
+    assert inspect.iscoroutinefunction(await_query)
+    assert asyncio.run(await_query("north")) == {"region": "north"}
+
+
+def test_another_connection_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIRFLOW_CONN_NIGHTLY", os.environ["AIRFLOW_CONN_POLARS_CLOUD"])
+    monkeypatch.delenv("AIRFLOW_CONN_POLARS_CLOUD")
+    assert run_nightly_query() == "the query ran"
+
+
+def test_signature_name_and_docstring_are_kept() -> None:
+    signature = inspect.signature(run_query)
+    assert [str(parameter) for parameter in signature.parameters.values()] == [
+        "region: str",
+        "limit: int = 10",
+    ]
+    assert run_query.__name__ == "run_query"
+    assert run_query.__doc__ == "Sum the sales."
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [(run_query, True), (await_query, True), (run_nightly_query, False)],
+)
+def test_taskflow_infers_multiple_outputs(function: Callable[..., object], expected: bool) -> None:
+    assert task(function).multiple_outputs is expected
+
+
+def test_return_type_imported_for_type_checking_only_does_not_stop_the_dag_file() -> None:
+    @authenticate
+    def list_clusters() -> "ComputeContext":  # type: ignore[name-defined]  # noqa: F821
+        pass
+
+    assert task(list_clusters).multiple_outputs is False
+
+
+def test_decorating_a_task_is_refused_with_the_right_order() -> None:
+    with pytest.raises(TypeError, match="put it below @task"):
+        authenticate(task(lambda: None))
+
+
+def test_naming_the_connection_by_position_is_refused_with_the_right_spelling() -> None:
+    with pytest.raises(TypeError, match=r'@authenticate\(conn_id="..."\)'):
+        authenticate("nightly")  # type: ignore[call-overload]
+
+
+def test_decorating_imports_no_client_and_reads_no_connection() -> None:
+    script = LOG_IN.replace(
+        "\nrun_query()\n", "\nimport sys\nprint('polars_cloud' in sys.modules)\n"
+    )
+    ran = run_python("-c", script, AIRFLOW_CONN_POLARS_CLOUD="")
+    assert ran.stdout == "False\n", ran.stderr
+
+
+def test_module_works_on_its_own(tmp_path: Path) -> None:
+    shutil.copy(REPOSITORY / "include" / "auth.py", tmp_path)
+    script = LOG_IN.replace("include.auth", "auth")
+    ran = run_python("-c", script, PYTHONPATH=str(tmp_path))
+    assert ran.stdout == "the query ran\n", ran.stderr
+
+
+def test_missing_connection_says_what_to_set_and_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AIRFLOW_CONN_POLARS_CLOUD")
+    sentence = refusal(lambda: run_query("north"))
+    assert sentence.startswith("The Airflow Connection 'polars_cloud' is missing: ")
+    assert WHERE in sentence
+    assert WHAT in sentence
+
+
+@pytest.mark.parametrize(
+    ("login", "password", "problem"),
+    [
+        ("", WRONG_SECRET, "has no login"),
+        ("a-client", "", "has no password"),
+        ("a-client", WRONG_SECRET, "was refused by Polars Cloud"),
+    ],
+)
+@pytest.mark.parametrize("run", [run_query, lambda region: asyncio.run(await_query(region))])
+def test_wrong_connection_says_what_to_set_and_where(
+    run: Callable[[str], object],
+    login: str,
+    password: str,
+    problem: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AIRFLOW_CONN_POLARS_CLOUD", connection(login, password))
+    sentence = refusal(lambda: run("north"))
+    assert sentence.startswith(f"The Airflow Connection 'polars_cloud' {problem}: ")
+    assert WHERE in sentence
+    assert WHAT in sentence
+
+
+def test_wrong_secret_of_a_known_client_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    client_id = os.environ["POLARS_CLOUD_CLIENT_ID"]
+    monkeypatch.setenv("AIRFLOW_CONN_POLARS_CLOUD", connection(client_id, WRONG_SECRET))
+    assert "was refused by Polars Cloud" in refusal(lambda: run_query("north"))
+
+
+def test_token_that_the_rest_api_refuses_is_not_retried() -> None:
+    with rest_api_that_answers(401, "{}") as address:
+        ran = run_python("-c", LOG_IN, POLARS_CLOUD_API_ADDR=address)
+    assert "AirflowFailException: The Airflow Connection 'polars_cloud' was refused" in ran.stderr
+
+
+def test_words_of_the_rest_api_come_through() -> None:
+    words = "polars_cloud 0.11.3 is not supported: install polars_cloud 0.12"
+    with rest_api_that_answers(400, json.dumps({"message": words, "errors": {}})) as address:
+        ran = run_python("-c", LOG_IN, POLARS_CLOUD_API_ADDR=address)
+    assert "ValueError" in ran.stderr
+    assert words in ran.stderr
+
+
+def test_unreachable_service_is_retried_and_says_what_to_check() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        closed_port = server.getsockname()[1]
+    ran = run_python("-c", LOG_IN, POLARS_CLOUD_DOMAIN=f"x@127.0.0.1:{closed_port}")
+    assert "\nConnectionError: Polars Cloud could not be reached: check the network" in ran.stderr
+    assert "AirflowFailException" not in ran.stderr
+    assert os.environ["POLARS_CLOUD_CLIENT_SECRET"] not in ran.stderr
+
+
+@pytest.mark.usefixtures("airflow_db")
+def test_dag_test_leaves_no_secret_in_log_or_database(tmp_path: Path) -> None:
+    dag_file = tmp_path / "logs_in.py"
+    dag_file.write_text(DAG_FILE)
+    ran = run_python(
+        str(dag_file),
+        AIRFLOW__CORE__DAGS_FOLDER=str(tmp_path),
+        AIRFLOW_CONN_WRONG_SECRET=connection(os.environ["POLARS_CLOUD_CLIENT_ID"], WRONG_SECRET),
+    )
+    log = ran.stdout + ran.stderr
+    database = conf.get("database", "sql_alchemy_conn").removeprefix("sqlite:///")
+    with closing(sqlite3.connect(database)) as sqlite:
+        dump = "\n".join(sqlite.iterdump())
+
+    assert "run_query success after try 1" in log
+    assert "await_query success after try 1" in log
+    assert "fail_query failed after try 1" in log
+    assert "never_run failed after try 1" in log
+    assert "The Airflow Connection 'wrong_secret' was refused by Polars Cloud" in log
+    assert "the query ran" in dump
+    assert "the query was awaited" in dump
+    for secret in (os.environ["POLARS_CLOUD_CLIENT_SECRET"], WRONG_SECRET):
+        assert secret not in log
+        assert secret not in dump

@@ -1,0 +1,190 @@
+"""The DAG files as Airflow parses them: no database, no network, no emulator."""
+
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from airflow.dag_processing.dagbag import DagBag
+from airflow.sdk import DAG
+
+from local_airflow import ROOT
+
+DAG_IDS = {
+    "complete_pipeline",
+    "context_manager_shutdown",
+    "manifest_reuse",
+    "manual_shutdown",
+    "multi_stage",
+    "parallel_single_node",
+    "single_query",
+    "status_check",
+}
+SHUT_DOWN_BY_TASK = {"complete_pipeline", "manual_shutdown", "multi_stage", "parallel_single_node"}
+MODULES = {path.stem for path in (ROOT / "include").glob("[a-z]*.py")}
+
+PARSE = """
+import json, sys
+
+connections = []
+sys.addaudithook(
+    lambda event, args: connections.append(str(args))
+    if event in {"socket.connect", "socket.getaddrinfo", "socket.sendto"} else None
+)
+from pathlib import Path
+from airflow.dag_processing.dagbag import BundleDagBag
+from recording_secrets import accesses
+
+folder = Path(sys.argv[1])
+bag = BundleDagBag(folder, bundle_path=folder, bundle_name="dags-folder")
+heavy = sorted({"polars", "polars_cloud"} & set(sys.modules))
+print(json.dumps({
+    "dags": sorted(bag.dags), "errors": bag.import_errors, "heavy": heavy,
+    "connections": connections, "secrets": accesses,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def dags() -> dict[str, DAG]:
+    return DagBag(ROOT / "dags").dags
+
+
+def parse(folder: Path, *python_path: Path) -> dict[str, object]:
+    """Parse a DAGs folder in a process of its own and tell what that touched.
+
+    Modules are found below `python_path` and, as everywhere in Airflow, in the DAGs folder itself.
+    """
+    environment = {
+        **os.environ,
+        "AIRFLOW__SECRETS__BACKEND": "recording_secrets.RecordingSecrets",
+        "PYTHONPATH": os.pathsep.join(map(str, [ROOT / "tests", *python_path])),
+    }
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", PARSE, str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    report: dict[str, object] = json.loads(ran.stdout.splitlines()[-1])
+    return report
+
+
+def test_all_eight_dags_are_there_and_parsing_them_touches_nothing() -> None:
+    assert parse(ROOT / "dags", ROOT) == {
+        "dags": sorted(DAG_IDS),
+        "errors": {},
+        "heavy": [],
+        "connections": [],
+        "secrets": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "noticed_as"),
+    [
+        ("Variable.get('shop', default=None)", "secrets"),
+        ("BaseHook.get_connection('polars_cloud')", "secrets"),
+        ("import socket; socket.getaddrinfo('127.0.0.1', 9)", "connections"),
+        ("import polars", "heavy"),
+        ("import polars_cloud", "heavy"),
+    ],
+)
+def test_a_dag_file_that_does_more_than_define_is_noticed(
+    tmp_path: Path, line: str, noticed_as: str
+) -> None:
+    (tmp_path / "careless.py").write_text(
+        f"from airflow.sdk import BaseHook, DAG, Variable\n{line}"
+    )
+    assert parse(tmp_path)[noticed_as]
+
+
+@pytest.mark.parametrize("dag_id", sorted(DAG_IDS))
+def test_a_dag_is_named_like_its_file_and_says_what_it_is_for(
+    dags: dict[str, DAG], dag_id: str
+) -> None:
+    dag = dags[dag_id]
+    assert Path(dag.fileloc).stem == dag_id
+    assert dag.doc_md is not None
+    assert "What it costs" in dag.doc_md
+    assert {"polars-cloud", "shop"} <= dag.tags
+    assert not dag.catchup
+    assert dag.default_args["retries"] > 0
+    assert dag.default_args["retry_delay"].total_seconds() > 0
+
+
+@pytest.mark.parametrize("dag_id", sorted(DAG_IDS))
+def test_a_docstring_names_the_modules_to_copy_along(dags: dict[str, DAG], dag_id: str) -> None:
+    dag = dags[dag_id]
+    needed = modules_needed(Path(dag.fileloc).read_text())
+    named = set(re.findall(r"`include/(\w+)\.py`", dag.doc_md or ""))
+    assert named == needed or (dag_id == "complete_pipeline" and needed == MODULES)
+
+
+@pytest.mark.parametrize("dag_id", sorted(DAG_IDS))
+def test_a_dag_works_in_another_deployment_with_only_what_it_names(
+    dags: dict[str, DAG], tmp_path: Path, dag_id: str
+) -> None:
+    dag = dags[dag_id]
+    shutil.copy(dag.fileloc, tmp_path)
+    (tmp_path / "include").mkdir()
+    for module in re.findall(r"`include/(\w+)\.py`", dag.doc_md or "") or MODULES:
+        shutil.copy(ROOT / "include" / f"{module}.py", tmp_path / "include")
+
+    # Nothing but the DAGs folder, which Airflow itself adds to the path.
+    report = parse(tmp_path)
+    assert report["errors"] == {}
+    assert report["dags"] == [dag_id]
+
+
+def modules_needed(source: str) -> set[str]:
+    """Modules of `include/` that the source imports, and those that they import in turn."""
+    needed = {module for module in MODULES if f"from include.{module} " in source}
+    for module in set(needed):
+        needed |= modules_needed((ROOT / "include" / f"{module}.py").read_text())
+    return needed
+
+
+@pytest.mark.parametrize("dag_id", sorted(DAG_IDS))
+def test_every_task_is_authenticated(dags: dict[str, DAG], dag_id: str) -> None:
+    assert dags[dag_id].tasks
+    for task in dags[dag_id].tasks:
+        wrapper = task.python_callable.__code__
+        assert Path(wrapper.co_filename) == ROOT / "include" / "auth.py", task.task_id
+
+
+@pytest.mark.parametrize("dag_id", sorted(DAG_IDS))
+def test_every_task_that_waits_has_a_time_limit(dags: dict[str, DAG], dag_id: str) -> None:
+    for task in dags[dag_id].tasks:
+        if "wait_for(" in inspect.getsource(task.python_callable):
+            assert task.execution_timeout is not None, task.task_id
+
+
+@pytest.mark.parametrize("dag_id", sorted(SHUT_DOWN_BY_TASK))
+def test_every_query_lies_between_the_start_and_the_stop_of_its_cluster(
+    dags: dict[str, DAG], dag_id: str
+) -> None:
+    dag = dags[dag_id]
+    start, stop = dag.get_task("start_cluster"), dag.get_task("stop_cluster")
+    assert start.is_setup
+    assert stop.is_teardown
+    # Else the teardown alone would decide whether the run succeeded.
+    assert not stop.on_failure_fail_dagrun
+    queries = [t for t in dag.tasks if t not in (start, stop) and t.task_id != "register_manifest"]
+    assert queries
+    for query in queries:
+        assert start.task_id in query.get_flat_relative_ids(upstream=True), query.task_id
+        assert stop.task_id in query.get_flat_relative_ids(upstream=False), query.task_id
+
+
+def test_only_a_teardown_starts_regardless_of_how_others_ended(dags: dict[str, DAG]) -> None:
+    for dag in dags.values():
+        for task in dag.tasks:
+            assert task.is_teardown or task.trigger_rule == "all_success", task

@@ -1,0 +1,301 @@
+"""Every DAG through Airflow and the real client, down to the Parquet that it wrote."""
+
+import re
+from collections.abc import Callable
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+import boto3
+import polars as pl
+import pytest
+from airflow.dag_processing.dagbag import DagBag
+from airflow.sdk import DAG, DagRunState
+from polars.testing import assert_frame_equal
+
+from local_airflow import ROOT
+from polars_cloud_emulator.testing import RunningEmulator
+from tests.waiting import eventually
+
+BUCKET = "your-bucket"
+DATA = f"s3://{BUCKET}"
+STOPS_ITS_CLUSTER = {
+    "complete_pipeline",
+    "context_manager_shutdown",
+    "manual_shutdown",
+    "multi_stage",
+    "parallel_single_node",
+}
+LEAVES_IT_TO_THE_IDLE_TIMEOUT = {"manifest_reuse", "single_query", "status_check"}
+ALL = sorted(STOPS_ITS_CLUSTER | LEAVES_IT_TO_THE_IDLE_TIMEOUT)
+
+pytestmark = pytest.mark.usefixtures("airflow_db")
+
+Tables = dict[str, pl.DataFrame]
+REVENUE = (pl.col("quantity") * pl.col("unit_price")).sum()
+
+
+@pytest.fixture(scope="module")
+def dags() -> dict[str, DAG]:
+    dags = DagBag(ROOT / "dags").dags
+    for dag in dags.values():
+        for task in dag.tasks:
+            task.retries = 0  # a failure that is meant to be needs no second look
+    return dags
+
+
+@pytest.fixture
+def tables(emulator: RunningEmulator) -> Tables:
+    return {name: pl.read_parquet(f"{DATA}/{name}/") for name in ("sales", "inventory", "returns")}
+
+
+def single_query(t: Tables, day: date) -> Tables:
+    completed = t["sales"].filter(pl.col("status") == "completed").drop_nulls("product")
+    best = completed.group_by("product").agg(
+        orders=pl.len(), units=pl.sum("quantity"), revenue=REVENUE
+    )
+    return {"results/single_query.parquet": best}
+
+
+def status_check(t: Tables, day: date) -> Tables:
+    counts = t["sales"].group_by("date", "status")
+    return {
+        "results/status_check.parquet": counts.agg(lines=pl.len(), orders=pl.n_unique("order_id"))
+    }
+
+
+def context_manager_shutdown(t: Tables, day: date) -> Tables:
+    value = (pl.col("on_hand") * pl.col("unit_cost")).sum()
+    stock = t["inventory"].group_by("date", "category").agg(units=pl.sum("on_hand"), value=value)
+    return {"results/context_manager_shutdown.parquet": stock}
+
+
+def manifest_reuse(t: Tables, day: date) -> Tables:
+    refunds = t["returns"].group_by("reason")
+    return {
+        "results/manifest_reuse.parquet": refunds.agg(
+            returns=pl.len(), units=pl.sum("quantity"), refund=pl.sum("refund")
+        )
+    }
+
+
+def manual_shutdown(t: Tables, day: date) -> Tables:
+    known = pl.col("customer_id").is_not_null()
+    customers = (
+        t["sales"].filter(pl.col("status") == "completed", known).group_by("customer_id")
+    ).agg(spent=REVENUE)
+    shelves = t["inventory"].group_by("region", "product")
+    lowest = shelves.agg(lowest=pl.min("on_hand"), mean=pl.mean("on_hand"))
+    return {
+        "results/manual_shutdown/best_customers.parquet": customers.sort(
+            "spent", "customer_id", descending=[True, False]
+        ).head(100),
+        "results/manual_shutdown/empty_shelves.parquet": lowest.sort(
+            "lowest", "region", "product"
+        ).head(100),
+    }
+
+
+def parallel_single_node(t: Tables, day: date) -> Tables:
+    completed = t["sales"].filter(pl.col("status") == "completed").drop_nulls("product")
+    return {
+        f"results/parallel_single_node/{region}.parquet": completed.filter(
+            pl.col("region") == region
+        )
+        .group_by("product")
+        .agg(units=pl.sum("quantity"), revenue=REVENUE)
+        for region in ("Centre", "East", "North", "South", "West")
+    }
+
+
+def multi_stage(t: Tables, day: date) -> Tables:
+    clean = (
+        t["sales"]
+        .filter(pl.col("product").is_not_null(), pl.col("quantity") > 0, pl.col("status") != "?")
+        .unique()
+        .with_columns(pl.col("region").str.strip_chars().str.to_titlecase())
+    )
+    days = (
+        clean.filter(pl.col("status") == "completed")
+        .group_by("region", "date")
+        .agg(orders=pl.n_unique("order_id"), revenue=REVENUE)
+    )
+    best = days.sort("revenue", "date", descending=[True, False]).group_by("region").head(3)
+    return {
+        f"stages/multi_stage/{day}/clean_sales/": clean,
+        f"stages/multi_stage/{day}/days.parquet": days,
+        "results/multi_stage.parquet": best,
+    }
+
+
+def complete_pipeline(t: Tables, day: date) -> Tables:
+    sales, inventory, returns = (
+        t[name].filter(pl.col("date") == day) for name in ("sales", "inventory", "returns")
+    )
+    clean = sales.unique().filter(
+        pl.col("status") == "completed", pl.col("quantity") > 0, pl.col("product").is_not_null()
+    )
+    report = (
+        inventory.group_by("date", "category", "product")
+        .agg(on_hand=pl.sum("on_hand"), stock_value=(pl.col("on_hand") * pl.col("unit_cost")).sum())
+        .join(
+            clean.group_by("product").agg(
+                orders=pl.n_unique("order_id"), units=pl.sum("quantity"), revenue=REVENUE
+            ),
+            on="product",
+            how="left",
+        )
+        .join(
+            returns.group_by("product").agg(returned=pl.sum("quantity"), refunded=pl.sum("refund")),
+            on="product",
+            how="left",
+        )
+    )
+    amounts = ["orders", "units", "revenue", "returned", "refunded"]
+    return {f"reports/daily/{day}.parquet": report.with_columns(pl.col(amounts).fill_null(0))}
+
+
+EXPECTED: dict[str, Callable[[Tables, date], Tables]] = {
+    function.__name__: function
+    for function in (
+        single_query,
+        status_check,
+        context_manager_shutdown,
+        manifest_reuse,
+        manual_shutdown,
+        parallel_single_node,
+        multi_stage,
+        complete_pipeline,
+    )
+}
+
+
+def all_ended(emulator: RunningEmulator) -> list[dict[str, Any]]:
+    """The emulator's queries, once the last of them has ended."""
+
+    def ended() -> list[dict[str, Any]]:
+        queries = emulator.state()["queries"]
+        return queries if all(query["ended_at"] for query in queries) else []
+
+    return eventually(ended)
+
+
+def live_clusters(emulator: RunningEmulator) -> int:
+    return sum(cluster["stopped_at"] is None for cluster in emulator.state()["clusters"])
+
+
+def replace(name: str, table: pl.DataFrame) -> None:
+    """Put another table in the place of one of the shop's."""
+    s3 = boto3.client("s3")
+    for entry in s3.list_objects_v2(Bucket=BUCKET, Prefix=f"{name}/")["Contents"]:
+        s3.delete_object(Bucket=BUCKET, Key=entry["Key"])
+    table.write_parquet(f"{DATA}/{name}/all.parquet")
+
+
+@pytest.mark.parametrize("dag_id", ALL)
+def test_a_dag_succeeds_and_writes_what_the_same_query_gives_locally(
+    dags: dict[str, DAG], emulator: RunningEmulator, tables: Tables, dag_id: str
+) -> None:
+    run = dags[dag_id].test(logical_date=datetime.now(UTC))
+
+    assert run.state == DagRunState.SUCCESS
+    queries = all_ended(emulator)
+    assert {query["status"] for query in queries} == {"Success"}
+    assert emulator.state()["unmatched"] == []
+    expected = EXPECTED[dag_id](tables, run.logical_date.date())
+    for key, frame in expected.items():
+        assert frame.height > 0
+        assert_frame_equal(
+            pl.read_parquet(f"{DATA}/{key}"), frame, check_row_order=False, check_column_order=False
+        )
+    written = {uri for query in queries for uri in query["destinations"]}
+    for key in expected:
+        assert any(uri.startswith(f"{DATA}/{key}") for uri in written), key
+    assert live_clusters(emulator) == (dag_id in LEAVES_IT_TO_THE_IDLE_TIMEOUT)
+
+
+@pytest.mark.parametrize("dag_id", sorted(set(ALL) - {"single_query"}))
+def test_a_failed_query_fails_the_run_with_its_own_exception_and_leaves_no_more_behind(
+    dags: dict[str, DAG],
+    emulator: RunningEmulator,
+    tables: Tables,
+    capfd: pytest.CaptureFixture[str],
+    dag_id: str,
+) -> None:
+    for name, column in [("sales", "status"), ("inventory", "on_hand"), ("returns", "quantity")]:
+        replace(name, tables[name].drop(column))
+
+    run = dags[dag_id].test(logical_date=datetime.now(UTC))
+
+    assert run.state == DagRunState.FAILED
+    assert re.search(r"ColumnNotFoundError.*unable to find column", capfd.readouterr().out)
+    assert "Failed" in {query["status"] for query in all_ended(emulator)}
+    assert live_clusters(emulator) == (dag_id in LEAVES_IT_TO_THE_IDLE_TIMEOUT)
+
+
+def test_a_failed_query_does_not_fail_who_left_without_waiting(
+    dags: dict[str, DAG], emulator: RunningEmulator, tables: Tables
+) -> None:
+    replace("sales", tables["sales"].drop("status"))
+    run = dags["single_query"].test(logical_date=datetime.now(UTC))
+    assert run.state == DagRunState.SUCCESS
+    assert [query["status"] for query in all_ended(emulator)] == ["Failed"]
+
+
+def test_the_cluster_stops_only_after_the_siblings_of_a_failed_query_have_ended(
+    dags: dict[str, DAG], emulator: RunningEmulator, tables: Tables
+) -> None:
+    replace("returns", tables["returns"].drop("quantity"))
+
+    run = dags["complete_pipeline"].test(logical_date=datetime.now(UTC))
+
+    states = {ti.task_id: ti.state for ti in run.get_task_instances()}
+    assert states == {
+        "register_manifest": "success",
+        "start_cluster": "success",
+        "transform_sales": "success",
+        "transform_inventory": "success",
+        "transform_returns": "failed",
+        "build_report": "upstream_failed",
+        "stop_cluster": "success",
+    }
+    assert run.state == DagRunState.FAILED
+    [cluster] = emulator.state()["clusters"]
+    assert max(query["ended_at"] for query in all_ended(emulator)) < cluster["stopped_at"]
+
+
+def test_a_run_without_a_logical_date_reports_the_day_of_its_start(
+    dags: dict[str, DAG], emulator: RunningEmulator, tables: Tables
+) -> None:
+    run = dags["complete_pipeline"].test(logical_date=None)
+
+    assert run.state == DagRunState.SUCCESS
+    assert run.logical_date is None
+    report = pl.read_parquet(f"{DATA}/reports/daily/{run.run_after.date()}.parquet")
+    assert report["date"].unique().to_list() == [run.run_after.date()]
+
+
+def test_running_a_day_again_replaces_exactly_that_days_report(
+    dags: dict[str, DAG], emulator: RunningEmulator, tables: Tables
+) -> None:
+    pipeline = dags["complete_pipeline"]
+    today = datetime.now(UTC)
+    yesterday = today - timedelta(days=1)
+
+    def run_and_read(*days: datetime) -> list[pl.DataFrame]:
+        for day in days:
+            assert pipeline.test(logical_date=day).state == DagRunState.SUCCESS
+        return [
+            pl.read_parquet(f"{DATA}/reports/daily/{day.date()}.parquet")
+            for day in (yesterday, today)
+        ]
+
+    old_yesterday, old_today = run_and_read(yesterday, today)
+    replace("sales", tables["sales"].filter(pl.col("order_id") % 2 == 0))
+    new_yesterday, new_today = run_and_read(yesterday)
+
+    assert old_yesterday["date"].unique().to_list() == [yesterday.date()]
+    assert new_yesterday.height == old_yesterday.height
+    assert new_yesterday["revenue"].sum() < old_yesterday["revenue"].sum()
+    assert_frame_equal(new_today, old_today)
+    reports = boto3.client("s3").list_objects_v2(Bucket=BUCKET, Prefix="reports/daily/")
+    assert reports["KeyCount"] == 2

@@ -1,0 +1,37 @@
+"""What the README tells to type is what CI runs."""
+
+import re
+
+import pytest
+
+from local_airflow import ROOT
+from polars_cloud_emulator.testing import RunningEmulator
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_every_command_of_the_readme_is_run_by_ci() -> None:
+    ci = (ROOT / ".ci" / "run").read_text()
+    commands = [line for block in blocks("sh") for line in block.splitlines()]
+    assert {"make demo", "make test"} <= set(commands)
+    for command in commands:
+        assert re.search(rf"(^|\s){re.escape(command)}$", ci, re.MULTILINE), command
+
+
+def test_the_python_of_the_readme_runs(
+    emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [code] = blocks("python")
+    for name, value in emulator.environment.items():  # as `. .emulator/env` does
+        monkeypatch.setenv(name, value)
+    exec(compile(code, "README.md", "exec"), {})
+    assert "completed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!http)([^)#]+)", README))))
+def test_a_link_of_the_readme_leads_somewhere(path: str) -> None:
+    assert (ROOT / path).exists()

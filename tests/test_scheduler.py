@@ -1,0 +1,223 @@
+"""`make airflow`: every DAG under Airflow's own scheduler, and nothing left when it stops."""
+
+import contextlib
+import json
+import re
+import signal
+import socket
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from local_airflow import ROOT
+from tests.waiting import eventually
+
+DAGS = {path.stem for path in (ROOT / "dags").glob("*.py")}
+LEAVE_THEIR_CLUSTER = {"manifest_reuse", "single_query", "status_check"}
+"""To its idle timeout, by design."""
+READY_IN = 120.0
+GREEN_IN = 180.0
+STOPPED_IN = 60.0
+
+
+class Standalone:
+    """The script, running."""
+
+    def __init__(self, home: Path, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self._output = home / "output"
+        command = [sys.executable, str(ROOT / "scripts" / "standalone.py")]
+        command += ["--home", str(home), "--port", str(port)]
+        with self._output.open("w") as output:
+            self._script = psutil.Popen(command, stdout=output, stderr=output)
+        self._started: set[psutil.Process] = set()
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text()
+
+    def emulator_url(self) -> str:
+        """Where the emulator is; it is ready before Airflow starts."""
+        return self._match(r"^Emulator at (\S+),")[1]
+
+    def wait_until_ready(self) -> None:
+        self._match(rf"^Airflow at {self.url},")
+
+    def migration(self) -> psutil.Process:
+        """The first of Airflow's processes."""
+
+        def started() -> psutil.Process | None:
+            self._look()
+            return next((p for p in self._started if "migrate" in p.cmdline()), None)
+
+        return eventually(started)
+
+    def get(self, url: str, until: Callable[[Any], bool]) -> Any:
+        """The first answer of which the condition holds."""
+        deadline = time.monotonic() + GREEN_IN
+        while True:
+            with urllib.request.urlopen(url) as response:
+                answer = json.load(response)
+            if until(answer):
+                return answer
+            assert time.monotonic() < deadline, f"{answer}\n{self.output}"
+            self._look()
+            time.sleep(1)  # asking more often would slow down what is waited for
+
+    def stop(self) -> int:
+        self._look()
+        self._script.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> int:
+        """The exit code."""
+        exit_code: int = self._script.wait(STOPPED_IN)
+        return exit_code
+
+    def survivors(self) -> list[psutil.Process]:
+        """Those of its processes, all that were ever seen, that still run."""
+        _, running = psutil.wait_procs(self._started, timeout=1)
+        return list(running)
+
+    def close(self) -> None:
+        for process in (self._script, *self._started):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._script.wait()
+
+    def _look(self) -> None:
+        self._started.update(self._script.children(recursive=True))
+
+    def _match(self, pattern: str) -> re.Match[str]:
+        def match() -> re.Match[str] | None:
+            assert self._script.poll() is None, self.output
+            return re.search(pattern, self.output, re.MULTILINE)
+
+        found = eventually(match, READY_IN)
+        assert found
+        return found
+
+
+@contextlib.contextmanager
+def standalone(home: Path) -> Iterator[Standalone]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    running = Standalone(home, port)
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+@dataclass(frozen=True)
+class Session:
+    """What was seen of one Airflow from its start to its stop."""
+
+    runs: list[dict[str, Any]]
+    task_instances: list[dict[str, Any]]
+    emulator: dict[str, Any]
+    exit_code: int
+    survivors: list[psutil.Process]
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    with standalone(tmp_path_factory.mktemp("airflow")) as airflow:
+        airflow.wait_until_ready()
+        runs = airflow.get(
+            f"{airflow.url}/api/v2/dags/~/dagRuns",
+            until=lambda answer: (
+                {run["dag_id"] for run in answer["dag_runs"]} == DAGS
+                and all(run["end_date"] for run in answer["dag_runs"])
+            ),
+        )
+        task_instances = airflow.get(
+            f"{airflow.url}/api/v2/dags/~/dagRuns/~/taskInstances?limit=100",
+            until=lambda answer: len(answer["task_instances"]) == answer["total_entries"],
+        )
+        emulator = airflow.get(
+            f"{airflow.emulator_url()}/_emulator/state",
+            until=lambda state: all(query["ended_at"] for query in state["queries"]),
+        )
+        yield Session(
+            runs["dag_runs"],
+            task_instances["task_instances"],
+            emulator,
+            airflow.stop(),
+            airflow.survivors(),
+        )
+
+
+def test_every_dag_runs_by_itself_and_succeeds(session: Session) -> None:
+    assert {run["dag_id"]: run["state"] for run in session.runs} == dict.fromkeys(DAGS, "success")
+
+
+def test_every_task_succeeds_at_its_first_try(session: Session) -> None:
+    for task in session.task_instances:
+        assert (task["state"], task["try_number"]) == ("success", 1), task
+
+
+def test_mapped_tasks_run_at_the_same_time(session: Session) -> None:
+    mapped = [
+        (datetime.fromisoformat(task["start_date"]), datetime.fromisoformat(task["end_date"]))
+        for task in session.task_instances
+        if task["dag_id"] == "parallel_single_node" and task["map_index"] >= 0
+    ]
+    assert len(mapped) == 5
+    assert any(max(a[0], b[0]) < min(a[1], b[1]) for a, b in combinations(mapped, 2)), mapped
+
+
+def test_every_query_succeeds(session: Session) -> None:
+    assert session.emulator["queries"]
+    assert {query["status"] for query in session.emulator["queries"]} == {"Success"}
+
+
+def test_only_clusters_left_to_their_idle_timeout_are_running(session: Session) -> None:
+    running = {
+        cluster["id"] for cluster in session.emulator["clusters"] if not cluster["stopped_at"]
+    }
+    results = {
+        uri
+        for query in session.emulator["queries"]
+        for uri in query["destinations"]
+        if query["cluster_id"] in running
+    }
+    assert results == {f"s3://your-bucket/results/{dag}.parquet" for dag in LEAVE_THEIR_CLUSTER}
+
+
+def test_the_emulator_knows_every_call(session: Session) -> None:
+    assert session.emulator["unmatched"] == []
+
+
+def test_stopping_leaves_no_process(session: Session) -> None:
+    assert (session.exit_code, session.survivors) == (0, [])
+
+
+def test_stopping_while_it_starts_ends_even_what_hangs(tmp_path: Path) -> None:
+    with standalone(tmp_path) as airflow:
+        airflow.migration().suspend()
+        assert (airflow.stop(), airflow.survivors()) == (0, [])
+
+
+def test_a_part_that_ends_by_itself_ends_the_rest(tmp_path: Path) -> None:
+    with standalone(tmp_path) as airflow:
+        airflow.migration().kill()
+        assert (airflow.wait(), airflow.survivors()) == (1, [])
+        assert airflow.output.endswith("'airflow db migrate' failed: the log says why\n")
+
+
+def test_a_taken_port_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        airflow = Standalone(tmp_path, port)
+        assert airflow.wait() == 1
+    assert re.fullmatch(rf"Airflow cannot listen on port {port} .*\n", airflow.output)
