@@ -22,13 +22,20 @@ from airflow.sdk import task
 from airflow.sdk.exceptions import AirflowFailException
 
 from include.auth import authenticate
+from polars_cloud_emulator.testing import RunningEmulator
 
 REPOSITORY = Path(__file__).parents[1]
 WRONG_SECRET = "not-the-client-secret"
 WHERE = "under Admin > Connections, in AIRFLOW_CONN_POLARS_CLOUD or in your secrets backend"
 WHAT = "type = HTTP, login = client ID and password = client secret"
 
-pytestmark = pytest.mark.usefixtures("emulator")
+
+@pytest.fixture(autouse=True)
+def account(emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's own variables are set too: a login goes through the Connection all the same."""
+    for name in ("POLARS_CLOUD_CLIENT_ID", "POLARS_CLOUD_CLIENT_SECRET"):
+        monkeypatch.setenv(name, emulator.environment[name])
+
 
 LOG_IN = """
 from include.auth import authenticate

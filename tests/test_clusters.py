@@ -1,6 +1,8 @@
 """`include/clusters.py`: no cluster outlives its work, and no clean-up hides an error."""
 
 import logging
+import subprocess
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -96,3 +98,28 @@ def test_the_stop_task_is_not_quiet_about_a_service_that_does_not_know_the_clust
     emulator.reset()
     with pytest.raises(Exception, match="does not exist"):
         stop_cluster.function(cluster_id)
+
+
+STOP_AFTER_THE_SERVICE_HAS_GONE = """
+import inspect
+import os
+
+from include.clusters import start_cluster, stop_cluster
+from polars_cloud_emulator.testing import running_emulator
+
+with running_emulator() as emulator:
+    os.environ |= emulator.environment
+    cluster_id = start_cluster.function({"cpus": 2, "memory": 4})
+inspect.unwrap(stop_cluster.function)(cluster_id)  # logged in, as it was above
+"""
+
+
+def test_the_stop_task_is_not_quiet_about_a_service_that_cannot_be_reached() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", STOP_AFTER_THE_SERVICE_HAS_GONE],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 1
+    assert "RuntimeError: Error calling REST endpoint" in ran.stderr

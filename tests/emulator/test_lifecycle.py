@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import boto3
 import polars as pl
 import psutil
 import pytest
@@ -255,27 +256,33 @@ def test_the_shop_is_open_on_the_day_of_a_later_start_and_on_every_day_after_it(
     tmp_path: Path,
 ) -> None:
     clock = Clock()
-
-    def is_open_until_tomorrow(emulator: Emulator) -> bool:
-        return last_day_of_sales(emulator) == clock.now().date() + timedelta(days=1)
-
     for _ in range(2):
         clock.advance(timedelta(days=40))
         with Emulator(clock=clock, state_dir=tmp_path / "state") as emulator:
-            assert is_open_until_tomorrow(emulator)
+            assert last_day_of_returns(emulator) == clock.now().date() + timedelta(days=1)
             clock.advance(timedelta(days=40))
-            eventually(partial(is_open_until_tomorrow, emulator))
+            tomorrow = clock.now().date() + timedelta(days=1)
+            # Of the tables the last to be written; a file that is being replaced has no last day.
+            eventually(partial(object_exists, emulator, f"returns/{tomorrow:%Y-%m}.parquet"))
+            assert last_day_of_returns(emulator) == tomorrow
 
 
-def last_day_of_sales(emulator: Emulator) -> date:
+def object_exists(emulator: Emulator, key: str) -> bool:
+    url = emulator.environment["AWS_ENDPOINT_URL"]
+    keys = {"aws_access_key_id": "any", "aws_secret_access_key": "any", "region_name": "us-east-1"}
+    s3 = boto3.client("s3", endpoint_url=url, **keys)
+    return s3.list_objects_v2(Bucket="your-bucket", Prefix=key)["KeyCount"] == 1
+
+
+def last_day_of_returns(emulator: Emulator) -> date:
     options = {
         "aws_endpoint_url": emulator.environment["AWS_ENDPOINT_URL"],
         "aws_access_key_id": "any",
         "aws_secret_access_key": "any",
         "aws_region": "us-east-1",
     }
-    sales = pl.scan_parquet("s3://your-bucket/sales/", storage_options=options)
-    day: date = sales.select(pl.max("date")).collect().item()
+    returns = pl.scan_parquet("s3://your-bucket/returns/", storage_options=options)
+    day: date = returns.select(pl.max("date")).collect().item()
     return day
 
 
