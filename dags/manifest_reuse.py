@@ -2,15 +2,15 @@
 ### One cluster for all who know its name
 
 A manifest describes a cluster under a name. The first query that comes starts the cluster, those
-that follow within ten minutes find it running and start at once, whichever DAG, run or
-notebook they come from. Use it for many short queries spread over the day.
+that follow within ten minutes find it running and start at once, whichever DAG, run or notebook
+they come from. Use it for many short queries spread over the day.
 
 The manifest is registered from here, so that the cluster's size is reviewed and rolled back like
 the rest of the code. It pins the Polars and Python versions of the worker that registered it, and
 is registered anew after either was upgraded.
 
-**What it costs:** the cluster from the first query until ten minutes after the last. No
-task stops it: another may be using it.
+**What it costs:** the cluster from the first query until ten minutes after the last. No task stops
+it: another may be using it.
 
 **Copy along:** `include/auth.py`, `include/manifests.py`, `include/queries.py`,
 `include/settings.py`.

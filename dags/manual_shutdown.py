@@ -9,8 +9,8 @@ them has ended, retries included, whether they succeeded or not, and a task that
 the run. (A last task with `TriggerRule.ALL_DONE` in its place would turn such a run green.) Only
 this run knows the cluster's id, so no other run can be stopped by mistake.
 
-**What it costs:** the cluster from `start_cluster` to `stop_cluster`. The idle timeout
-of ten minutes is the last resort should the run be killed as a whole.
+**What it costs:** the cluster from `start_cluster` to `stop_cluster`. The idle timeout of ten
+minutes is the last resort should the run be killed as a whole.
 
 **Copy along:** `include/auth.py`, `include/clusters.py`, `include/queries.py`,
 `include/settings.py`.

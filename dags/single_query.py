@@ -8,8 +8,8 @@ refreshing a cache, a report that is read tomorrow.
 submitted; a query that fails later fails no task and no run. Look at its page in Polars Cloud, or
 use `status_check`.
 
-**What it costs:** nobody stops the cluster. It stops by itself ten minutes after the query
-has ended (10 is the least that Polars Cloud allows), and these minutes are billed.
+**What it costs:** nobody stops the cluster. It stops by itself ten minutes after the query has
+ended, the least that Polars Cloud allows, and these minutes are billed.
 
 **Copy along:** `include/auth.py`, `include/settings.py`.
 """

@@ -8,8 +8,8 @@ that result, be it the next task or an alert.
 task and then cancel the query. A query that failed raises its own exception, for example
 `ColumnNotFoundError`; one that was canceled, or that names no location, fails the task too.
 
-**What it costs:** a worker slot while the query runs, and the cluster until ten minutes
-after the query has ended. `context_manager_shutdown` saves the latter.
+**What it costs:** a worker slot while the query runs, and the cluster until ten minutes after the
+query has ended. `context_manager_shutdown` saves the latter.
 
 **Copy along:** `include/auth.py`, `include/queries.py`, `include/settings.py`.
 """

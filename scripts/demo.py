@@ -16,7 +16,7 @@ from polars_cloud_emulator.testing import RunningEmulator, running_emulator
 
 AIRFLOW_HOME = ROOT / ".airflow"
 LOG = AIRFLOW_HOME / "demo.log"
-WIDTH = 150
+WIDTH = 160
 """Columns where the output is no terminal: room for every URI."""
 QUERY_TIMEOUT = 60.0
 """Seconds for the query that nobody waits for."""
@@ -70,9 +70,9 @@ def main() -> int:
             console.print(f"{path}: {error}", style="red")
 
         table = Table(
-            *("DAG", "State", "Seconds", "Tasks", "Rows"),
+            *("DAG", "State", "Seconds", "Tasks", "Cluster-seconds"),
+            Column("Rows", justify="right"),
             Column("Written", overflow="fold"),
-            "Cluster-seconds",
         )
         known: set[str] = set()
         failures = len(dag_bag.import_errors)
@@ -86,15 +86,17 @@ def main() -> int:
             succeeded = run.state == "success" and all(q["status"] == "Success" for q in queries)
             failures += not succeeded
             console.print(f"{run.state}, {len(queries)} queries, {seconds} s")
-            table.add_row(
+            summary = [
                 dag_id,
                 f"[{'green' if succeeded else 'red'}]{run.state}",
                 seconds,
                 str(len(run.get_task_instances())),
-                "\n".join(str(query["n_rows"]) for query in queries),
-                "\n".join(uri for query in queries for uri in query["destinations"]),
                 billed(emulator, queries),
-            )
+            ]
+            written = [(str(q["n_rows"]), uri) for q in queries for uri in q["destinations"]]
+            for cells in written or [("", "")]:
+                table.add_row(*summary, *cells)
+                summary = [""] * len(summary)
         console.print(table)
     return 1 if failures or not known else 0
 
