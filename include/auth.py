@@ -12,6 +12,7 @@ login = client ID and password = client secret of a service account. Needs nothi
 import asyncio
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from types import SimpleNamespace
@@ -22,6 +23,10 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowNotFoundExceptio
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# Client ID of the emulator, and the user name in front of its address: neither is ever to meet the
+# other side's counterpart.
+EMULATOR = "polars-cloud-emulator"
 
 # The client has one exception type for every login that failed: only the text tells a refusal,
 # by the token endpoint or by the REST API, from an outage.
@@ -103,6 +108,15 @@ def _log_in(conn_id: str) -> Exception | None:
         return _settings_error(conn_id, "has no login")
     if not connection.password:
         return _settings_error(conn_id, "has no password")
+    if (connection.login == EMULATOR) != _talks_to_emulator():
+        return AirflowFailException(
+            f"The Airflow Connection {conn_id!r} was not used: its login is the emulator's, but "
+            "this worker talks to Polars Cloud. Set the client ID of a service account."
+            if connection.login == EMULATOR
+            else f"The Airflow Connection {conn_id!r} was not used: its login is an account's, but "
+            "this worker talks to the emulator. Unset POLARS_CLOUD_DOMAIN and "
+            "POLARS_CLOUD_API_ADDR, or with Docker Compose set POLARS_CLOUD_EMULATOR=0 in .env."
+        )
 
     import polars_cloud as pc  # costs ten times the rest of a DAG file when it is parsed
 
@@ -123,6 +137,10 @@ def _log_in(conn_id: str) -> Exception | None:
             f"({reason.replace(connection.password, '***')})."
         )
     return None
+
+
+def _talks_to_emulator() -> bool:
+    return os.environ.get("POLARS_CLOUD_DOMAIN", "").startswith("emulator@")
 
 
 def _settings_error(conn_id: str, problem: str) -> AirflowFailException:

@@ -21,7 +21,7 @@ from airflow.configuration import conf
 from airflow.sdk import task
 from airflow.sdk.exceptions import AirflowFailException
 
-from include.auth import authenticate
+from include.auth import EMULATOR, authenticate
 from polars_cloud_emulator.testing import RunningEmulator
 
 REPOSITORY = Path(__file__).parents[1]
@@ -228,7 +228,7 @@ def test_missing_connection_says_what_to_set_and_where(monkeypatch: pytest.Monke
     [
         ("", WRONG_SECRET, "has no login"),
         ("a-client", "", "has no password"),
-        ("a-client", WRONG_SECRET, "was refused by Polars Cloud"),
+        (EMULATOR, WRONG_SECRET, "was refused by Polars Cloud"),
     ],
 )
 @pytest.mark.parametrize("run", [run_query, lambda region: asyncio.run(await_query(region))])
@@ -252,6 +252,39 @@ def test_wrong_secret_of_a_known_client_is_refused(monkeypatch: pytest.MonkeyPat
     assert "was refused by Polars Cloud" in refusal(lambda: run_query("north"))
 
 
+def test_an_accounts_credentials_are_never_sent_to_the_emulator(
+    emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIRFLOW_CONN_POLARS_CLOUD", connection("an-account", WRONG_SECRET))
+    sentence = refusal(lambda: run_query("north"))
+    assert "its login is an account's, but this worker talks to the emulator" in sentence
+    assert "set POLARS_CLOUD_EMULATOR=0 in .env" in sentence
+    assert emulator.journal() == []
+
+
+def test_the_emulators_credentials_are_never_sent_to_an_account(
+    emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The same place under another name: what is sent there would be in the journal.
+    place = emulator.environment["POLARS_CLOUD_DOMAIN"].removeprefix("emulator")
+    ran = run_python("-c", LOG_IN, POLARS_CLOUD_DOMAIN=f"account{place}")
+    assert "AirflowFailException: The Airflow Connection 'polars_cloud' was not used" in ran.stderr
+    assert "its login is the emulator's, but this worker talks to Polars Cloud" in ran.stderr
+    assert emulator.journal() == []
+
+
+def test_an_accounts_refused_credentials_say_what_to_set(emulator: RunningEmulator) -> None:
+    place = emulator.environment["POLARS_CLOUD_DOMAIN"].removeprefix("emulator")
+    ran = run_python(
+        "-c",
+        LOG_IN,
+        POLARS_CLOUD_DOMAIN=f"account{place}",
+        AIRFLOW_CONN_POLARS_CLOUD=connection("an-account", WRONG_SECRET),
+    )
+    assert "'polars_cloud' was refused by Polars Cloud" in ran.stderr
+    assert len(emulator.journal()) == 1
+
+
 def test_token_that_the_rest_api_refuses_is_not_retried() -> None:
     with rest_api_that_answers(401, "{}") as address:
         ran = run_python("-c", LOG_IN, POLARS_CLOUD_API_ADDR=address)
@@ -269,7 +302,7 @@ def test_words_of_the_rest_api_come_through() -> None:
 def test_unreachable_service_is_retried_and_says_what_to_check() -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         closed_port = server.getsockname()[1]
-    ran = run_python("-c", LOG_IN, POLARS_CLOUD_DOMAIN=f"x@127.0.0.1:{closed_port}")
+    ran = run_python("-c", LOG_IN, POLARS_CLOUD_DOMAIN=f"emulator@127.0.0.1:{closed_port}")
     assert "\nConnectionError: Polars Cloud could not be reached: check the network" in ran.stderr
     assert "AirflowFailException" not in ran.stderr
     assert os.environ["POLARS_CLOUD_CLIENT_SECRET"] not in ran.stderr

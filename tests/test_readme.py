@@ -15,11 +15,15 @@ def blocks(language: str) -> list[str]:
 
 
 def test_every_command_of_the_readme_is_run_by_ci() -> None:
-    ci = (ROOT / ".ci" / "run").read_text()
+    ci = {name: (ROOT / ".ci" / name).read_text() for name in ("run", "compose")}
     commands = [line for block in blocks("sh") for line in block.splitlines()]
-    assert {"make demo", "make test"} <= set(commands)
+    assert {"make demo", "make test", "docker compose up"} <= set(commands)
     for command in commands:
-        assert re.search(rf"(^|\s){re.escape(command)}$", ci, re.MULTILINE), command
+        if command.startswith("docker compose "):
+            words = ", ".join(f'"{word}"' for word in command.split()[2:])
+            assert f"compose({words}" in ci["compose"], command
+        else:
+            assert re.search(rf"(^|\s){re.escape(command)}$", ci["run"], re.MULTILINE), command
 
 
 def test_the_python_of_the_readme_runs(

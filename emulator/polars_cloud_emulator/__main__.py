@@ -17,7 +17,7 @@ DEFAULT_PORT_BASE = 7410
 def main() -> None:
     parser = argparse.ArgumentParser(prog="polars_cloud_emulator", description=__doc__)
     serve = parser.add_subparsers(required=True, metavar="serve").add_parser("serve")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    serve.add_argument("--host", default="127.0.0.1", help="name or address to listen on")
     serve.add_argument(
         "--port-base",
         type=int,

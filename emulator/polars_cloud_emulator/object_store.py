@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 import boto3
+from botocore.config import Config
 from moto.moto_server.werkzeug_app import (
     DomainDispatcherApplication,
     MotoRequestHandler,
@@ -25,12 +26,18 @@ ACCESS_KEY = "emulator"
 
 
 class ObjectStore:
-    """An S3 server on a listening socket. moto keeps one store per process, whoever serves it."""
+    """An S3 server on a listening socket. moto keeps one store per process, whoever serves it.
 
-    def __init__(self, listener: socket.socket) -> None:
-        host, port = listener.getsockname()[:2]
-        self.endpoint_url = f"http://{host}:{port}"
+    Parameters
+    ----------
+    address
+        ``host:port`` under which clients find it.
+    """
+
+    def __init__(self, listener: socket.socket, address: str) -> None:
+        self.endpoint_url = f"http://{address}"
         logging.getLogger("werkzeug").setLevel(logging.WARNING)
+        host, port = listener.getsockname()[:2]
         self._server = make_server(
             host,
             port,
@@ -49,6 +56,8 @@ class ObjectStore:
             region_name=REGION,
             aws_access_key_id=ACCESS_KEY,
             aws_secret_access_key=ACCESS_KEY,
+            # A bucket's name in front of the host's is a name that nobody resolves.
+            config=Config(s3={"addressing_style": "path"}),
         )
         for bucket in (DATA_BUCKET, TEMPORARY_BUCKET):
             self._client.create_bucket(Bucket=bucket)

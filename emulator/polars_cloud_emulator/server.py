@@ -51,7 +51,7 @@ class Emulator:
     Parameters
     ----------
     host
-        Address to listen on.
+        Name or IPv4 address to listen on, under which clients are to find it.
     port_base
         First of the three ports in a row; 0 picks free ones.
     state_dir
@@ -91,7 +91,7 @@ class Emulator:
 
     @property
     def rest_url(self) -> str:
-        return f"http://{_address(self._rest_listener)}"
+        return f"http://{self._address(self._rest_listener)}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -99,7 +99,7 @@ class Emulator:
         return {
             "POLARS_CLOUD_API_ADDR": self.rest_url,
             # Before the @ stands a user name: it keeps the client's "auth." out of the host.
-            "POLARS_CLOUD_DOMAIN": f"emulator@{_address(self._tls_listener)}",
+            "POLARS_CLOUD_DOMAIN": f"emulator@{self._address(self._tls_listener)}",
             "POLARS_CLOUD_CONFIG_DIR": str(self._files.client_config),
             "POLARS_CLOUD_CLIENT_ID": CLIENT_ID,
             "POLARS_CLOUD_CLIENT_SECRET": self._files.client_secret(),
@@ -108,6 +108,9 @@ class Emulator:
             "NO_PROXY": f"{self._host},localhost",
             **self._object_store.environment,
         }
+
+    def _address(self, listener: socket.socket) -> str:
+        return f"{self._host}:{listener.getsockname()[1]}"
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as resources:
@@ -119,7 +122,7 @@ class Emulator:
             )
             self._files = StateDirectory(state_dir.resolve())
             self._snapshot = self._files.load()
-            self._object_store = ObjectStore(s3_listener)
+            self._object_store = ObjectStore(s3_listener, self._address(s3_listener))
             resources.callback(self._object_store.close)
             self._serve_in_thread(resources)
             self._resources = resources.pop_all()
@@ -174,13 +177,15 @@ class Emulator:
         )
         access_tokens = AccessTokens(self.clock, self._files.client_secret(), self._token_lifetime)
         check_client = ClientCheck(access_tokens)
+        ip, port = self._tls_listener.getsockname()[:2]
         control_plane = ControlPlane(
             self._state,
             self._compute,
             access_tokens,
             check_client,
             certificate_authority=authority.cert_pem.bytes().decode(),
-            compute_plane_address=_address(self._tls_listener),
+            # By its number: the client takes no name beside the one that it checks in TLS.
+            compute_plane_address=f"{ip}:{port}",
         )
         compute_plane = ComputePlane(self._state, self._compute, access_tokens, check_client)
         self._journal = Journal(self.clock)
@@ -293,8 +298,3 @@ def _listen(host: str, port: int) -> socket.socket:
 def _duplicate(listener: socket.socket) -> int:
     """A file descriptor for hypercorn, which closes what it is given."""
     return listener.dup().detach()
-
-
-def _address(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"{host}:{port}"

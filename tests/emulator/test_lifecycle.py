@@ -302,6 +302,16 @@ print(pl.scan_parquet("s3://your-bucket/returns/").select(pl.len()).remote(ctx).
     assert run_client(served.environment, query) == "QueryStatus.SUCCESS"
 
 
+def test_host_may_be_a_name(serve: Callable[..., Served], run_client: RunClient) -> None:
+    served = serve("--port-base", 0, "--host", "localhost")
+    assert served.rest_url.startswith("http://localhost:")
+    query = """
+ctx = pc.ComputeContext(workspace="playground", cpus=2, memory=4)
+print(pl.scan_parquet("s3://your-bucket/returns/").select(pl.len()).remote(ctx).execute().status)
+"""
+    assert run_client(served.environment, query) == "QueryStatus.SUCCESS"
+
+
 def test_port_that_cannot_be_is_named() -> None:
     ran = subprocess.run(command("--port-base", 70000), capture_output=True, text=True, timeout=60)
     assert ran.returncode == 1

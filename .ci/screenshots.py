@@ -1,0 +1,75 @@
+"""Log in to Airflow as a person does, and save pictures of its UI for the README."""
+
+import argparse
+import io
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Page, expect, sync_playwright
+
+DAG = "complete_pipeline"
+CHROMIUM = "/usr/bin/chromium"
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+TIMEOUT = 30_000
+"""Milliseconds until what is to be seen is there."""
+MAX_BYTES = 60_000
+
+
+def save(page: Page, path: Path) -> None:
+    image = Image.open(io.BytesIO(page.screenshot(animations="disabled")))
+    image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    size = path.stat().st_size
+    print(f"{path}: {size} bytes")
+    assert size < MAX_BYTES, f"{path} has {size} bytes"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("url")
+    parser.add_argument("user")
+    parser.add_argument("password")
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        page = browser.new_page(
+            viewport={"width": 1200, "height": 780}, color_scheme="light", locale="en-GB"
+        )
+        page.set_default_timeout(TIMEOUT)
+        expect.set_options(timeout=TIMEOUT)
+
+        page.goto(f"{arguments.url}/dags")
+        page.locator("input[name=username]").fill(arguments.user)
+        page.locator("input[name=password]").fill(arguments.password)
+        page.get_by_role("button", name="Sign in").click()
+        page.get_by_role("button", name="Show table view").click()
+        latest_run = f"a[href*='/dags/{DAG}/runs/']"
+        expect(page.get_by_role("table").locator(latest_run)).to_be_visible()
+        save(page, arguments.folder / "dags.png")
+
+        page.get_by_role("link", name=DAG).click()
+        # With a run selected, the graph shows how each of its tasks ended.
+        page.locator(latest_run).first.click()
+        expect(page.get_by_text("Duration")).to_be_visible()
+        page.get_by_role("button", name="Collapse Details Panel").click()
+        page.get_by_role("button", name="Show Graph").click()
+        tasks = page.locator(".react-flow__node")
+        expect(tasks.filter(has_text="success")).to_have_count(7)
+        # Waits for the graph to stand still.
+        tasks.last.click(trial=True)
+        save(page, arguments.folder / f"{DAG}.png")
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
