@@ -1,14 +1,39 @@
-"""Make this clone's own secrets, once: nothing of the kind is in the repository or an image."""
+"""Make this clone's own secrets, once, and keep the emulator and an account apart.
+
+Nothing of the kind is in the repository or an image.
+"""
 
 import base64
 import json
+import os
 import secrets
+import sys
 from pathlib import Path
 
 KEYS = Path("/keys")
 
 
+def refuse_a_mix() -> None:
+    """End with a sentence when account and emulator would meet, in a setting or in the database."""
+    emulator = os.environ["POLARS_CLOUD_EMULATOR"]
+    if emulator == "1" and os.environ["POLARS_CLOUD_CLIENT_ID"]:
+        sys.exit(
+            "Refused: POLARS_CLOUD_CLIENT_ID is set, but Airflow is to talk to the emulator. "
+            "For your account set POLARS_CLOUD_EMULATOR=0 in .env too."
+        )
+    first_start = KEYS / "polars-cloud-emulator"
+    if not first_start.exists():
+        first_start.write_text(emulator)
+    if first_start.read_text() != emulator:
+        sys.exit(
+            "Refused: this database has run with POLARS_CLOUD_EMULATOR="
+            f"{first_start.read_text()}, and its DAGs are paused or not accordingly. Begin anew "
+            "with 'docker compose down --volumes'."
+        )
+
+
 def main() -> None:
+    refuse_a_mix()
     if (KEYS / "airflow.env").exists():
         return
     database_password = secrets.token_urlsafe(24)

@@ -4,8 +4,8 @@
 The task is green only if the query has written its result. Use it whenever something depends on
 that result, be it the next task or an alert.
 
-`wait_for` asks for the query's status from time to time, so that Airflow's time-outs reach the
-task and then cancel the query. A query that failed raises its own exception, for example
+`wait_for` asks for the query's status from time to time, so that `execution_timeout` reaches the
+task and then cancels the query. A query that failed raises its own exception, for example
 `ColumnNotFoundError`; one that was canceled, or that names no location, fails the task too.
 
 **What it costs:** a worker slot while the query runs, and the cluster until ten minutes after the

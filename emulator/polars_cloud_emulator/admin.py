@@ -14,7 +14,7 @@ from polars_cloud_emulator.state import Cluster, Query, State
 
 
 class Admin:
-    """No login: what it shows holds no secret, and the emulator listens on loopback.
+    """No login: what it shows holds no secret, and the emulator listens on loopback by default.
 
     Parameters
     ----------
