@@ -1,4 +1,4 @@
-"""Make this clone's own secrets, once, and keep the emulator and an account apart.
+"""Make this clone's own secrets, once, and refuse settings that contradict each other.
 
 Nothing of the kind is in the repository or an image.
 """
@@ -9,6 +9,7 @@ import os
 import secrets
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 KEYS = Path("/keys")
 
@@ -32,8 +33,35 @@ def refuse_a_mix() -> None:
         )
 
 
+def refuse_data_out_of_reach() -> None:
+    """End with a sentence when the emulator's queries would not reach the DAGs' data."""
+    data = urlsplit(os.environ.get("POLARS_CLOUD_DATA", ""))
+    match os.environ["POLARS_CLOUD_EMULATOR_OBJECT_STORE"]:
+        case "emulator":
+            if data.scheme == "s3" and data.netloc != "your-bucket":
+                sys.exit(
+                    f"Refused: POLARS_CLOUD_DATA is {data.geturl()}, but the emulator has an "
+                    "object store of its own. For yours set "
+                    "POLARS_CLOUD_EMULATOR_OBJECT_STORE=environment in .env too."
+                )
+        case "environment":
+            needed = ("POLARS_CLOUD_DATA", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+            if missing := [name for name in needed if not os.environ.get(name)]:
+                sys.exit(
+                    "Refused: POLARS_CLOUD_EMULATOR_OBJECT_STORE is environment, but .env lacks "
+                    f"{', '.join(missing)}."
+                )
+        case other:
+            sys.exit(
+                f"Refused: POLARS_CLOUD_EMULATOR_OBJECT_STORE is {other}; "
+                "it can be emulator or environment."
+            )
+
+
 def main() -> None:
     refuse_a_mix()
+    if os.environ["POLARS_CLOUD_EMULATOR"] == "1":
+        refuse_data_out_of_reach()
     if (KEYS / "airflow.env").exists():
         return
     database_password = secrets.token_urlsafe(24)

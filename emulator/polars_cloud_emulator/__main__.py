@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 from polars_cloud_emulator.env_file import write_env_file
+from polars_cloud_emulator.object_store import UnusableEnvironment
 from polars_cloud_emulator.server import Emulator
 from polars_cloud_emulator.state_directory import UnreadableState
 
@@ -22,17 +23,25 @@ def main() -> None:
         "--port-base",
         type=int,
         default=DEFAULT_PORT_BASE,
-        help="first of three ports (REST, TLS, S3); 0 picks free ones",
+        help="first of three ports (REST, TLS, the emulator's S3); 0 picks free ones",
     )
     serve.add_argument("--state-dir", type=Path, help="keep state, data and certificates here")
     serve.add_argument(
         "--env-file", type=Path, help="write every variable that a client needs to this file"
     )
+    serve.add_argument(
+        "--object-store",
+        choices=["emulator", "environment"],
+        default="emulator",
+        help="the emulator's own S3, or the one that the AWS_* variables lead to",
+    )
     options = parser.parse_args()
 
-    # A user's own S3 and proxies are not the emulator's, nor its workers'.
+    own_s3 = options.object_store == "emulator"
+    outside_s3 = None if own_s3 else os.environ.copy()
+    # A user's own S3 and proxies are not the emulator's, nor its workers', unless asked for.
     for name in os.environ.copy():
-        if name.startswith("AWS_") or name.lower().endswith("_proxy"):
+        if name.startswith("AWS_") or (own_s3 and name.lower().endswith("_proxy")):
             del os.environ[name]
 
     stop = threading.Event()
@@ -40,7 +49,10 @@ def main() -> None:
         signal.signal(number, lambda *_: stop.set())
     try:
         emulator = Emulator(
-            host=options.host, port_base=options.port_base, state_dir=options.state_dir
+            host=options.host,
+            port_base=options.port_base,
+            state_dir=options.state_dir,
+            outside_s3=outside_s3,
         )
         with emulator:
             ready = f"Polars Cloud emulator ready at {emulator.rest_url}"
@@ -51,6 +63,8 @@ def main() -> None:
             stop.wait()
     except UnreadableState as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
+    except UnusableEnvironment as error:
+        parser.exit(1, f"{parser.prog}: --object-store environment: {error}\n")
     except OverflowError as error:
         parser.exit(1, f"{parser.prog}: --port-base {options.port_base}: {error}\n")
     except OSError as error:

@@ -1,10 +1,11 @@
-"""The object store: moto's S3 server, holding the sample data and the queries' results."""
+"""Where queries read and write: moto's S3 server, or an S3 outside the emulator."""
 
 import logging
 import shutil
 import socket
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -18,11 +19,17 @@ from moto.moto_server.werkzeug_app import (
 )
 from werkzeug.serving import make_server
 
+from polars_cloud_emulator import sample_data
+
 DATA_BUCKET = "your-bucket"
 TEMPORARY_BUCKET = "polars-cloud-temporary"
 REGION = "us-east-1"
 ACCESS_KEY = "emulator"
 """moto accepts any pair of keys; its clients insist on having one."""
+
+
+class UnusableEnvironment(Exception):
+    """The variables lead to no object store."""
 
 
 class ObjectStore:
@@ -33,6 +40,9 @@ class ObjectStore:
     address
         ``host:port`` under which clients find it.
     """
+
+    temporary_uri = f"s3://{TEMPORARY_BUCKET}"
+    """Prefix for results without a destination."""
 
     def __init__(self, listener: socket.socket, address: str) -> None:
         self.endpoint_url = f"http://{address}"
@@ -73,9 +83,8 @@ class ObjectStore:
             "AWS_DEFAULT_REGION": REGION,
         }
 
-    def put(self, objects: Iterable[tuple[str, bytes]]) -> None:
-        """Write (key, content) pairs into the data bucket."""
-        for key, content in objects:
+    def write_sample_data(self, last_day: date) -> None:
+        for key, content in sample_data.parquet_files(last_day):
             self._client.put_object(Bucket=DATA_BUCKET, Key=key, Body=content)
 
     def delete_result(self, query_id: object) -> None:
@@ -113,3 +122,53 @@ class ObjectStore:
     def _keys(self, bucket: str, prefix: str = "") -> Iterator[str]:
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         return (entry["Key"] for page in pages for entry in page.get("Contents", []))
+
+
+class OutsideObjectStore:
+    """An S3 that is not the emulator's: only queries write there, and nothing deletes.
+
+    Parameters
+    ----------
+    environment
+        The ``AWS_*`` variables that lead there; those without a value count as unset.
+    results
+        Folder for results without a destination.
+
+    Raises
+    ------
+    UnusableEnvironment
+        With the variables that are missing or wrong.
+    """
+
+    def __init__(self, environment: Mapping[str, str], results: Path) -> None:
+        # To Polars and boto3 an empty address or profile is one that they cannot find.
+        self.environment = {
+            name: value for name, value in environment.items() if name.startswith("AWS_") and value
+        }
+        missing = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} - self.environment.keys()
+        if missing:
+            raise UnusableEnvironment(f"set {' and '.join(sorted(missing))}")
+        for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+            url = self.environment.get(name, "https://")
+            if not url.startswith(("http://", "https://")):
+                raise UnusableEnvironment(f"{name} has to begin with http:// or https://: {url}")
+        self.temporary_uri = str(results)
+        self._results = results
+
+    def write_sample_data(self, last_day: date) -> None:
+        """Write nothing: the bucket is the user's."""
+
+    def delete_result(self, query_id: object) -> None:
+        shutil.rmtree(self._results / str(query_id), ignore_errors=True)
+
+    def clear(self) -> None:
+        shutil.rmtree(self._results, ignore_errors=True)
+
+    def save(self, directory: Path) -> None:
+        """Save nothing: all of it lies where a restarted emulator finds it."""
+
+    def load(self, directory: Path) -> None:
+        """Load nothing."""
+
+    def close(self) -> None:
+        """Close nothing: there is no server."""

@@ -8,7 +8,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from datetime import date, timedelta
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from polars_cloud_emulator import grpc_transport, object_store, sample_data
+from polars_cloud_emulator import grpc_transport
 from polars_cloud_emulator.access_tokens import CLIENT_ID, AccessTokens
 from polars_cloud_emulator.admin import Admin
 from polars_cloud_emulator.client_check import ClientCheck
@@ -32,7 +32,7 @@ from polars_cloud_emulator.compute_plane import ComputePlane
 from polars_cloud_emulator.control_plane import ControlPlane
 from polars_cloud_emulator.errors import UnknownCall
 from polars_cloud_emulator.journal import Journal, JournalMiddleware
-from polars_cloud_emulator.object_store import ObjectStore
+from polars_cloud_emulator.object_store import ObjectStore, OutsideObjectStore
 from polars_cloud_emulator.rest_transport import refusal
 from polars_cloud_emulator.state import State
 from polars_cloud_emulator.state_directory import StateDirectory
@@ -45,8 +45,9 @@ class Emulator:
     """A local Polars Cloud in a thread of this process, running while the context is open.
 
     Three ports: REST and proxy-mode gRPC on plain HTTP; token endpoint, schedulers and observatory
-    on TLS; S3. The client of this very process cannot use it: it keeps the interpreter's lock
-    while it connects. ``polars_cloud_emulator.testing`` starts one that it can use.
+    on TLS; S3, unless that is outside. The client of this very process cannot use it: it keeps the
+    interpreter's lock while it connects. ``polars_cloud_emulator.testing`` starts one that it can
+    use.
 
     Parameters
     ----------
@@ -56,6 +57,8 @@ class Emulator:
         First of the three ports in a row; 0 picks free ones.
     state_dir
         Directory in which a restarted emulator finds its state; a temporary one if None.
+    outside_s3
+        The ``AWS_*`` variables of an object store to use in place of the emulator's own.
     clock
         Time for billing, idle timeouts, start-up and tokens.
     token_lifetime
@@ -69,6 +72,8 @@ class Emulator:
         A port is taken.
     UnreadableState
         The state directory holds something else.
+    UnusableEnvironment
+        ``outside_s3`` leads to no object store.
     """
 
     def __init__(
@@ -77,14 +82,18 @@ class Emulator:
         host: str = "127.0.0.1",
         port_base: int = 0,
         state_dir: Path | None = None,
+        outside_s3: Mapping[str, str] | None = None,
         clock: Clock | None = None,
         token_lifetime: timedelta = timedelta(minutes=5),
         startup_delay: timedelta = timedelta(0),
     ) -> None:
         self.clock = clock or Clock()
         self._host = host
-        self._ports = [port_base + n if port_base else 0 for n in range(3)]
+        self._ports = [
+            port_base + n if port_base else 0 for n in range(3 if outside_s3 is None else 2)
+        ]
         self._state_dir = state_dir
+        self._outside_s3 = outside_s3
         self._token_lifetime = token_lifetime
         self._startup_delay = startup_delay
         self._resources = contextlib.ExitStack()
@@ -114,7 +123,7 @@ class Emulator:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as resources:
-            self._rest_listener, self._tls_listener, s3_listener = (
+            self._rest_listener, self._tls_listener, *s3_listeners = (
                 resources.enter_context(_listen(self._host, port)) for port in self._ports
             )
             state_dir = self._state_dir or Path(
@@ -122,7 +131,12 @@ class Emulator:
             )
             self._files = StateDirectory(state_dir.resolve())
             self._snapshot = self._files.load()
-            self._object_store = ObjectStore(s3_listener, self._address(s3_listener))
+            self._object_store: ObjectStore | OutsideObjectStore
+            if self._outside_s3 is None:
+                [s3_listener] = s3_listeners
+                self._object_store = ObjectStore(s3_listener, self._address(s3_listener))
+            else:
+                self._object_store = OutsideObjectStore(self._outside_s3, self._files.results)
             resources.callback(self._object_store.close)
             self._serve_in_thread(resources)
             self._resources = resources.pop_all()
@@ -172,7 +186,7 @@ class Emulator:
         self._compute = Compute(
             self._state,
             environment=self._object_store.environment,
-            temporary_uri=f"s3://{object_store.TEMPORARY_BUCKET}",
+            temporary_uri=self._object_store.temporary_uri,
             delete_result=self._object_store.delete_result,
         )
         access_tokens = AccessTokens(self.clock, self._files.client_secret(), self._token_lifetime)
@@ -252,9 +266,7 @@ class Emulator:
     async def _open_the_shop(self) -> date:
         """Write the sample data up to tomorrow, so that a run just after midnight finds sales."""
         today = self.clock.now().date()
-        await asyncio.to_thread(
-            self._object_store.put, sample_data.parquet_files(today + timedelta(days=1))
-        )
+        await asyncio.to_thread(self._object_store.write_sample_data, today + timedelta(days=1))
         return today
 
     async def _open_the_shop_each_day(self, opened: date) -> None:

@@ -22,6 +22,7 @@ class StateDirectory:
         self.trusted_certificates = path / "trusted-certificates"
         self.client_config = path / "client-config"
         self.objects = path / "objects"
+        self.results = path / "results"
         self.server_certificate = path / "server.pem"
         self._authority_key = path / "certificate-authority.key"
         self._authority = self.trusted_certificates / "certificate-authority.pem"

@@ -1,5 +1,6 @@
 """What the emulator's tests share: the real client here, and the real client elsewhere."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from typing import Any
 import httpx
 import pytest
 
+from polars_cloud_emulator.env_file import read_env_file
 from polars_cloud_emulator.server import Emulator
 from polars_cloud_emulator.testing import RunningEmulator
 from tests.emulator.blocking_query import BlockingQuery
+from tests.emulator.command_line import Served, command
 from tests.emulator.raw_calls import rest_client
 
 LOG_IN = """
@@ -80,6 +83,32 @@ def emulator_here() -> Iterator[Callable[..., RunningEmulator]]:
     yield start
     for emulator in emulators:
         emulator.__exit__(None, None, None)
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    with contextlib.ExitStack() as started:
+
+        def start(*options: object) -> Served:
+            env_file = tmp_path / "env"
+            process = subprocess.Popen(
+                command("--env-file", env_file, *options),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            started.enter_context(process)
+            started.callback(process.kill)
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            served = Served(read_env_file(env_file), process.pid)
+            object.__setattr__(served, "process", process)
+            shell = f"set -a; . {env_file}; set +a"
+            ready = f"Polars Cloud emulator ready at {served.rest_url}"
+            assert line == f"{ready}; in another shell: {shell}\n"
+            return served
+
+        yield start
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from functools import partial
@@ -21,8 +20,8 @@ import pytest
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.env_file import read_env_file, write_env_file
 from polars_cloud_emulator.server import Emulator
-from polars_cloud_emulator.testing import RunningEmulator
 from tests.emulator.blocking_query import BlockingQuery
+from tests.emulator.command_line import Served, command
 from tests.emulator.processes import descendants, none_running
 from tests.emulator.raw_calls import access_token, rest_client, tls_client
 from tests.waiting import eventually
@@ -36,48 +35,6 @@ ctx.start()
 blocking = BlockingQuery(Path("{directory}"))
 query = blocking.lazy_frame().remote(ctx).sink_parquet("s3://your-bucket/mine/")
 """
-
-
-class Served(RunningEmulator):
-    """An emulator that was started from the command line, once it is ready."""
-
-    process: "subprocess.Popen[str]"
-
-    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
-        """Exit code, and what came on standard output after the first line and on error."""
-        self.process.send_signal(number)
-        output, errors = self.process.communicate(timeout=60)
-        return self.process.returncode, output, errors
-
-
-def command(*options: object) -> list[str]:
-    return [sys.executable, "-m", "polars_cloud_emulator", "serve", *map(str, options)]
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
-    with contextlib.ExitStack() as started:
-
-        def start(*options: object) -> Served:
-            env_file = tmp_path / "env"
-            process = subprocess.Popen(
-                command("--env-file", env_file, *options),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            started.enter_context(process)
-            started.callback(process.kill)
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            served = Served(read_env_file(env_file), process.pid)
-            object.__setattr__(served, "process", process)
-            shell = f"set -a; . {env_file}; set +a"
-            ready = f"Polars Cloud emulator ready at {served.rest_url}"
-            assert line == f"{ready}; in another shell: {shell}\n"
-            return served
-
-        yield start
 
 
 @pytest.fixture
