@@ -9,7 +9,7 @@ export AIRFLOW_HOME := $(CURDIR)/.airflow
 export PYTHONPATH := $(CURDIR):$(CURDIR)/emulator
 export UV_CACHE_DIR := $(CURDIR)/.venv/cache
 
-.PHONY: help demo emulator airflow test lint benchmark lock clean
+.PHONY: help demo emulator airflow test failures lint benchmark lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -27,13 +27,18 @@ airflow: .venv/installed ## Serve Airflow's UI, with the DAGs and the emulator, 
 test: .venv/installed ## Run the tests
 	.venv/bin/python -m pytest
 
+failures: .venv/installed ## Run the DAGs through all that can go wrong
+	.venv/bin/python -m pytest tests/failures --dist=load
+
 lint: .venv/installed ## Check style, imports and types
 	.venv/bin/python -m ruff check
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
 
-benchmark: .venv/installed ## Measure the emulator's start, memory and waiting
+benchmark: PYTHONPATH := $(PYTHONPATH):$(CURDIR)/scripts
+benchmark: .venv/installed ## Measure the emulator, and what each pattern costs
 	.venv/bin/python benchmarks/emulator_footprint.py
+	.venv/bin/python benchmarks/cluster_cost.py
 
 # Keeps what still fits; without the file, everything moves to its newest release.
 lock: .venv/bin/uv ## Write requirements-dev.lock anew, after a version was changed

@@ -2,15 +2,15 @@
 ### A cluster for the length of one task
 
 The cluster starts when the `with` body begins and stops however the body ends: after success, a
-failed query, a time-out. Use it when all queries fit in one task, one after the other or at once.
+failed query, a time-out, a user's click. Use it when all queries fit in one task, one after the
+other or at once.
 
 `running_cluster` takes the place of `with ctx:`, which raises an error of its own when there is
 nothing to stop, and so hides the error of the body.
 
 **What it costs:** the cluster while the body runs, nothing after it; a worker slot for as long.
 
-**Copy along:** `include/auth.py`, `include/clusters.py`, `include/queries.py`,
-`include/settings.py`.
+**Copy along:** the folder `include/`.
 """
 
 from datetime import datetime, timedelta
@@ -18,8 +18,8 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.clusters import running_cluster
-from include.queries import wait_for
+from include.clusters import clean_up, running_cluster
+from include.queries import submit, wait_for
 from include.settings import DATA, WORKSPACE
 
 INVENTORY = f"{DATA}/inventory/"
@@ -31,6 +31,7 @@ CLUSTER = {"cpus": 2, "memory": 4, "idle_timeout_mins": 10}
     schedule="@daily",
     start_date=datetime(2026, 1, 1),
     catchup=False,
+    on_failure_callback=clean_up,
     default_args={"retries": 2, "retry_delay": timedelta(minutes=1)},
     tags=["polars-cloud", "shop"],
     doc_md=__doc__,
@@ -42,19 +43,17 @@ def context_manager_shutdown() -> None:
         import polars as pl
         import polars_cloud as pc
 
-        ctx = pc.ComputeContext(workspace=WORKSPACE, **CLUSTER)
-        with running_cluster(ctx):
-            query = (
-                pl.scan_parquet(INVENTORY)
-                .group_by("date", "category")
-                .agg(
-                    units=pl.sum("on_hand"),
-                    value=(pl.col("on_hand") * pl.col("unit_cost")).sum(),
-                )
-                .sort("date", "category")
-                .remote(ctx)
-                .sink_parquet(RESULT, sink_to_single_file=True)
+        stock = (
+            pl.scan_parquet(INVENTORY)
+            .group_by("date", "category")
+            .agg(
+                units=pl.sum("on_hand"),
+                value=(pl.col("on_hand") * pl.col("unit_cost")).sum(),
             )
+            .sort("date", "category")
+        )
+        with running_cluster(pc.ComputeContext(workspace=WORKSPACE, **CLUSTER)) as ctx:
+            query = submit(stock.remote(ctx), RESULT, sink_to_single_file=True)
             return wait_for(query)
 
     value_stock()

@@ -12,8 +12,7 @@ is registered anew after either was upgraded.
 **What it costs:** the cluster from the first query until ten minutes after the last. No task stops
 it: another may be using it.
 
-**Copy along:** `include/auth.py`, `include/manifests.py`, `include/queries.py`,
-`include/settings.py`.
+**Copy along:** the folder `include/`.
 """
 
 from datetime import datetime, timedelta
@@ -21,8 +20,9 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
+from include.clusters import clean_up
 from include.manifests import ensure_manifest
-from include.queries import wait_for
+from include.queries import submit, wait_for
 from include.settings import DATA, MANIFEST, WORKSPACE
 
 RETURNS = f"{DATA}/returns/"
@@ -34,6 +34,7 @@ CLUSTER = {"cpus": 2, "memory": 4, "cluster_size": 2, "idle_timeout_mins": 10}
     schedule="@daily",
     start_date=datetime(2026, 1, 1),
     catchup=False,
+    on_failure_callback=clean_up,
     default_args={"retries": 2, "retry_delay": timedelta(minutes=1)},
     tags=["polars-cloud", "shop"],
     doc_md=__doc__,
@@ -52,14 +53,13 @@ def manifest_reuse() -> None:
         import polars_cloud as pc
 
         ctx = pc.ComputeContext(workspace=WORKSPACE, name=manifest)
-        query = (
+        refunds = (
             pl.scan_parquet(RETURNS)
             .group_by("reason")
             .agg(returns=pl.len(), units=pl.sum("quantity"), refund=pl.sum("refund"))
             .sort("refund", descending=True)
-            .remote(ctx)
-            .sink_parquet(RESULT, sink_to_single_file=True)
         )
+        query = submit(refunds.remote(ctx), RESULT, sink_to_single_file=True)
         return wait_for(query)
 
     sum_refunds(register_manifest())

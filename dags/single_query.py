@@ -4,6 +4,9 @@
 The task ends as soon as the cluster has taken the query. Use it for work that nobody waits for:
 refreshing a cache, a report that is read tomorrow.
 
+`submit` takes care that a try whose worker died, or whose submission was not answered, does not end
+in a second query; `leave` ends the watch.
+
 **What is not known then:** whether the query succeeds. The task is green once the query was
 submitted; a query that fails later fails no task and no run. Look at its page in Polars Cloud, or
 use `status_check`.
@@ -11,7 +14,7 @@ use `status_check`.
 **What it costs:** nobody stops the cluster. It stops by itself ten minutes after the query has
 ended, the least that Polars Cloud allows, and these minutes are billed.
 
-**Copy along:** `include/auth.py`, `include/settings.py`.
+**Copy along:** the folder `include/`.
 """
 
 from datetime import datetime, timedelta
@@ -19,6 +22,7 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
+from include.queries import leave, submit
 from include.settings import DATA, WORKSPACE
 
 SALES = f"{DATA}/sales/"
@@ -42,7 +46,7 @@ def single_query() -> None:
         import polars_cloud as pc
 
         ctx = pc.ComputeContext(workspace=WORKSPACE, **CLUSTER)
-        query = (
+        best_sellers = (
             pl.scan_parquet(SALES)
             .filter(pl.col("status") == "completed")
             .drop_nulls("product")
@@ -53,10 +57,9 @@ def single_query() -> None:
                 revenue=(pl.col("quantity") * pl.col("unit_price")).sum(),
             )
             .sort("revenue", descending=True)
-            .remote(ctx)
-            .sink_parquet(RESULT, sink_to_single_file=True)
         )
-        return str(query._query_id)
+        query = submit(best_sellers.remote(ctx), RESULT, sink_to_single_file=True)
+        return leave(query)
 
     submit_best_sellers()
 

@@ -4,14 +4,15 @@
 The task is green only if the query has written its result. Use it whenever something depends on
 that result, be it the next task or an alert.
 
-`wait_for` asks for the query's status from time to time, so that `execution_timeout` reaches the
-task and then cancels the query. A query that failed raises its own exception, for example
-`ColumnNotFoundError`; one that was canceled, or that names no location, fails the task too.
+`wait_for` asks for the query's status from time to time, so that a time-out, or a user who marks
+the task failed, reaches the task, which then cancels the query. A query that failed raises its own
+exception, for example `ColumnNotFoundError`; one that was canceled, or that names no location,
+fails the task too. A task whose worker died goes on with its query at the next try.
 
 **What it costs:** a worker slot while the query runs, and the cluster until ten minutes after the
 query has ended. `context_manager_shutdown` saves the latter.
 
-**Copy along:** `include/auth.py`, `include/queries.py`, `include/settings.py`.
+**Copy along:** the folder `include/`.
 """
 
 from datetime import datetime, timedelta
@@ -19,7 +20,8 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.queries import wait_for
+from include.clusters import clean_up
+from include.queries import submit, wait_for
 from include.settings import DATA, WORKSPACE
 
 SALES = f"{DATA}/sales/"
@@ -31,6 +33,7 @@ CLUSTER = {"cpus": 2, "memory": 4, "idle_timeout_mins": 10}
     schedule="@daily",
     start_date=datetime(2026, 1, 1),
     catchup=False,
+    on_failure_callback=clean_up,
     default_args={"retries": 2, "retry_delay": timedelta(minutes=1)},
     tags=["polars-cloud", "shop"],
     doc_md=__doc__,
@@ -43,14 +46,13 @@ def status_check() -> None:
         import polars_cloud as pc
 
         ctx = pc.ComputeContext(workspace=WORKSPACE, **CLUSTER)
-        query = (
+        statuses = (
             pl.scan_parquet(SALES)
             .group_by("date", "status")
             .agg(lines=pl.len(), orders=pl.n_unique("order_id"))
             .sort("date", "status")
-            .remote(ctx)
-            .sink_parquet(RESULT, sink_to_single_file=True)
         )
+        query = submit(statuses.remote(ctx), RESULT, sink_to_single_file=True)
         return wait_for(query)
 
     count_order_statuses()

@@ -5,8 +5,7 @@
     def run_query() -> str: ...
 
 The Connection is `polars_cloud`, or the one named by `@authenticate(conn_id="...")`: type HTTP,
-login = client ID and password = client secret of a service account. Needs nothing else of
-`include/`.
+login = client ID and password = client secret of a service account.
 """
 
 import asyncio
@@ -15,6 +14,7 @@ import inspect
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any, ParamSpec, TypeVar, get_type_hints, overload
 
@@ -23,6 +23,9 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowNotFoundExceptio
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# The Connection of the task that is running.
+_conn_id = ContextVar[str]("conn_id")
 
 # Client ID of the emulator, and the user name in front of its address: neither is ever to meet the
 # other side's counterpart.
@@ -74,6 +77,7 @@ def authenticate(
 
             @functools.wraps(function)
             async def wrapper(*args: Any, **kwargs: Any) -> Any:
+                _conn_id.set(conn_id)
                 if error := await asyncio.to_thread(_log_in, conn_id):
                     raise error
                 return await function(*args, **kwargs)
@@ -82,6 +86,7 @@ def authenticate(
 
             @functools.wraps(function)
             def wrapper(*args: Any, **kwargs: Any) -> Any:
+                _conn_id.set(conn_id)
                 if error := _log_in(conn_id):
                     raise error
                 return function(*args, **kwargs)
@@ -96,6 +101,18 @@ def authenticate(
         return wrapper
 
     return decorate if function is None else decorate(function)
+
+
+def log_in_again() -> None:
+    """Log the current task in anew, with the Connection of its `authenticate`.
+
+    Raises
+    ------
+    AirflowFailException, ConnectionError, ValueError
+        As `authenticate`.
+    """
+    if error := _log_in(_conn_id.get()):
+        raise error
 
 
 def _log_in(conn_id: str) -> Exception | None:

@@ -1,98 +1,188 @@
-"""Start and stop clusters so that none outlives the work it was started for.
+"""Start and stop clusters so that none outlives its work, and none is stopped under somebody else.
 
 In a DAG the two tasks enclose those that use the cluster:
 
-    cluster_id = start_cluster({"cpus": 2, "memory": 4})
-    with stop_cluster(cluster_id).as_teardown(setups=cluster_id):
-        run_query(cluster_id)
+    manifest = start_cluster("airflow-reports", {"cpus": 2, "memory": 4})
+    with stop_cluster(manifest).as_teardown(setups=manifest):
+        run_query(manifest)
 
-Needs `include/auth.py` and `include/settings.py`.
+The manifest is the handle: Polars Cloud runs at most one cluster for it, so a start can be
+repeated, and whoever needs the cluster after it was stopped gets a new one by the same name.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from airflow.sdk import task
+from airflow.sdk import get_current_context, task
+from airflow.sdk.execution_time.xcom import XCom
 
 from include.auth import authenticate
+from include.kills import unwind_when_killed
+from include.live_clusters import find_live_cluster
+from include.manifests import ensure_manifest
+from include.outages import call
+from include.queries import QUERIES, cancel, connect, find_status
 from include.settings import WORKSPACE
 
 if TYPE_CHECKING:
+    from airflow.sdk import Context
     from polars_cloud import ComputeContext
 
 logger = logging.getLogger(__name__)
 
+CLUSTER = "polars_cloud_cluster"
+"""Key in the task state store and of an XCom: the cluster that a task started and is to stop."""
+
+WIND_UP = 10.0
+"""Seconds for a cluster to become idle after its last query has ended."""
+
 
 @task(execution_timeout=timedelta(minutes=15))
 @authenticate
-def start_cluster(spec: dict[str, Any]) -> str:
-    """Start a cluster for the tasks of a DAG and return its id.
+def start_cluster(manifest: str, spec: dict[str, Any]) -> str:
+    """Start the manifest's cluster unless it is running, and return the manifest's name.
 
     Parameters
     ----------
+    manifest
+        Name of the manifest; registered if need be.
     spec
-        What `polars_cloud.ComputeContext` takes: `cpus`, `memory`, `cluster_size`, ... or the
-        `name` of a manifest, whose live cluster is used if there is one.
+        What `polars_cloud.ComputeContext` takes: `cpus`, `memory`, `cluster_size`, ...
     """
-    import polars_cloud as pc
-
-    ctx = pc.ComputeContext(workspace=WORKSPACE, **spec)
+    unwind_when_killed()
+    ensure_manifest(manifest, **spec)
+    ctx = _named(manifest)
     try:
-        ctx.start()
+        call(ctx.start, timeout=None)
     except BaseException:
         # A setup that fails is never torn down.
-        _stop_quietly(ctx)
+        _stop_quietly(manifest)
         raise
-    logger.info("Cluster %s is running", ctx._compute_id)
-    return str(ctx._compute_id)
+    get_current_context()["ti"].xcom_push(CLUSTER, str(ctx._compute_id))
+    logger.info("Cluster %s of manifest %s is running", ctx._compute_id, manifest)
+    return manifest
 
 
 @task(execution_timeout=timedelta(minutes=5))
 @authenticate
-def stop_cluster(cluster_id: str) -> None:
-    """Stop the cluster that `start_cluster` started, unless it has stopped by itself."""
-    import polars_cloud as pc
+def stop_cluster(manifest: str) -> None:
+    """Stop the manifest's cluster, unless it has stopped by itself or others are using it.
 
+    Queries of this run that have outlived their tasks are canceled first.
+    """
+    from polars_cloud.polars_cloud import NotFoundError
+
+    _cancel_queries(get_current_context())
     try:
-        ctx = pc.ComputeContext.connect(cluster_id, workspace=WORKSPACE)
-    except RuntimeError as error:
-        if "incorrect state" not in str(error):
-            raise
-        logger.info("Cluster %s is not running: nothing to stop", cluster_id)
+        ctx = _named(manifest)
+    except NotFoundError:
+        logger.info("Manifest %s does not exist: nothing to stop", manifest)
         return
-    ctx.stop()
-    logger.info("Cluster %s stopped", cluster_id)
+    _stop_unless_used(ctx)
+
+
+def clean_up(context: Context) -> None:
+    """End what the tasks of a failed run could not: the `on_failure_callback` of a DAG.
+
+    A run that exceeds its `dagrun_timeout` skips its teardown, and a worker that is killed at a
+    task's last try leaves its query behind.
+    """
+    authenticate(_clean_up)(context)
 
 
 @contextmanager
 def running_cluster(ctx: ComputeContext) -> Iterator[ComputeContext]:
-    """Start the cluster for the body of a `with` statement and stop it however the body ends.
+    """Have a cluster for the body of a `with` statement, and leave none behind that was not there.
 
-    Unlike `with ctx:` it never replaces the body's exception by one of its own, and is quiet when
-    the cluster has already stopped.
+    A cluster that runs already is used and left alone. Otherwise it is started, and stopped however
+    the body ends, unless others are using it by then; a try that died without stopping its cluster
+    hands it over to the next. Unlike `with ctx:` this never replaces the body's exception by one of
+    its own, and is quiet when the cluster has already stopped.
+
+    Parameters
+    ----------
+    ctx
+        By the `name` of a manifest, or by a spec, which always starts a cluster.
+
+    Yields
+    ------
+    ComputeContext
+        The one to use in the body.
     """
+    unwind_when_killed()
+    task_context = get_current_context()
+    store: Any = task_context["task_state_store"]
+    earlier = store.get(CLUSTER)
+    left_behind = call(find_live_cluster, earlier) if earlier else None
+    ctx = left_behind or ctx
+    if not left_behind and call(ctx.get_status).is_available():
+        yield ctx
+        return
     try:
-        ctx.start()
+        call(ctx.start, timeout=None)
+        store.set(CLUSTER, str(ctx._compute_id))
+        task_context["ti"].xcom_push(CLUSTER, str(ctx._compute_id))
         yield ctx
     except BaseException:
         _stop_quietly(ctx)
         raise
-    _stop(ctx)
+    _stop_unless_used(ctx)
 
 
-def _stop(ctx: ComputeContext) -> None:
-    if ctx.get_status().is_available():
-        ctx.stop()
+def _named(manifest: str) -> ComputeContext:
+    from polars_cloud import ComputeContext
+
+    return call(lambda: ComputeContext(workspace=WORKSPACE, name=manifest))
+
+
+def _clean_up(context: Context) -> None:
+    _cancel_queries(context)
+    for cluster_id in _pushed(CLUSTER, context):
+        if ctx := call(find_live_cluster, cluster_id):
+            _stop_unless_used(ctx)
+
+
+def _cancel_queries(context: Context) -> None:
+    """Cancel what the run's tasks have left running: those that were killed without a warning."""
+    for submission in itertools.chain.from_iterable(_pushed(QUERIES, context)):
+        if ctx := call(find_live_cluster, submission["cluster_id"]):
+            query = connect(submission["query_id"], ctx)
+            status = find_status(query)
+            if status and not status.is_done():
+                cancel(query)
+
+
+def _pushed(key: str, context: Context) -> Iterator[Any]:
+    """The XComs of a run's tasks; the mapped ones' of each."""
+    dag = context["dag"]
+    for task_id in dag.task_ids:
+        values = XCom.get_all(key=key, dag_id=dag.dag_id, task_id=task_id, run_id=context["run_id"])
+        yield from values or []
+
+
+def _stop_unless_used(ctx: ComputeContext) -> None:
+    deadline = time.monotonic() + WIND_UP
+    while (status := call(ctx.get_status)).name == "RUNNING" and time.monotonic() < deadline:
+        time.sleep(0.5)
+    if status.name == "RUNNING":
+        logger.info("Cluster %s is left running: others are using it", ctx._compute_id)
+    elif status.is_available():
+        call(ctx.stop)
         logger.info("Cluster %s stopped", ctx._compute_id)
+    else:
+        logger.info("Cluster %s is not running: nothing to stop", ctx._compute_id)
 
 
-def _stop_quietly(ctx: ComputeContext) -> None:
+def _stop_quietly(cluster: ComputeContext | str) -> None:
+    """Stop a context's cluster, or a manifest's, while another error is on its way."""
     try:
-        _stop(ctx)
+        _stop_unless_used(_named(cluster) if isinstance(cluster, str) else cluster)
     except Exception:
-        logger.exception("Cluster %s could not be stopped", ctx._compute_id)
+        logger.exception("The cluster could not be stopped")

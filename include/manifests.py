@@ -1,11 +1,9 @@
-"""Keep a named manifest registered from code, and fit for the versions of this worker.
-
-Needs `include/settings.py`.
-"""
+"""Keep a named manifest registered from code, and fit for the versions of this worker."""
 
 import logging
 from typing import Any, Literal
 
+from include.outages import call
 from include.settings import WORKSPACE
 
 logger = logging.getLogger(__name__)
@@ -34,9 +32,9 @@ def ensure_manifest(name: str, **spec: Any) -> None:
 
     if _look_up(name) == "fitting":
         return
-    ctx = pc.ComputeContext(workspace=WORKSPACE, **spec)
+    ctx = call(lambda: pc.ComputeContext(workspace=WORKSPACE, **spec))
     try:
-        ctx.register(name)
+        call(ctx.register, name)
     except ValueError:
         match _look_up(name):
             case "absent":  # so it is the spec that was refused
@@ -44,8 +42,8 @@ def ensure_manifest(name: str, **spec: Any) -> None:
             case "fitting":  # another task was faster
                 return
             case "outdated":
-                ctx.unregister()
-                ctx.register(name)
+                call(ctx.unregister)
+                call(ctx.register, name)
     logger.info("Registered manifest %s", name)
 
 
@@ -54,7 +52,7 @@ def _look_up(name: str) -> Literal["absent", "outdated", "fitting"]:
     from polars_cloud.polars_cloud import ComputeClusterMisspecified, NotFoundError
 
     try:
-        pc.ComputeContext(name=name, workspace=WORKSPACE)
+        call(lambda: pc.ComputeContext(name=name, workspace=WORKSPACE))
     except NotFoundError:
         return "absent"
     except ComputeClusterMisspecified as drift:

@@ -1,4 +1,4 @@
-"""The date that a run stands for. Needs nothing else of `include/`."""
+"""The date that a run stands for."""
 
 from datetime import date
 

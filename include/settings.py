@@ -10,3 +10,6 @@ MANIFEST = os.environ.get("POLARS_CLOUD_MANIFEST", "airflow-production")
 
 DATA = os.environ.get("POLARS_CLOUD_DATA", "s3://your-bucket").rstrip("/")
 """URI below which `sales/`, `inventory/` and `returns/` are read and results are written."""
+
+OUTAGE = float(os.environ.get("POLARS_CLOUD_OUTAGE", "120"))
+"""Seconds for which Polars Cloud may be out of order before a task gives up."""

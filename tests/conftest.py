@@ -7,11 +7,17 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 
 from local_airflow import use_airflow, use_emulator
 from polars_cloud_emulator.testing import RunningEmulator, running_emulator
+
+if TYPE_CHECKING:
+    from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+
+    from tests.tries import StartTry, Supervisor
 
 # Airflow reads its variables when it is imported: before any test is collected.
 _airflow_home = tempfile.TemporaryDirectory(prefix="airflow-home-")
@@ -53,3 +59,37 @@ def pc(emulator: RunningEmulator) -> ModuleType:
 def airflow_db() -> None:
     """A migrated metadata database in this run's AIRFLOW_HOME."""
     subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], check=True)
+
+
+@pytest.fixture
+def supervisor() -> Iterator["Supervisor"]:
+    """What keeps the store and the XComs of the test's task."""
+    from airflow.sdk.execution_time.supervisor import set_supervisor_comms
+
+    from tests.tries import Supervisor
+
+    with set_supervisor_comms(supervisor := Supervisor()):
+        yield supervisor
+
+
+@pytest.fixture
+def start_try(supervisor: "Supervisor") -> "StartTry":
+    """Run the body of a `with` statement as a try of the test's task."""
+    from tests.tries import start_try
+
+    return start_try
+
+
+@pytest.fixture
+def ti(start_try: "StartTry") -> Iterator["RuntimeTaskInstance"]:
+    """The test is the first try of a task."""
+    with start_try() as ti:
+        yield ti
+
+
+@pytest.fixture
+def short_outages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls to a Polars Cloud that is out of order are given up soon."""
+    from include.outages import call
+
+    monkeypatch.setitem(call.__kwdefaults__, "budget", 0.5)

@@ -21,7 +21,7 @@ from airflow.configuration import conf
 from airflow.sdk import task
 from airflow.sdk.exceptions import AirflowFailException
 
-from include.auth import EMULATOR, authenticate
+from include.auth import EMULATOR, authenticate, log_in_again
 from polars_cloud_emulator.testing import RunningEmulator
 
 REPOSITORY = Path(__file__).parents[1]
@@ -95,6 +95,13 @@ def run_nightly_query() -> str:
 
 
 @authenticate
+def run_long_query(meanwhile: Callable[[], object]) -> str:
+    meanwhile()
+    log_in_again()
+    return "the query ran"
+
+
+@authenticate
 async def await_query(region: str) -> dict[str, str]:
     return {"region": region}
 
@@ -162,6 +169,48 @@ def test_another_connection_can_be_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("AIRFLOW_CONN_NIGHTLY", os.environ["AIRFLOW_CONN_POLARS_CLOUD"])
     monkeypatch.delenv("AIRFLOW_CONN_POLARS_CLOUD")
     assert run_nightly_query() == "the query ran"
+
+
+def logins(emulator: RunningEmulator) -> int:
+    return sum(call["path"].endswith("/token") for call in emulator.journal())
+
+
+def test_task_logs_in_again_and_goes_on(emulator: RunningEmulator) -> None:
+    assert run_long_query(lambda: None) == "the query ran"
+    assert logins(emulator) == 2
+
+
+def test_coroutine_logs_in_again(emulator: RunningEmulator) -> None:
+    @authenticate
+    async def await_long_query() -> None:
+        await asyncio.to_thread(log_in_again)
+
+    asyncio.run(await_long_query())
+    assert logins(emulator) == 2
+
+
+def test_task_logs_in_again_with_the_connection_it_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIRFLOW_CONN_NIGHTLY", os.environ["AIRFLOW_CONN_POLARS_CLOUD"])
+    monkeypatch.delenv("AIRFLOW_CONN_POLARS_CLOUD")
+    authenticate(conn_id="nightly")(log_in_again)()
+
+
+def test_task_logs_in_again_with_what_the_connection_holds_by_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rotated = connection(os.environ["POLARS_CLOUD_CLIENT_ID"], WRONG_SECRET)
+    sentence = refusal(
+        lambda: run_long_query(lambda: monkeypatch.setenv("AIRFLOW_CONN_POLARS_CLOUD", rotated))
+    )
+    assert "was refused by Polars Cloud" in sentence
+
+
+def test_outage_while_logging_in_again_is_retried(emulator: RunningEmulator) -> None:
+    def begin_outage() -> None:
+        emulator.add_fault("GET user/me", "connection_reset", times=9)
+
+    with pytest.raises(ConnectionError, match="Polars Cloud could not be reached"):
+        run_long_query(begin_outage)
 
 
 def test_signature_name_and_docstring_are_kept() -> None:

@@ -13,6 +13,7 @@ import pytest
 from airflow.dag_processing.dagbag import DagBag
 from airflow.sdk import DAG
 
+from include.clusters import clean_up
 from local_airflow import ROOT
 
 DAG_IDS = {
@@ -26,7 +27,6 @@ DAG_IDS = {
     "status_check",
 }
 SHUT_DOWN_BY_TASK = {"complete_pipeline", "manual_shutdown", "multi_stage", "parallel_single_node"}
-MODULES = {path.stem for path in (ROOT / "include").glob("[a-z]*.py")}
 
 PARSE = """
 import json, sys
@@ -121,35 +121,18 @@ def test_a_dag_is_named_like_its_file_and_says_what_it_is_for(
 
 
 @pytest.mark.parametrize("dag_id", sorted(DAG_IDS))
-def test_a_docstring_names_the_modules_to_copy_along(dags: dict[str, DAG], dag_id: str) -> None:
-    dag = dags[dag_id]
-    needed = modules_needed(Path(dag.fileloc).read_text())
-    named = set(re.findall(r"`include/(\w+)\.py`", dag.doc_md or ""))
-    assert named == needed or (dag_id == "complete_pipeline" and needed == MODULES)
-
-
-@pytest.mark.parametrize("dag_id", sorted(DAG_IDS))
 def test_a_dag_works_in_another_deployment_with_only_what_it_names(
     dags: dict[str, DAG], tmp_path: Path, dag_id: str
 ) -> None:
     dag = dags[dag_id]
+    [folder] = re.findall(r"\*\*Copy along:\*\* the folder `(\w+)/`", dag.doc_md or "")
     shutil.copy(dag.fileloc, tmp_path)
-    (tmp_path / "include").mkdir()
-    for module in re.findall(r"`include/(\w+)\.py`", dag.doc_md or "") or MODULES:
-        shutil.copy(ROOT / "include" / f"{module}.py", tmp_path / "include")
+    shutil.copytree(ROOT / folder, tmp_path / folder)
 
     # Nothing but the DAGs folder, which Airflow itself adds to the path.
     report = parse(tmp_path)
     assert report["errors"] == {}
     assert report["dags"] == [dag_id]
-
-
-def modules_needed(source: str) -> set[str]:
-    """Modules of `include/` that the source imports, and those that they import in turn."""
-    needed = {module for module in MODULES if f"from include.{module} " in source}
-    for module in set(needed):
-        needed |= modules_needed((ROOT / "include" / f"{module}.py").read_text())
-    return needed
 
 
 @pytest.mark.parametrize("dag_id", sorted(DAG_IDS))
@@ -177,11 +160,16 @@ def test_every_query_lies_between_the_start_and_the_stop_of_its_cluster(
     assert stop.is_teardown
     # Else the teardown alone would decide whether the run succeeded.
     assert not stop.on_failure_fail_dagrun
-    queries = [t for t in dag.tasks if t not in (start, stop) and t.task_id != "register_manifest"]
+    queries = [task for task in dag.tasks if task not in (start, stop)]
     assert queries
     for query in queries:
         assert start.task_id in query.get_flat_relative_ids(upstream=True), query.task_id
         assert stop.task_id in query.get_flat_relative_ids(upstream=False), query.task_id
+
+
+@pytest.mark.parametrize("dag_id", sorted(DAG_IDS - {"single_query"}))
+def test_a_failed_run_is_cleaned_up(dags: dict[str, DAG], dag_id: str) -> None:
+    assert dags[dag_id].on_failure_callback is clean_up
 
 
 def test_only_a_teardown_starts_regardless_of_how_others_ended(dags: dict[str, DAG]) -> None:

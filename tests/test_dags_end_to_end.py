@@ -200,6 +200,10 @@ def test_a_dag_succeeds_and_writes_what_the_same_query_gives_locally(
     assert run.state == DagRunState.SUCCESS
     queries = all_ended(emulator)
     assert {query["status"] for query in queries} == {"Success"}
+    for query in queries:
+        names = [label.partition("=")[0] for label in query["labels"]]
+        assert names[:4] == ["dag", "task", "run", "try"]
+        assert query["labels"][0] == f"dag={dag_id}"
     assert emulator.state()["unmatched"] == []
     expected = EXPECTED[dag_id](tables, run.logical_date.date())
     for key, frame in expected.items():
@@ -250,7 +254,6 @@ def test_the_cluster_stops_only_after_the_siblings_of_a_failed_query_have_ended(
 
     states = {ti.task_id: ti.state for ti in run.get_task_instances()}
     assert states == {
-        "register_manifest": "success",
         "start_cluster": "success",
         "transform_sales": "success",
         "transform_inventory": "success",

@@ -62,6 +62,19 @@ def test_a_manifest_of_other_versions_is_registered_anew(
     assert healed["python_version"] == platform.python_version()
 
 
+@pytest.mark.parametrize("operation", ["GET manifest/find", "POST manifest"])
+@pytest.mark.parametrize(
+    "fault", [{"kind": "http_error", "status": 503}, {"kind": "answer_lost"}], ids=["503", "lost"]
+)
+def test_an_outage_is_survived(
+    pc: ModuleType, emulator: RunningEmulator, operation: str, fault: dict[str, Any]
+) -> None:
+    emulator.add_fault(operation, **fault)
+    ensure_manifest("shop", **SPEC)
+    assert registered(emulator)["name"] == "shop"
+    assert calls(emulator, "DELETE") == 0
+
+
 def test_registering_at_the_same_time_is_no_error(
     pc: ModuleType, emulator: RunningEmulator
 ) -> None:

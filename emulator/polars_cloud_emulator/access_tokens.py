@@ -1,7 +1,7 @@
 """The service account, and the short-lived access tokens that it is given."""
 
 import secrets
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import jwt
@@ -29,6 +29,9 @@ class AccessTokens:
         self._clock = clock
         self._client_secret = client_secret
         self._lifetime = lifetime
+        self._generation = 0
+        self.revoked = False
+        """Whether the secret is refused, too."""
 
     def issue(self, client_id: str, client_secret: str) -> str:
         """A token for the service account.
@@ -36,8 +39,10 @@ class AccessTokens:
         Raises
         ------
         Unauthenticated
-            The id or the secret is wrong.
+            The id or the secret is wrong, or the secret is revoked.
         """
+        if self.revoked:
+            raise Unauthenticated("the client secret is revoked")
         known = client_id == CLIENT_ID
         if not (
             secrets.compare_digest(client_secret.encode(), self._client_secret.encode()) and known
@@ -45,8 +50,19 @@ class AccessTokens:
             raise Unauthenticated("unknown client id or wrong client secret")
         # The client decodes the payload with the standard alphabet and without padding:
         # ASCII text never needs the two letters in which the alphabets differ.
-        expiry = int((self._clock.now() + self._lifetime).timestamp())
-        return jwt.encode({"sub": CLIENT_ID, "exp": expiry}, self._client_secret)
+        claims = {
+            "sub": CLIENT_ID,
+            # What the client goes by: the system's time, which is its own.
+            "exp": int((datetime.now(UTC) + self._lifetime).timestamp()),
+            # What counts here.
+            "good_until": int((self._clock.now() + self._lifetime).timestamp()),
+            "generation": self._generation,
+        }
+        return jwt.encode(claims, self._client_secret)
+
+    def expire(self) -> None:
+        """From now on only tokens of new logins are good."""
+        self._generation += 1
 
     def check(self, authorization: str | None) -> None:
         """Accept ``Bearer <token>``.
@@ -63,10 +79,13 @@ class AccessTokens:
                 authorization.removeprefix("Bearer "),
                 self._client_secret,
                 algorithms=["HS256"],
-                # Against the emulator's clock below, not the system's.
+                # By the emulator's clock below, not by the system's.
                 options={"verify_exp": False},
             )
         except jwt.InvalidTokenError:
             raise Unauthenticated("this access token was not issued here") from None
-        if claims["exp"] <= self._clock.now().timestamp():
+        if (
+            claims["good_until"] <= self._clock.now().timestamp()
+            or claims["generation"] < self._generation
+        ):
             raise Unauthenticated("the access token has expired")

@@ -1,16 +1,25 @@
-"""The admin API under ``/_emulator/``: look into the emulator and empty it."""
+"""The admin API under ``/_emulator/``: look into the emulator, meddle with it and empty it."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from datetime import timedelta
+from typing import Annotated, Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.compute import Compute
+from polars_cloud_emulator.errors import InvalidRequest
+from polars_cloud_emulator.faults import Faults
 from polars_cloud_emulator.journal import ADMIN_PREFIX, Journal
-from polars_cloud_emulator.rest_transport import json_response
+from polars_cloud_emulator.rest_transport import decode_body, json_response, refusal
 from polars_cloud_emulator.state import Cluster, Query, State
+
+
+class Advance(msgspec.Struct, forbid_unknown_fields=True):
+    advance_seconds: Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
 
 class Admin:
@@ -27,11 +36,15 @@ class Admin:
         state: State,
         compute: Compute,
         journal: Journal,
+        faults: Faults,
+        clock: Clock,
         reset: Callable[[], Awaitable[None]],
     ) -> None:
         self._state = state
         self._compute = compute
         self._journal = journal
+        self._faults = faults
+        self._clock = clock
         self._reset = reset
 
     def routes(self) -> list[BaseRoute]:
@@ -39,6 +52,9 @@ class Admin:
             Route(f"{ADMIN_PREFIX}health", self.get_health),
             Route(f"{ADMIN_PREFIX}state", self.get_state),
             Route(f"{ADMIN_PREFIX}journal", self.get_journal),
+            Route(f"{ADMIN_PREFIX}faults", self.post_fault, methods=["POST"]),
+            Route(f"{ADMIN_PREFIX}faults", self.delete_faults, methods=["DELETE"]),
+            Route(f"{ADMIN_PREFIX}clock", self.post_clock, methods=["POST"]),
             Route(f"{ADMIN_PREFIX}reset", self.post_reset, methods=["POST"]),
         ]
 
@@ -51,12 +67,32 @@ class Admin:
                 "manifests": sorted(self._state.manifests),
                 "clusters": [self._cluster(c) for c in self._state.clusters.values()],
                 "queries": [self._query(q) for q in self._state.queries.values()],
+                "faults": self._faults.pending,
                 "unmatched": self._journal.unmatched,
             }
         )
 
     async def get_journal(self, request: Request) -> Response:
         return json_response(list(self._journal.entries))
+
+    async def post_fault(self, request: Request) -> Response:
+        try:
+            self._faults.add(await request.body())
+        except InvalidRequest as error:
+            return refusal(error)
+        return json_response(self._faults.pending)
+
+    async def delete_faults(self, request: Request) -> Response:
+        self._faults.clear()
+        return json_response(self._faults.pending)
+
+    async def post_clock(self, request: Request) -> Response:
+        try:
+            by = await decode_body(request, Advance)
+        except InvalidRequest as error:
+            return refusal(error)
+        self._clock.advance(timedelta(seconds=by.advance_seconds))
+        return json_response({"now": self._clock.now()})
 
     async def post_reset(self, request: Request) -> Response:
         await self._reset()
@@ -91,7 +127,9 @@ class Admin:
             "started_at": query.started_at,
             "ended_at": query.ended_at,
             "seconds": self._state.query_seconds(query),
+            "cancels": query.cancels,
             "error": query.error,
+            "output_location": query.output_location,
             "destinations": query.outcome.destinations if query.outcome else [],
             "n_rows": query.outcome.n_rows if query.outcome else None,
         }

@@ -14,3 +14,6 @@ class Clock:
 
     def advance(self, by: timedelta) -> None:
         self._ahead += by
+
+    def reset(self) -> None:
+        self._ahead = timedelta(0)

@@ -9,8 +9,19 @@ from datetime import timedelta
 from typing import NamedTuple
 from uuid import UUID
 
+from polars_cloud_emulator.faults import (
+    ClusterLost,
+    QueryFails,
+    QueryFault,
+    QueryHangs,
+    QueryTakes,
+    StartupFails,
+    StartupFault,
+    StartupTakes,
+    WorkerKilled,
+)
 from polars_cloud_emulator.state import Cluster, Query, State, TerminationReason
-from polars_cloud_emulator.worker import Failure, Job, Success
+from polars_cloud_emulator.worker import Answer, Failure, Job, Success
 from polars_cloud_emulator.workers import Worker, WorkerDied
 
 TICK = timedelta(milliseconds=50)
@@ -52,6 +63,7 @@ class Compute:
         self._idle: dict[UUID, list[Worker]] = {}
         self._leases: dict[UUID, Lease] = {}
         self._ended: dict[UUID, asyncio.Event] = {}
+        self._faults: dict[UUID, QueryFault] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def worker_pids(self, cluster_id: UUID) -> list[int]:
@@ -60,9 +72,16 @@ class Compute:
             workers += lease.workers
         return sorted(worker.pid for worker in workers if worker.pid)
 
-    def launch(self, cluster: Cluster) -> None:
+    def launch(self, cluster: Cluster, fault: StartupFault | None = None) -> None:
         """Start the cluster's workers, unless they are there."""
         if cluster.id not in self._idle:
+            match fault:
+                case StartupFails(message=message):
+                    self._state.begin_stop(cluster, TerminationReason.FAILED, message)
+                    self._state.end_stop(cluster)
+                    return
+                case StartupTakes(seconds=seconds):
+                    self._state.postpone(cluster, timedelta(seconds=seconds))
             environment = {
                 **os.environ,
                 # A worker imports what this process can, installed or not.
@@ -87,9 +106,11 @@ class Compute:
             await self._end_workers(cluster_id)
             self._state.end_stop(cluster)
 
-    def queue(self, query: Query) -> None:
+    def queue(self, query: Query, fault: QueryFault | None = None) -> None:
         """Let a submitted query run when its turn comes."""
         self._ended[query.id] = asyncio.Event()
+        if fault is not None:
+            self._faults[query.id] = fault
         self._start_queries(query.cluster_id)
 
     def cancel(self, query_id: UUID) -> None:
@@ -146,6 +167,7 @@ class Compute:
         await self.close()
         self.release_waiters()
         self._ended.clear()
+        self._faults.clear()
 
     async def _end_workers(self, cluster_id: UUID) -> None:
         workers = self._idle.pop(cluster_id, [])
@@ -179,7 +201,7 @@ class Compute:
         await worker.ready()
         if not query.has_ended:  # by a cancel, while the process started
             try:
-                answer = await worker.run(job)
+                answer = await self._answer(query, worker, job)
             except WorkerDied as death:
                 answer = Failure(f"RuntimeError: {death}")
             match answer:
@@ -191,6 +213,26 @@ class Compute:
         if query.id in self._leases:  # else the cluster was stopped
             self._idle[query.cluster_id] += self._leases.pop(query.id).workers
             self._start_queries(query.cluster_id)
+
+    async def _answer(self, query: Query, worker: Worker, job: Job) -> Answer:
+        match self._faults.pop(query.id, None):
+            case None:
+                return await worker.run(job)
+            case QueryFails(error=error):
+                return Failure(error)
+            case ClusterLost(message=message):
+                self._run_in_background(
+                    self.stop(query.cluster_id, TerminationReason.FAILED, message)
+                )
+            case WorkerKilled():
+                worker.kill()
+            case QueryTakes(seconds=seconds):
+                while self._state.query_seconds(query) < seconds and not query.has_ended:
+                    await asyncio.sleep(TICK.total_seconds())
+                return await worker.run(job)
+            case QueryHangs():
+                pass
+        return await worker.hang()
 
     def _announce_ends(self) -> None:
         for query_id in [q for q in self._ended if self._state.queries[q].has_ended]:

@@ -8,7 +8,7 @@ import polars as pl
 from pure_protobuf.message import BaseMessage
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 from polars_cloud_emulator.access_tokens import AccessTokens
 from polars_cloud_emulator.client_check import CLIENT_VERSION, ClientCheck
@@ -56,7 +56,7 @@ class ComputePlane:
         self._access_tokens = access_tokens
         self._check_client = check_client
 
-    def routes(self) -> list[BaseRoute]:
+    def routes(self) -> list[Route]:
         return [
             grpc_route(f"{SERVICE}/SubmitQuery", DirectSubmitRequest, self.submit_query),
             grpc_route(f"{SERVICE}/GetQueryStatus", QueryReference, self.get_query_status),
@@ -74,7 +74,7 @@ class ComputePlane:
         except ValueError:
             raise NotFound(f"'{host}' names no cluster; use a ComputeContext") from None
         query = submitted(self._state, cluster_id, message, request.headers)
-        self._compute.queue(query)
+        self._compute.queue(query, request.scope["fault"])
         return QueryReference.of(query.id)
 
     async def get_query_status(self, message: QueryReference, request: Request) -> BaseMessage:

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from datetime import datetime
+from operator import itemgetter
 from typing import Any
 from urllib.parse import parse_qsl
 from uuid import UUID
@@ -10,12 +11,12 @@ import msgspec
 from pure_protobuf.message import BaseMessage
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 from polars_cloud_emulator.access_tokens import ACCOUNT_ID, AccessTokens
 from polars_cloud_emulator.client_check import ClientCheck
 from polars_cloud_emulator.compute import Compute
-from polars_cloud_emulator.errors import EmulatorError, NotFound, Unauthenticated
+from polars_cloud_emulator.errors import EmulatorError, InvalidRequest, NotFound, Unauthenticated
 from polars_cloud_emulator.grpc_transport import grpc_route
 from polars_cloud_emulator.messages import (
     ProxyQueryResultAnswer,
@@ -45,6 +46,8 @@ ORGANIZATION_ID = UUID("5e41ce00-0000-4000-8000-000000000003")
 EPOCH = "2026-01-01T00:00:00Z"
 SERVICE = "/polars_cloud.control_plane.client.v1.ClientService"
 FILE_TYPE_NAMES = {"parquet": "Parquet", "ipc": "IPC", "csv": "Csv", "ndjson": "NDJSON", None: None}
+
+ORDERS = ("request_time", "created_at", "updated_at")
 
 Model = dict[str, Any]
 
@@ -85,7 +88,7 @@ class ControlPlane:
         self._certificate_authority = certificate_authority
         self._compute_plane_address = compute_plane_address
 
-    def routes(self) -> list[BaseRoute]:
+    def routes(self) -> list[Route]:
         workspace = "/api/v1/workspace/{workspace_id:uuid}"
         cluster = workspace + "/compute/{cluster_id:uuid}"
         query = workspace + "/query/{query_id:uuid}"
@@ -177,7 +180,7 @@ class ControlPlane:
 
     async def start_cluster(self, request: Request) -> Model:
         cluster = self._state.start_cluster(await decode_body(request, ClusterSpec))
-        self._compute.launch(cluster)
+        self._compute.launch(cluster, request.scope["fault"])
         return _cluster(cluster)
 
     async def list_clusters(self, request: Request) -> Model:
@@ -228,7 +231,7 @@ class ControlPlane:
 
     async def start_manifest(self, request: Request) -> Model:
         cluster = self._state.start_manifest((await decode_body(request, StartManifest)).name)
-        self._compute.launch(cluster)
+        self._compute.launch(cluster, request.scope["fault"])
         return _cluster(cluster)
 
     def _manifest(self, manifest: Manifest) -> Model:
@@ -250,8 +253,14 @@ class ControlPlane:
     # Queries
 
     async def list_queries(self, request: Request) -> Model:
-        queries = self._state.queries.values()
-        return _page([_query(q) | {"active_share_count": 0} for q in queries], request)
+        models = [_query(q) | {"active_share_count": 0} for q in self._state.queries.values()]
+        field, _, direction = request.query_params.get("order", "request_time,asc").partition(",")
+        if field not in ORDERS or direction not in {"asc", "desc"}:
+            raise InvalidRequest(
+                f"order is a field of {', '.join(ORDERS)}, a comma, and asc or desc"
+            )
+        models.sort(key=itemgetter(field), reverse=direction == "desc")
+        return _page(models, request)
 
     async def get_query(self, request: Request) -> Model:
         query = self._state.find_query(request.path_params["query_id"])
@@ -275,7 +284,7 @@ class ControlPlane:
     async def submit_query(self, message: ProxySubmitRequest, request: Request) -> BaseMessage:
         self._check_client(request.headers)
         query = submitted(self._state, parse_id(message.compute), message, request.headers)
-        self._compute.queue(query)
+        self._compute.queue(query, request.scope["fault"])
         return QueryReference.of(query.id)
 
     async def get_query_result(self, message: QueryReference, request: Request) -> BaseMessage:
@@ -382,6 +391,7 @@ def _query(query: Query) -> Model:
         "cluster_id": query.cluster_id,
         "user_id": ACCOUNT_ID,
         "request_time": query.submitted_at,
+        "output_location": query.output_location,
         "started_at": query.started_at,
         "ended_at": query.ended_at,
         "status_code": query.status,

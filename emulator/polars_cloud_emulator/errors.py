@@ -1,29 +1,35 @@
 """The emulator's refusals, and what each becomes on the wire."""
 
 from enum import IntEnum
-from typing import ClassVar
 
 
 class GrpcStatus(IntEnum):
     """Status codes of gRPC (https://grpc.github.io/grpc/core/md_doc_statuscodes.html)."""
 
     OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
     INVALID_ARGUMENT = 3
     DEADLINE_EXCEEDED = 4
     NOT_FOUND = 5
     ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
     FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
     UNIMPLEMENTED = 12
     INTERNAL = 13
     UNAVAILABLE = 14
+    DATA_LOSS = 15
     UNAUTHENTICATED = 16
 
 
 class EmulatorError(Exception):
     """Something the emulator refuses, in words that the client's user sees."""
 
-    http_status: ClassVar[int] = 500
-    grpc_status: ClassVar[GrpcStatus] = GrpcStatus.INTERNAL
+    http_status: int = 500
+    grpc_status: GrpcStatus = GrpcStatus.INTERNAL
 
 
 class InvalidRequest(EmulatorError):

@@ -15,14 +15,17 @@ ADMIN_PREFIX = "/_emulator/"
 
 
 class Entry(msgspec.Struct):
-    """One call. Query strings, headers and bodies are left out: they may hold secrets."""
+    """One call. Query strings, headers and bodies are left out: they may hold secrets.
+
+    ``status`` is None as long as there is no answer, and for ever if it was lost.
+    """
 
     at: datetime
     method: str
     path: str
     client: str
-    status: int
-    grpc_status: int | None
+    status: int | None = None
+    grpc_status: int | None = None
 
 
 class Journal:
@@ -41,11 +44,10 @@ class Journal:
             or UnknownCall.grpc_status == entry.grpc_status
         ]
 
-    def record(self, scope: Scope, status: int, grpc_status: int | None) -> None:
+    def record(self, scope: Scope) -> Entry:
         client = Headers(scope=scope).get("user-agent", "")
-        self.entries.append(
-            Entry(self._clock.now(), scope["method"], scope["path"], client, status, grpc_status)
-        )
+        self.entries.append(Entry(self._clock.now(), scope["method"], scope["path"], client))
+        return self.entries[-1]
 
 
 class JournalMiddleware:
@@ -59,17 +61,13 @@ class JournalMiddleware:
         if scope["type"] != "http" or scope["path"].startswith(ADMIN_PREFIX):
             await self._app(scope, receive, send)
             return
-        status, grpc_status = 500, None
+        entry = self._journal.record(scope)
 
         async def observe(message: Message) -> None:
-            nonlocal status, grpc_status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                entry.status = message["status"]
             elif message["type"] == "http.response.trailers":
-                grpc_status = int(dict(message["headers"])[b"grpc-status"])
+                entry.grpc_status = int(dict(message["headers"])[b"grpc-status"])
             await send(message)
 
-        try:
-            await self._app(scope, receive, observe)
-        finally:
-            self._journal.record(scope, status, grpc_status)
+        await self._app(scope, receive, observe)

@@ -56,6 +56,16 @@ def check(plan: bytes) -> None:
         )
 
 
+def output_location(plan: bytes) -> str | None:
+    """Where the plan's sink writes, as its author wrote it; None for a temporary result."""
+    match _root(msgspec.msgpack.decode(plan[HEADER_LENGTH:])):
+        case {"Sink": {"payload": {"File": {"target": {"inner": str(uri)}}}}} if uri != TEMPORARY:
+            return uri
+        case {"Sink": {"payload": {"Partitioned": {"base_path": {"inner": str(uri)}}}}}:
+            return uri
+    return None
+
+
 def with_destinations(plan: bytes, temporary_uri: str) -> tuple[bytes, list[Sink]]:
     """The plan with every sink's target made a place that Polars can write, and those places.
 

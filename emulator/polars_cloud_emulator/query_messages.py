@@ -67,6 +67,7 @@ def submitted(
     return state.submit(
         cluster_id,
         plan=request.plan,
+        output_location=plan.output_location(request.plan),
         distributed=settings.single is None,
         engine="in-memory" if settings.engine is Engine.IN_MEMORY else "streaming",
         optimization_flags=settings.optimization_flags,

@@ -8,7 +8,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import date, timedelta
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,7 @@ from polars_cloud_emulator.compute import TICK, Compute
 from polars_cloud_emulator.compute_plane import ComputePlane
 from polars_cloud_emulator.control_plane import ControlPlane
 from polars_cloud_emulator.errors import UnknownCall
+from polars_cloud_emulator.faults import Connection, FaultMiddleware, Faults
 from polars_cloud_emulator.journal import Journal, JournalMiddleware
 from polars_cloud_emulator.object_store import ObjectStore, OutsideObjectStore
 from polars_cloud_emulator.rest_transport import refusal
@@ -63,8 +64,6 @@ class Emulator:
         Time for billing, idle timeouts, start-up and tokens.
     token_lifetime
         How long an access token is good.
-    startup_delay
-        How long a cluster is ``Starting``.
 
     Raises
     ------
@@ -85,7 +84,6 @@ class Emulator:
         outside_s3: Mapping[str, str] | None = None,
         clock: Clock | None = None,
         token_lifetime: timedelta = timedelta(minutes=5),
-        startup_delay: timedelta = timedelta(0),
     ) -> None:
         self.clock = clock or Clock()
         self._host = host
@@ -95,7 +93,6 @@ class Emulator:
         self._state_dir = state_dir
         self._outside_s3 = outside_s3
         self._token_lifetime = token_lifetime
-        self._startup_delay = startup_delay
         self._resources = contextlib.ExitStack()
 
     @property
@@ -181,7 +178,6 @@ class Emulator:
             self.clock,
             python_version=platform.python_version(),
             polars_version=pl.__version__,
-            startup_delay=self._startup_delay,
         )
         self._compute = Compute(
             self._state,
@@ -203,18 +199,23 @@ class Emulator:
         )
         compute_plane = ComputePlane(self._state, self._compute, access_tokens, check_client)
         self._journal = Journal(self.clock)
-        admin = Admin(self._state, self._compute, self._journal, self._reset)
+        calls = [*control_plane.routes(), *compute_plane.routes()]
+        self._faults = Faults(calls, access_tokens)
+        admin = Admin(
+            self._state, self._compute, self._journal, self._faults, self.clock, self._reset
+        )
         application = Starlette(
             routes=[
                 *admin.routes(),
-                *control_plane.routes(),
-                *compute_plane.routes(),
+                *calls,
                 Route("/{path:path}", _unknown_call, methods=list(_METHODS)),
             ],
             lifespan=self._lifespan,
         )
         await hypercorn.asyncio.serve(
-            JournalMiddleware(application, self._journal),  # type: ignore[arg-type]
+            JournalMiddleware(  # type: ignore[arg-type]
+                FaultMiddleware(application, self._faults, access_tokens), self._journal
+            ),
             self._hypercorn_config(),
             shutdown_trigger=self._released,
         )
@@ -252,14 +253,17 @@ class Emulator:
             await asyncio.to_thread(self._object_store.save, self._files.objects)
 
     async def _released(self) -> None:
-        """Return when the server is to stop, after those who wait for a query were answered."""
+        """Return when the server is to stop, and no call has to wait for anything else."""
         await self._stopping.wait()
+        self._faults.clear()
         self._compute.release_waiters()
 
     async def _reset(self) -> None:
         await self._compute.reset()
         self._state.clear()
         self._journal.entries.clear()
+        self._faults.clear()
+        self.clock.reset()
         await asyncio.to_thread(self._object_store.clear)
         await self._open_the_shop()
 
@@ -277,13 +281,15 @@ class Emulator:
 
 
 class _EventLoop(asyncio.SelectorEventLoop):
-    """Ends connections at once and in silence, in the two places where hypercorn has no setting."""
+    """Ends connections on request, at once and in silence: hypercorn has no setting for these."""
 
-    async def create_server(self, *args: Any, **kwargs: Any) -> asyncio.Server:
+    async def create_server(
+        self, protocol_factory: Callable[[], Any], *args: Any, **kwargs: Any
+    ) -> asyncio.Server:
         if kwargs.get("ssl") is not None:
             # By default a client that holds a connection and sleeps holds up the end by 30 s.
             kwargs["ssl_shutdown_timeout"] = 0.5
-        return await super().create_server(*args, **kwargs)
+        return await super().create_server(lambda: Connection(protocol_factory()), *args, **kwargs)
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         # Connections that were cut when the emulator stopped are no news.

@@ -131,12 +131,16 @@ class Query(msgspec.Struct, kw_only=True):
     plan: bytes
     """Serialized LazyFrame; dropped when the query has ended."""
     submitted_at: datetime
+    output_location: str | None = None
+    """Of the plan's sink; None for a temporary result."""
     status: QueryStatus = QueryStatus.SCHEDULED
     started_at: datetime | None = None
     ended_at: datetime | None = None
     outcome: Outcome | None = None
     error: str | None = None
     """``Type: message`` of a failed query."""
+    cancels: int = 0
+    """How often it was to be cancelled, in time or not."""
 
     @property
     def has_ended(self) -> bool:
@@ -158,8 +162,6 @@ class State:
     ----------
     python_version, polars_version
         What the workers run. Clusters cannot run anything else.
-    startup_delay
-        How long a cluster stays ``Starting``.
     """
 
     def __init__(
@@ -168,12 +170,10 @@ class State:
         *,
         python_version: str,
         polars_version: str,
-        startup_delay: timedelta = timedelta(0),
     ) -> None:
         self._clock = clock
         self._python_version = python_version
         self._polars_version = polars_version
-        self._startup_delay = startup_delay
         self.manifests: dict[str, Manifest] = {}
         self.clusters: dict[UUID, Cluster] = {}
         self.queries: dict[UUID, Query] = {}
@@ -225,18 +225,22 @@ class State:
                 f"{spec.polars_version}; register the manifest anew or install that version"
             )
         now = self._clock.now()
-        ready_at = now + self._startup_delay
         cluster = Cluster(
             id=uuid4(),
             spec=spec,
             manifest=manifest,
-            status=ClusterStatus.STARTING if ready_at > now else ClusterStatus.IDLE,
+            status=ClusterStatus.IDLE,
             requested_at=now,
-            ready_at=ready_at,
-            idle_since=ready_at,
+            ready_at=now,
+            idle_since=now,
         )
         self.clusters[cluster.id] = cluster
         return cluster
+
+    def postpone(self, cluster: Cluster, startup: timedelta) -> None:
+        """Let a cluster that was just requested be ``Starting`` for so long."""
+        cluster.status = ClusterStatus.STARTING
+        cluster.ready_at = cluster.idle_since = cluster.requested_at + startup
 
     def find_cluster(self, cluster_id: UUID) -> Cluster:
         try:
@@ -295,6 +299,7 @@ class State:
         cluster_id: UUID,
         *,
         plan: bytes,
+        output_location: str | None,
         distributed: bool,
         engine: Literal["streaming", "in-memory"],
         optimization_flags: int | None,
@@ -309,6 +314,7 @@ class State:
             id=uuid4(),
             cluster_id=cluster_id,
             plan=plan,
+            output_location=output_location,
             distributed=distributed,
             engine=engine,
             optimization_flags=optimization_flags,
@@ -367,6 +373,7 @@ class State:
 
     def cancel(self, query_id: UUID) -> None:
         query = self.find_query(query_id)
+        query.cancels += 1
         if not query.has_ended:
             self._end(query, QueryStatus.CANCELED)
 

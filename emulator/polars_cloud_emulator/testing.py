@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +54,45 @@ class RunningEmulator:
         """Stop every cluster and bring the emulator to the state of its first start."""
         self._ask("POST", "reset")
 
-    def _ask(self, method: str, call: str) -> Any:
-        request = urllib.request.Request(f"{self.rest_url}{ADMIN_PREFIX}{call}", method=method)
+    def add_fault(self, operation: str, kind: str, **fields: object) -> None:
+        """Let something go wrong; the README has the kinds and their fields.
+
+        Parameters
+        ----------
+        operation
+            A gRPC method (``SubmitQuery``) or a REST call (``GET compute/{id}``).
+
+        Raises
+        ------
+        ValueError
+            There is no such fault; with those that there are.
+        """
+        self._ask("POST", "faults", {"operation": operation, "kind": kind, **fields})
+
+    def clear_faults(self) -> None:
+        """Forget the faults that have not come yet, and take the client's secret again."""
+        self._ask("DELETE", "faults")
+
+    def advance_clock(self, by: timedelta) -> datetime:
+        """Move the time of everything that bills, expires or times out; the new time.
+
+        Access tokens expire, too, and the client does not notice: log in again.
+        """
+        answer = self._ask("POST", "clock", {"advance_seconds": by.total_seconds()})
+        return datetime.fromisoformat(answer["now"])
+
+    def _ask(self, method: str, call: str, body: dict[str, object] | None = None) -> Any:
+        request = urllib.request.Request(
+            f"{self.rest_url}{ADMIN_PREFIX}{call}",
+            data=json.dumps(body).encode() if body else None,
+            method=method,
+        )
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with direct.open(request) as answer:
-            return json.load(answer)
+        try:
+            with direct.open(request) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise ValueError(json.load(error)["message"]) from None
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import struct
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Mapping
+from typing import NoReturn
 
 import msgspec
 
@@ -64,6 +65,17 @@ class Worker:
             raise WorkerDied(f"worker process died with {await _exit_of(process)}") from None
         decoded: Answer = msgspec.msgpack.decode(answer, type=Answer)
         return decoded
+
+    async def hang(self) -> NoReturn:
+        """Hold the process that is ready without a job.
+
+        Raises
+        ------
+        WorkerDied
+            With the way the process ended.
+        """
+        assert self._process is not None
+        raise WorkerDied(f"worker process died with {await _exit_of(self._process)}")
 
     def kill(self) -> None:
         """End the process now; nothing softer reaches a thread in native code."""

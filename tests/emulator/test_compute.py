@@ -218,7 +218,8 @@ def test_query_submitted_while_the_cluster_starts_waits_for_it(
     emulator_here: StartEmulator, run_client: RunClient
 ) -> None:
     clock = Clock()
-    emulator = emulator_here(clock=clock, startup_delay=timedelta(minutes=2))
+    emulator = emulator_here(clock=clock)
+    emulator.add_fault("POST compute/start", "startup_takes", seconds=120)
     with rest_client(emulator.environment) as rest:
         # By hand: the client looks at a starting cluster again after half a minute only.
         cluster = rest.post(f"{WORKSPACE}/compute/start", json=CLUSTER).json()

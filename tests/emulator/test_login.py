@@ -1,6 +1,7 @@
 """Service account, access tokens, and which clients are spoken to."""
 
 import json
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from types import ModuleType
@@ -89,6 +90,19 @@ def test_token_is_good_until_it_expires(emulator_here: StartEmulator) -> None:
         answer = rest.get(ME)
     assert answer.status_code == 401
     assert answer.json() == {"message": "the access token has expired", "errors": {}}
+
+
+def test_token_from_an_emulator_that_is_ahead_tells_the_client_its_own_time(
+    emulator_here: StartEmulator,
+) -> None:
+    clock = Clock()
+    clock.advance(timedelta(days=1))
+    emulator = emulator_here(clock=clock, token_lifetime=timedelta(minutes=5))
+    with rest_client(emulator.environment) as rest:
+        assert rest.get(ME).status_code == 200
+        token = rest.headers["authorization"].removeprefix("Bearer ")
+    expiry = jwt.decode(token, options={"verify_signature": False})["exp"]
+    assert 0 < expiry - time.time() <= 300
 
 
 @pytest.mark.parametrize(

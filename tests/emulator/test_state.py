@@ -66,6 +66,7 @@ def spec(**changed: Any) -> ClusterSpec:
 def submit(state: State, cluster_id: UUID, **changed: Any) -> Query:
     values: dict[str, Any] = {
         "plan": b"plan",
+        "output_location": None,
         "distributed": False,
         "engine": "streaming",
         "optimization_flags": None,
@@ -153,8 +154,9 @@ def test_cluster_is_idle_too_long_exactly_at_its_timeout(state: State, clock: St
 def test_starting_cluster_is_ready_after_the_delay_and_idle_from_then_on(
     clock: StoppedClock,
 ) -> None:
-    state = State(clock, python_version="3.11.7", polars_version="2.0.0", startup_delay=2 * MINUTE)
+    state = State(clock, python_version="3.11.7", polars_version="2.0.0")
     cluster = state.start_cluster(spec(idle_timeout_mins=10))
+    state.postpone(cluster, 2 * MINUTE)
     query = submit(state, cluster.id)
     assert state.start_next(cluster.id, 2) is None
     clock.advance(2 * MINUTE - timedelta.resolution)
@@ -293,7 +295,7 @@ def test_journal_keeps_the_latest_calls(clock: StoppedClock) -> None:
     journal = Journal(clock)
     for number in range(MAX_ENTRIES + 5):
         scope = {"type": "http", "method": "GET", "path": f"/{number}", "headers": []}
-        journal.record(scope, 501 if number < 10 else 200, None)
+        journal.record(scope).status = 501 if number < 10 else 200
     assert len(journal.entries) == MAX_ENTRIES
     assert journal.entries[0].path == "/5"
     assert [entry.path for entry in journal.unmatched] == [f"/{n}" for n in range(5, 10)]

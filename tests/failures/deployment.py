@@ -1,0 +1,333 @@
+"""An Airflow with its scheduler, the DAGs in haste, and an emulator that can be stopped."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from local_airflow import ROOT, use_emulator
+from polars_cloud_emulator.env_file import read_env_file
+from polars_cloud_emulator.testing import RunningEmulator
+from standalone import airflow, health, settings
+from tests.waiting import eventually
+
+OUTAGE = 8.0
+"""Seconds for which the DAGs bear an outage here."""
+READY_IN = 120.0
+TASK_ENDS = {"success", "failed", "skipped", "upstream_failed", "removed"}
+
+HASTE = {
+    '"retries": 2': '"retries": 1',
+    'schedule="@daily"': "schedule=None",
+    'schedule=CronDataIntervalTimetable("@daily", timezone="UTC")': "schedule=None",
+    '"retry_delay": timedelta(minutes=1)': '"retry_delay": timedelta(seconds=1)',
+}
+"""What differs from the DAG files: they run when they are told to, and try again at once."""
+
+VARIANTS = {
+    # Name: DAG, and what is short in it.
+    "status_check_out_of_time": (
+        "status_check",
+        {"execution_timeout=timedelta(minutes=30)": "execution_timeout=timedelta(seconds=8)"},
+    ),
+    "context_manager_shutdown_out_of_time": (
+        "context_manager_shutdown",
+        {"execution_timeout=timedelta(minutes=30)": "execution_timeout=timedelta(seconds=8)"},
+    ),
+    "manual_shutdown_out_of_time": (
+        "manual_shutdown",
+        {"execution_timeout=timedelta(minutes=30)": "execution_timeout=timedelta(seconds=8)"},
+    ),
+    "manual_shutdown_run_out_of_time": (
+        "manual_shutdown",
+        {"dagrun_timeout=timedelta(hours=2)": "dagrun_timeout=timedelta(seconds=15)"},
+    ),
+    # On the same manifest, with results of its own.
+    "parallel_single_node_beside": (
+        "parallel_single_node",
+        {"/results/parallel_single_node": "/results/parallel_single_node_beside"},
+    ),
+}
+
+
+def write_dags(folder: Path, sources: Mapping[str, str] | None = None) -> None:
+    """Write the DAG files as they are run here.
+
+    Parameters
+    ----------
+    sources
+        DAG id and source of each; the repository's own if None.
+    """
+    own = {path.stem: path.read_text() for path in (ROOT / "dags").glob("*.py")}
+    if sources is None:
+        sources = own
+        for name, (dag_id, changes) in VARIANTS.items():
+            source = own[dag_id].replace(f"def {dag_id}(", f"def {name}(")
+            source = source.replace(f"\n{dag_id}()\n", f"\n{name}()\n")
+            for old, new in changes.items():
+                assert old in source, f"{dag_id} has no {old}"
+                source = source.replace(old, new)
+            sources = {**sources, name: source}
+    folder.mkdir(parents=True)
+    for name, source in sources.items():
+        for old, new in HASTE.items():
+            source = source.replace(old, new)
+        assert "@daily" not in source
+        (folder / f"{name}.py").write_text(source)
+
+
+class Emulator:
+    """An emulator in a process of its own, which finds its state again when it is restarted."""
+
+    def __init__(self, folder: Path) -> None:
+        self._env_file = folder / "env"
+        self._command = [sys.executable, "-m", "polars_cloud_emulator", "serve"]
+        self._command += ["--port-base", str(_free_ports(3)), "--env-file", str(self._env_file)]
+        self._command += ["--state-dir", str(folder / "state")]
+        self.start()
+
+    def start(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        self._process = subprocess.Popen(
+            self._command, stdout=subprocess.PIPE, env=environment, start_new_session=True
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline(), "the emulator did not start"
+        self.api = RunningEmulator(read_env_file(self._env_file), self._process.pid)
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(30)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    # What happened, as the emulator counted it
+
+    def queries(self) -> list[dict[str, Any]]:
+        queries: list[dict[str, Any]] = self.api.state()["queries"]
+        return queries
+
+    def running_queries(self) -> list[dict[str, Any]]:
+        return [query for query in self.queries() if not query["ended_at"]]
+
+    def live_clusters(self) -> list[dict[str, Any]]:
+        return [c for c in self.api.state()["clusters"] if not c["stopped_at"]]
+
+    def calls(self, operation: str) -> int:
+        """How often a gRPC method, or a REST path's end, was called."""
+        return sum(call["path"].endswith(operation) for call in self.api.journal())
+
+
+@dataclass(frozen=True)
+class Run:
+    """A DAG run and its tasks, through Airflow's REST API."""
+
+    deployment: "Deployment"
+    dag_id: str
+    run_id: str
+
+    @property
+    def path(self) -> str:
+        return f"dags/{self.dag_id}/dagRuns/{urllib.request.quote(self.run_id)}"  # type: ignore[attr-defined]
+
+    @property
+    def state(self) -> str:
+        return str(self.deployment.call("GET", self.path)["state"])
+
+    def tasks(self) -> dict[str, str | None]:
+        """State of each task; of a mapped one as `task[index]`."""
+        answer = self.deployment.call("GET", f"{self.path}/taskInstances?limit=100")
+        return {
+            task["task_id"] + (f"[{task['map_index']}]" if task["map_index"] >= 0 else ""): task[
+                "state"
+            ]
+            for task in answer["task_instances"]
+        }
+
+    def tries(self, task_id: str) -> int:
+        return int(
+            self.deployment.call("GET", f"{self.path}/taskInstances/{task_id}")["try_number"]
+        )
+
+    def process(self, task_id: str) -> psutil.Process:
+        """The process in which the task's function runs."""
+        name = self.deployment.call("GET", f"{self.path}/taskInstances/{task_id}")["id"]
+        [process] = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if " ".join(process.info["cmdline"] or ()).strip() == f"airflow worker -- {name}"
+        ]
+        return process
+
+    def running_tasks(self) -> list[str]:
+        """Ids of its tasks that are running, in the order of the alphabet; one at least."""
+        return eventually(
+            lambda: sorted(task for task, state in self.tasks().items() if state == "running"),
+            pause=0.3,
+        )
+
+    def wait_for_end(self) -> None:
+        """Wait until the run, and each of its tasks, has ended."""
+
+        def ended() -> bool:
+            ended = self.state in {"success", "failed"}
+            return ended and set(self.tasks().values()) <= TASK_ENDS
+
+        eventually(ended, self.deployment.ends_in, pause=0.3)
+
+    def log(self, task_id: str = "*", attempt: str = "*") -> str:
+        """What the tasks logged, all tries one after the other."""
+        folder = self.deployment.logs / f"dag_id={self.dag_id}" / f"run_id={self.run_id}"
+        paths = folder.glob(f"task_id={task_id}/**/attempt={attempt}.log")
+        return "".join(path.read_text() for path in sorted(paths))
+
+    def mark(self, state: str, task_id: str | None = None) -> None:
+        """Mark the run, or one of its tasks, as a user does."""
+        if task_id is None:
+            self.deployment.call("PATCH", self.path, state=state)
+        else:
+            self.deployment.call("PATCH", f"{self.path}/taskInstances/{task_id}", new_state=state)
+
+    def clear(self, *task_ids: str, only_failed: bool = False) -> None:
+        """Clear the run's tasks, all or some, as a user does."""
+        self.deployment.call(
+            "POST",
+            f"dags/{self.dag_id}/clearTaskInstances",
+            dag_run_id=self.run_id,
+            dry_run=False,
+            only_failed=only_failed,
+            **({"task_ids": list(task_ids)} if task_ids else {}),
+        )
+
+
+class Deployment:
+    """Airflow under its own scheduler, LocalExecutor and SQLite, against one emulator."""
+
+    ends_in = 120.0
+    """Seconds until a run that has not ended never will."""
+
+    def __init__(self, home: Path, port: int, emulator: Emulator) -> None:
+        self.emulator = emulator
+        self.logs = home / "logs"
+        self._url = f"http://127.0.0.1:{port}"
+        self._scheduler: contextlib.ExitStack | None = None
+        self._log_path = home / "airflow.log"
+
+    def call(self, method: str, path: str, **body: object) -> Any:
+        request = urllib.request.Request(
+            f"{self._url}/api/v2/{path}",
+            data=json.dumps(body).encode() if body else None,
+            headers={"Content-Type": "application/json"},
+            method=method,
+        )
+
+        def answer() -> tuple[Any] | None:
+            try:
+                with urllib.request.urlopen(request, timeout=30) as response:
+                    return (json.load(response),)
+            except urllib.error.HTTPError as error:
+                text = error.read().decode()
+                if "Database error" not in text:
+                    raise AssertionError(f"{method} {path}: {error} {text}") from None
+                return None  # SQLite was busy, and did nothing
+
+        found = eventually(answer, pause=0.5)
+        assert found
+        return found[0]
+
+    def end_runs(self) -> None:
+        """End what is running, in Polars Cloud and in Airflow."""
+        self.emulator.api.reset()
+        for run in self.call("GET", "dags/~/dagRuns?state=running&limit=100")["dag_runs"]:
+            Run(self, run["dag_id"], run["dag_run_id"]).mark("failed")
+        active = "dags/~/dagRuns/~/taskInstances?state=running&state=queued&limit=100"
+        eventually(lambda: not self.call("GET", active)["task_instances"], 60, pause=0.5)
+        self.emulator.api.reset()
+
+    def trigger(self, dag_id: str) -> Run:
+        answer = self.call("POST", f"dags/{dag_id}/dagRuns", logical_date=None)
+        return Run(self, dag_id, answer["dag_run_id"])
+
+    def start_scheduler(self) -> None:
+        self._scheduler = contextlib.ExitStack()
+        log = self._scheduler.enter_context(self._log_path.open("a"))
+        self._scheduler.enter_context(airflow("scheduler --skip-serve-logs", log=log))
+
+    def stop_scheduler(self) -> None:
+        assert self._scheduler is not None
+        self._scheduler.close()
+
+
+@contextlib.contextmanager
+def running_deployment(
+    folder: Path, sources: Mapping[str, str] | None = None
+) -> Iterator[Deployment]:
+    """Run Airflow while the context is open."""
+    home = folder / "airflow"
+    home.mkdir()
+    write_dags(folder / "dags", sources)
+    emulator = Emulator(folder)
+    port = _free_ports(1)
+    before = os.environ.copy()
+    try:
+        os.environ |= settings(port) | {
+            "AIRFLOW_HOME": str(home),
+            "AIRFLOW__CORE__DAGS_FOLDER": str(folder / "dags"),
+            "AIRFLOW__CORE__PARALLELISM": "6",
+            "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
+            # A worker that is gone is noticed in seconds.
+            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "12",
+            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "2",
+            "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
+            # And so is a scheduler, by the next one.
+            "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "6",
+            "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "3",
+            "POLARS_CLOUD_OUTAGE": str(OUTAGE),
+        }
+        use_emulator(emulator.api.environment)
+        with (home / "airflow.log").open("a") as log:
+            subprocess.run(
+                [sys.executable, "-m", "airflow", "db", "migrate"],
+                stdout=log,
+                stderr=log,
+                check=True,
+            )
+            with airflow("api-server", "dag-processor", log=log):
+                eventually(lambda: health(port), READY_IN, pause=0.5)
+                deployment = Deployment(home, port, emulator)
+                deployment.start_scheduler()
+                dag_ids = {path.stem for path in (folder / "dags").glob("*.py")}
+
+                def known() -> bool:
+                    dags = deployment.call("GET", "dags?limit=100")["dags"]
+                    return {dag["dag_id"] for dag in dags} == dag_ids
+
+                eventually(known, READY_IN, pause=0.5)
+                try:
+                    yield deployment
+                finally:
+                    deployment.stop_scheduler()
+    finally:
+        os.environ.clear()
+        os.environ |= before
+        emulator.stop()
+
+
+def _free_ports(count: int) -> int:
+    """The first of some free ports in a row."""
+    for port in range(20_000 + os.getpid() % 10_000, 60_000, count):
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
+            for offset in range(count):
+                held.enter_context(socket.create_server(("127.0.0.1", port + offset)))
+            return port
+    raise AssertionError("no free ports")

@@ -1,0 +1,47 @@
+"""What became of a run, as Airflow and the emulator's own counters tell it."""
+
+import contextlib
+from dataclasses import dataclass
+
+from tests.failures.deployment import Deployment, Run
+from tests.failures.scenarios import Expected
+from tests.waiting import eventually
+
+SETTLES_IN = 20.0
+"""Seconds after the run's end for what it left to stop."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Counterpart of `Expected`, with all that the tasks logged."""
+
+    run: str
+    submits: int
+    cancels: int
+    failed: frozenset[str]
+    queries_left: int
+    clusters_left: int
+    log: str
+
+
+def observe(airflow: Deployment, run: Run, expected: Expected) -> Outcome:
+    """Look at a run that has ended, once as much is left of it as is expected, or never will be."""
+    emulator = airflow.emulator
+
+    def left() -> tuple[int, int]:
+        return len(emulator.running_queries()), len(emulator.live_clusters())
+
+    wanted = (expected.queries_left, expected.clusters_left)
+    with contextlib.suppress(AssertionError):  # the outcome says so
+        eventually(lambda: left() == wanted, SETTLES_IN, pause=0.2)
+    queries = emulator.queries()
+    queries_left, clusters_left = left()
+    return Outcome(
+        run=run.state,
+        submits=len(queries),
+        cancels=sum(query["cancels"] for query in queries),
+        failed=frozenset(task for task, state in run.tasks().items() if state == "failed"),
+        queries_left=queries_left,
+        clusters_left=clusters_left,
+        log=run.log(),
+    )

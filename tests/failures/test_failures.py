@@ -1,0 +1,34 @@
+"""Whatever goes wrong: no failure is hidden, no query orphaned, no cluster left running."""
+
+import re
+
+import pytest
+
+from tests.failures.deployment import Deployment
+from tests.failures.outcome import observe
+from tests.failures.scenarios import IDLE_TIMEOUT, SCENARIOS
+from tests.waiting import eventually
+
+
+@pytest.mark.parametrize(
+    ("what", "dag_id"),
+    [
+        pytest.param(what, dag_id, id=f"{what}-{dag_id}".replace(" ", "_"))
+        for what, scenario in SCENARIOS.items()
+        for dag_id in scenario.expected
+    ],
+)
+def test_a_run_comes_out_well_of(airflow: Deployment, what: str, dag_id: str) -> None:
+    scenario = SCENARIOS[what]
+    expected = scenario.expected[dag_id]
+
+    outcome = observe(airflow, scenario.act(airflow, dag_id), expected)
+
+    for promise in ("run", "failed", "submits", "cancels", "queries_left", "clusters_left"):
+        assert getattr(outcome, promise) == getattr(expected, promise), (
+            f"{promise}\n{outcome.log[-6000:]}"
+        )
+    assert re.search(expected.cause, outcome.log), outcome.log[-6000:]
+    if not outcome.queries_left:
+        airflow.emulator.api.advance_clock(IDLE_TIMEOUT)
+        eventually(lambda: not airflow.emulator.live_clusters())

@@ -1,0 +1,62 @@
+"""`include/labels.py`: labels that lead back to the task, and that Polars Cloud takes."""
+
+from types import ModuleType
+
+import polars as pl
+import pytest
+
+from include.labels import LONGEST, get_labels, shorten
+from include.queries import leave, submit
+from polars_cloud_emulator.testing import RunningEmulator
+from tests.tries import StartTry
+
+LONG = {"dag_id": "märkte_" * 20, "task_id": "x" * 200, "run_id": "scheduled__2026-11-23T00:00:00Z"}
+
+
+def test_labels_name_dag_task_run_and_try(start_try: StartTry) -> None:
+    with start_try(2, dag_id="multi_stage", task_id="sum_days", run_id="manual__7"):
+        assert get_labels() == ["dag=multi_stage", "task=sum_days", "run=manual__7", "try=2"]
+
+
+def test_labels_of_a_mapped_task_name_its_map_index(start_try: StartTry) -> None:
+    with start_try(map_index=0):
+        assert get_labels()[4:] == ["map=0"]
+
+
+@pytest.mark.parametrize("label", ["dag=" + "x" * 28, "dag=" + "ü" * 14])
+def test_a_label_of_32_bytes_is_kept(label: str) -> None:
+    assert len(label.encode()) == LONGEST == 32
+    assert shorten(label) == label
+
+
+@pytest.mark.parametrize("letter", ["x", "ü", "日", "🐻"])
+def test_a_longer_label_is_cut_between_letters(letter: str) -> None:
+    for before in ("dag=", "dag=_", "dag=__", "dag=___"):
+        shortened = shorten(before + letter * 40)
+        # At most a part of one letter is lost besides what does not fit.
+        assert LONGEST - len(letter.encode()) < len(shortened.encode()) <= LONGEST
+        assert shortened.startswith(before + letter)
+        assert "\N{REPLACEMENT CHARACTER}" not in shortened
+
+
+def test_long_labels_that_begin_alike_are_kept_apart() -> None:
+    days = [f"run=scheduled__2026-11-{day}T00:00:00+00:00" for day in range(10, 30)]
+    assert len({shorten(day) for day in days}) == len(days)
+
+
+def test_a_label_is_shortened_to_the_same_in_each_process() -> None:
+    assert shorten("run=scheduled__2026-11-23T00:00:00+00:00") == "run=scheduled__2026-11-23~31c937"
+
+
+def test_polars_cloud_shows_the_labels_of_a_task_with_long_ids(
+    pc: ModuleType, emulator: RunningEmulator, start_try: StartTry
+) -> None:
+    remote = pl.LazyFrame({"x": [1]}).remote(
+        pc.ComputeContext(workspace="playground", cpus=2, memory=4)
+    )
+    with start_try(12, map_index=3, **LONG):
+        leave(submit(remote, "s3://your-bucket/results/labels/"))
+        labels = get_labels()
+    [query] = emulator.state()["queries"]
+    assert query["labels"] == labels
+    assert [label.partition("=")[0] for label in labels] == ["dag", "task", "run", "try", "map"]
