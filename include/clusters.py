@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from airflow.sdk import get_current_context, task
 from airflow.sdk.execution_time.xcom import XCom
@@ -117,18 +117,21 @@ def running_cluster(ctx: ComputeContext) -> Iterator[ComputeContext]:
         The one to use in the body.
     """
     unwind_when_killed()
-    task_context = get_current_context()
-    store: Any = task_context["task_state_store"]
-    earlier = store.get(CLUSTER)
-    left_behind = call(find_live_cluster, earlier) if earlier else None
+    context = get_current_context()
+    ti, store = context["ti"], cast("Any", context["task_state_store"])
+    started = store.get(CLUSTER)
+    left_behind = None
+    if started and started["try_number"] != ti.try_number:
+        left_behind = call(find_live_cluster, started["cluster_id"])
     ctx = left_behind or ctx
     if not left_behind and call(ctx.get_status).is_available():
         yield ctx
         return
     try:
         call(ctx.start, timeout=None)
-        store.set(CLUSTER, str(ctx._compute_id))
-        task_context["ti"].xcom_push(CLUSTER, str(ctx._compute_id))
+        cluster_id = str(ctx._compute_id)
+        store.set(CLUSTER, {"cluster_id": cluster_id, "try_number": ti.try_number})
+        ti.xcom_push(CLUSTER, cluster_id)
         yield ctx
     except BaseException:
         _stop_quietly(ctx)

@@ -224,6 +224,15 @@ def test_a_task_that_is_killed_stops_its_cluster(
     assert statuses(emulator) == ["Stopped"]
 
 
+@pytest.mark.usefixtures("ti")
+def test_a_task_may_use_two_clusters_at_once(
+    by_spec: Callable[[], Any], emulator: RunningEmulator
+) -> None:
+    with running_cluster(by_spec()) as first, running_cluster(by_spec()) as second:
+        assert first._compute_id != second._compute_id
+    assert statuses(emulator) == ["Stopped", "Stopped"]
+
+
 # start_cluster
 
 
