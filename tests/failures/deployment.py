@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -324,10 +325,11 @@ def running_deployment(
 
 
 def _free_ports(count: int) -> int:
-    """The first of some free ports in a row."""
-    for port in range(20_000 + os.getpid() % 10_000, 60_000, count):
+    """The first of some free ports in a row, below those that the system gives out by itself."""
+    while True:
+        # By chance, as other processes are looking at the same time.
+        port = random.randrange(10_000, 32_000)
         with contextlib.ExitStack() as held, contextlib.suppress(OSError):
             for offset in range(count):
                 held.enter_context(socket.create_server(("127.0.0.1", port + offset)))
             return port
-    raise AssertionError("no free ports")
