@@ -64,7 +64,7 @@ def main() -> None:
         page.get_by_role("button", name="Collapse Details Panel").click()
         page.get_by_role("button", name="Show Graph").click()
         tasks = page.locator(".react-flow__node")
-        expect(tasks.filter(has_text="success")).to_have_count(7)
+        expect(tasks.filter(has_text="success")).to_have_count(6)
         # Waits for the graph to stand still.
         tasks.last.click(trial=True)
         save(page, arguments.folder / f"{DAG}.png")
