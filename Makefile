@@ -9,7 +9,7 @@ export AIRFLOW_HOME := $(CURDIR)/.airflow
 export PYTHONPATH := $(CURDIR):$(CURDIR)/emulator
 export UV_CACHE_DIR := $(CURDIR)/.venv/cache
 
-.PHONY: help demo emulator airflow test failures lint benchmark lock clean
+.PHONY: help demo emulator airflow test failures lint benchmark comparison lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -35,10 +35,13 @@ lint: .venv/installed ## Check style, imports and types
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
 
-benchmark: PYTHONPATH := $(PYTHONPATH):$(CURDIR)/scripts
+benchmark comparison: PYTHONPATH := $(PYTHONPATH):$(CURDIR)/scripts
 benchmark: .venv/installed ## Measure the emulator, and what each pattern costs
 	.venv/bin/python benchmarks/emulator_footprint.py
 	.venv/bin/python benchmarks/cluster_cost.py
+
+comparison: .venv/installed ## Put the published wiring through the same failures
+	.venv/bin/python benchmarks/published_failures.py
 
 # Keeps what still fits; without the file, everything moves to its newest release.
 lock: .venv/bin/uv ## Write requirements-dev.lock anew, after a version was changed

@@ -225,7 +225,7 @@ def outdated_manifest(**drift: object) -> Callable[[Deployment, str], Run]:
     return act
 
 
-def beside(other: str | None = None) -> Callable[[Deployment, str], Run]:
+def beside(suffix: str = "") -> Callable[[Deployment, str], Run]:
     """A run that ends while another, of the same or another DAG, uses the same cluster."""
 
     def act(airflow: Deployment, dag_id: str) -> Run:
@@ -233,7 +233,7 @@ def beside(other: str | None = None) -> Callable[[Deployment, str], Run]:
         emulator.api.add_fault("SubmitQuery", "query_takes", seconds=LONG)
         first = airflow.trigger(dag_id)
         eventually(lambda: len(emulator.running_queries()) == 1, 60, pause=0.2)
-        second = airflow.trigger(other or dag_id)
+        second = airflow.trigger(dag_id + suffix)
         second.wait_for_end()
         assert second.state == "success"
         assert len(emulator.running_queries()) == 1, "the first run's query was stopped"
@@ -539,7 +539,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         {"parallel_single_node": Expected("success", submits=10, cause="Cluster .* stopped")},
     ),
     "two DAGs share a manifest": Scenario(
-        beside("parallel_single_node_beside"),
+        beside("_beside"),
         {"parallel_single_node": Expected("success", submits=10, cause="Cluster .* stopped")},
     ),
 }
