@@ -26,9 +26,9 @@ pytestmark = pytest.mark.xdist_group("scheduler")  # all of them look at one ses
 DAGS = {path.stem for path in (ROOT / "dags").glob("*.py")}
 LEAVE_THEIR_CLUSTER = {"manifest_reuse", "single_query", "status_check"}
 """To its idle timeout, by design."""
-READY_IN = 120.0
-GREEN_IN = 180.0
-STOPPED_IN = 60.0
+READY_IN = 240.0
+GREEN_IN = 300.0
+STOPPED_IN = 120.0
 
 
 class Standalone:

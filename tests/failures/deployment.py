@@ -24,7 +24,7 @@ from tests.waiting import eventually
 
 OUTAGE = 8.0
 """Seconds for which the DAGs bear an outage here."""
-READY_IN = 120.0
+READY_IN = 240.0
 TASK_ENDS = {"success", "failed", "skipped", "upstream_failed", "removed"}
 
 HASTE = {
