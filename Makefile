@@ -28,7 +28,7 @@ test: .venv/installed ## Run the tests
 	.venv/bin/python -m pytest
 
 failures: .venv/installed ## Run the DAGs through all that can go wrong
-	.venv/bin/python -m pytest tests/failures
+	.venv/bin/python -m pytest tests/failures --dist=load
 
 lint: .venv/installed ## Check style, imports and types
 	.venv/bin/python -m ruff check

@@ -21,8 +21,6 @@ import pytest
 from local_airflow import ROOT
 from tests.waiting import eventually
 
-pytestmark = pytest.mark.xdist_group("scheduler")  # all of them look at one session
-
 DAGS = {path.stem for path in (ROOT / "dags").glob("*.py")}
 LEAVE_THEIR_CLUSTER = {"manifest_reuse", "single_query", "status_check"}
 """To its idle timeout, by design."""
