@@ -7,7 +7,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def eventually(condition: Callable[[], T], seconds: float = 60.0, *, pause: float = 0.01) -> T:
+def eventually(condition: Callable[[], T], seconds: float = 120.0, *, pause: float = 0.01) -> T:
     """The first true value of ``condition``; an AssertionError when there is none in time.
 
     Parameters

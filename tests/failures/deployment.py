@@ -252,7 +252,7 @@ class Deployment:
         for run in self.call("GET", "dags/~/dagRuns?state=running&limit=100")["dag_runs"]:
             Run(self, run["dag_id"], run["dag_run_id"]).mark("failed")
         active = "dags/~/dagRuns/~/taskInstances?state=running&state=queued&limit=100"
-        eventually(lambda: not self.call("GET", active)["task_instances"], 60, pause=0.5)
+        eventually(lambda: not self.call("GET", active)["task_instances"], pause=0.5)
         self.emulator.api.reset()
 
     def trigger(self, dag_id: str) -> Run:
@@ -287,11 +287,11 @@ def running_deployment(
             "AIRFLOW__CORE__PARALLELISM": "6",
             "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
             # A worker that is gone is noticed in seconds.
-            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "12",
+            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "20",
             "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "2",
             "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
             # And so is a scheduler, by the next one.
-            "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "6",
+            "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "10",
             "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "3",
             "POLARS_CLOUD_OUTAGE": str(OUTAGE),
         }

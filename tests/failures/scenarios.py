@@ -108,7 +108,7 @@ def with_running_queries(
         )
         emulator.api.add_fault("SubmitQuery", times=wanted, **kind)
         run = airflow.trigger(dag_id)
-        eventually(lambda: len(emulator.running_queries()) == wanted, 60, pause=0.2)
+        eventually(lambda: len(emulator.running_queries()) == wanted, pause=0.2)
         then(airflow, run)
         run.wait_for_end()
         return run
@@ -138,7 +138,7 @@ def clear_task(airflow: Deployment, run: Run) -> None:
     task_id = run.running_tasks()[0]
     tries = run.tries(task_id)
     run.clear(task_id)
-    eventually(lambda: run.tries(task_id) > tries, 60, pause=0.3)
+    eventually(lambda: run.tries(task_id) > tries, pause=0.3)
 
 
 def kill_worker(airflow: Deployment, run: Run) -> None:
@@ -146,15 +146,15 @@ def kill_worker(airflow: Deployment, run: Run) -> None:
     task_id = run.running_tasks()[0]
     tries = run.tries(task_id)
     run.process(task_id).kill()
-    eventually(lambda: run.tries(task_id) > tries, 90, pause=0.3)
+    eventually(lambda: run.tries(task_id) > tries, pause=0.3)
     airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
 
 
 def kill_worker_at_every_try(airflow: Deployment, run: Run) -> None:
     [task_id] = run.running_tasks()
     run.process(task_id).kill()
-    eventually(lambda: run.tries(task_id) == 2 and run.running_tasks(), 90, pause=0.3)
-    eventually(lambda: "Going on with query" in run.log(task_id, "2"), 60, pause=0.3)
+    eventually(lambda: run.tries(task_id) == 2 and run.running_tasks(), pause=0.3)
+    eventually(lambda: "Going on with query" in run.log(task_id, "2"), pause=0.3)
     run.process(task_id).kill()
 
 
@@ -209,7 +209,7 @@ def clear_only_failed(airflow: Deployment, dag_id: str) -> Run:
     assert not airflow.emulator.live_clusters()
     replace(airflow, "sales", whole)
     run.clear(only_failed=True)
-    eventually(lambda: run.state != "failed", 60, pause=0.3)
+    eventually(lambda: run.state != "failed", pause=0.3)
     run.wait_for_end()
     return run
 
@@ -232,7 +232,7 @@ def beside(suffix: str = "") -> Callable[[Deployment, str], Run]:
         emulator = airflow.emulator
         emulator.api.add_fault("SubmitQuery", "query_takes", seconds=LONG)
         first = airflow.trigger(dag_id)
-        eventually(lambda: len(emulator.running_queries()) == 1, 60, pause=0.2)
+        eventually(lambda: len(emulator.running_queries()) == 1, pause=0.2)
         second = airflow.trigger(dag_id + suffix)
         second.wait_for_end()
         assert second.state == "success"
