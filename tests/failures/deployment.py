@@ -9,10 +9,10 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
@@ -21,6 +21,8 @@ from polars_cloud_emulator.env_file import read_env_file
 from polars_cloud_emulator.testing import RunningEmulator
 from standalone import airflow, health, settings
 from tests.waiting import eventually
+
+T = TypeVar("T")
 
 OUTAGE = 8.0
 """Seconds for which the DAGs bear an outage here."""
@@ -172,9 +174,8 @@ class Run:
 
     def running_tasks(self) -> list[str]:
         """Ids of its tasks that are running, in the order of the alphabet; one at least."""
-        return eventually(
-            lambda: sorted(task for task, state in self.tasks().items() if state == "running"),
-            pause=0.3,
+        return self.deployment.eventually(
+            lambda: sorted(task for task, state in self.tasks().items() if state == "running")
         )
 
     def wait_for_end(self) -> None:
@@ -184,7 +185,7 @@ class Run:
             ended = self.state in {"success", "failed"}
             return ended and set(self.tasks().values()) <= TASK_ENDS
 
-        eventually(ended, self.deployment.ends_in, pause=0.3)
+        self.deployment.eventually(ended)
 
     def log(self, task_id: str = "*", attempt: str = "*") -> str:
         """What the tasks logged, all tries one after the other."""
@@ -214,8 +215,8 @@ class Run:
 class Deployment:
     """Airflow under its own scheduler, LocalExecutor and SQLite, against one emulator."""
 
-    ends_in = 120.0
-    """Seconds until a run that has not ended never will."""
+    patience = 120.0
+    """Seconds after which what has not happened in Airflow never will."""
 
     def __init__(self, home: Path, port: int, emulator: Emulator) -> None:
         self.emulator = emulator
@@ -246,13 +247,16 @@ class Deployment:
         assert found
         return found[0]
 
+    def eventually(self, condition: Callable[[], T]) -> T:
+        return eventually(condition, self.patience, pause=0.3)
+
     def end_runs(self) -> None:
         """End what is running, in Polars Cloud and in Airflow."""
         self.emulator.api.reset()
         for run in self.call("GET", "dags/~/dagRuns?state=running&limit=100")["dag_runs"]:
             Run(self, run["dag_id"], run["dag_run_id"]).mark("failed")
         active = "dags/~/dagRuns/~/taskInstances?state=running&state=queued&limit=100"
-        eventually(lambda: not self.call("GET", active)["task_instances"], pause=0.5)
+        eventually(lambda: not self.call("GET", active)["task_instances"], pause=0.3)
         self.emulator.api.reset()
 
     def trigger(self, dag_id: str) -> Run:

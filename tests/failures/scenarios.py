@@ -10,7 +10,6 @@ import polars as pl
 
 from tests.emulator.raw_calls import CLUSTER, WORKSPACE, rest_client
 from tests.failures.deployment import Deployment, Run
-from tests.waiting import eventually
 
 BUCKET = "your-bucket"
 LONG = 100.0
@@ -108,7 +107,7 @@ def with_running_queries(
         )
         emulator.api.add_fault("SubmitQuery", times=wanted, **kind)
         run = airflow.trigger(dag_id)
-        eventually(lambda: len(emulator.running_queries()) == wanted, pause=0.2)
+        airflow.eventually(lambda: len(emulator.running_queries()) == wanted)
         then(airflow, run)
         run.wait_for_end()
         return run
@@ -124,10 +123,11 @@ def cancel_from_elsewhere(airflow: Deployment, run: Run) -> None:
 
 def mark_task_failed(airflow: Deployment, run: Run) -> None:
     """Mark one task failed, and let the queries of others end."""
+    emulator = airflow.emulator
     run.mark("failed", run.running_tasks()[0])
-    eventually(lambda: any(query["cancels"] for query in airflow.emulator.queries()), pause=0.2)
-    eventually(lambda: {q["status"] for q in airflow.emulator.running_queries()} <= {"InProgress"})
-    airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
+    airflow.eventually(lambda: any(query["cancels"] for query in emulator.queries()))
+    airflow.eventually(lambda: {q["status"] for q in emulator.running_queries()} <= {"InProgress"})
+    emulator.api.advance_clock(timedelta(seconds=LONG))
 
 
 def mark_run_failed(airflow: Deployment, run: Run) -> None:
@@ -138,7 +138,7 @@ def clear_task(airflow: Deployment, run: Run) -> None:
     task_id = run.running_tasks()[0]
     tries = run.tries(task_id)
     run.clear(task_id)
-    eventually(lambda: run.tries(task_id) > tries, pause=0.3)
+    airflow.eventually(lambda: run.tries(task_id) > tries)
 
 
 def kill_worker(airflow: Deployment, run: Run) -> None:
@@ -146,15 +146,15 @@ def kill_worker(airflow: Deployment, run: Run) -> None:
     task_id = run.running_tasks()[0]
     tries = run.tries(task_id)
     run.process(task_id).kill()
-    eventually(lambda: run.tries(task_id) > tries, pause=0.3)
+    airflow.eventually(lambda: run.tries(task_id) > tries)
     airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
 
 
 def kill_worker_at_every_try(airflow: Deployment, run: Run) -> None:
     [task_id] = run.running_tasks()
     run.process(task_id).kill()
-    eventually(lambda: run.tries(task_id) == 2 and run.running_tasks(), pause=0.3)
-    eventually(lambda: "Going on with query" in run.log(task_id, "2"), pause=0.3)
+    airflow.eventually(lambda: run.tries(task_id) == 2 and run.running_tasks())
+    airflow.eventually(lambda: "Going on with query" in run.log(task_id, "2"))
     run.process(task_id).kill()
 
 
@@ -209,7 +209,7 @@ def clear_only_failed(airflow: Deployment, dag_id: str) -> Run:
     assert not airflow.emulator.live_clusters()
     replace(airflow, "sales", whole)
     run.clear(only_failed=True)
-    eventually(lambda: run.state != "failed", pause=0.3)
+    airflow.eventually(lambda: run.state != "failed")
     run.wait_for_end()
     return run
 
@@ -232,7 +232,7 @@ def beside(suffix: str = "") -> Callable[[Deployment, str], Run]:
         emulator = airflow.emulator
         emulator.api.add_fault("SubmitQuery", "query_takes", seconds=LONG)
         first = airflow.trigger(dag_id)
-        eventually(lambda: len(emulator.running_queries()) == 1, pause=0.2)
+        airflow.eventually(lambda: len(emulator.running_queries()) == 1)
         second = airflow.trigger(dag_id + suffix)
         second.wait_for_end()
         assert second.state == "success"
@@ -517,9 +517,15 @@ SCENARIOS: Mapping[str, Scenario] = {
     "the worker is killed at every try": Scenario(
         with_running_queries({}, kill_worker_at_every_try),
         {
-            "status_check": failing(STATUS, submits=1, cancels=1, clusters_left=1),
-            "context_manager_shutdown": failing(CONTEXT, submits=1, cancels=1),
-            "multi_stage": failing("clean_sales", submits=1, cancels=1),
+            "status_check": failing(
+                STATUS, submits=1, cancels=1, clusters_left=1, cause="Process terminated by signal"
+            ),
+            "context_manager_shutdown": failing(
+                CONTEXT, submits=1, cancels=1, cause="Process terminated by signal"
+            ),
+            "multi_stage": failing(
+                "clean_sales", submits=1, cancels=1, cause="Process terminated by signal"
+            ),
         },
     ),
     "the scheduler restarts in mid-query": Scenario(
