@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+START = 5 * OUTAGE
+"""Seconds after which the start of a cluster, which the client waits for, is given up."""
+
 TRANSIENT = (
     # No answer, or one of a gateway that stands in front of the service.
     "Error getting access token",
@@ -44,7 +47,7 @@ LOGGED_OUT = (
 def call(
     function: Callable[..., T],
     *arguments: Any,
-    timeout: float | None = OUTAGE / 4,
+    timeout: float = OUTAGE / 4,
     budget: float = OUTAGE,
 ) -> T:
     """Call Polars Cloud; when it is out of order, again until it is not.
@@ -57,7 +60,7 @@ def call(
     function, arguments
         The call. May be carried out more than once.
     timeout
-        Seconds after which a call that has no answer is left to itself; None: never.
+        Seconds after which a call that has no answer is left to itself.
     budget
         Seconds after which a further failure is final.
 
@@ -108,7 +111,7 @@ def _log_outage(state: RetryCallState) -> None:
     logger.warning("Polars Cloud is out of order, and asked again: %s", state.outcome.exception())
 
 
-def _in_thread(function: Callable[[], T], timeout: float | None) -> T:
+def _in_thread(function: Callable[[], T], timeout: float) -> T:
     future = Future[T]()
 
     def run() -> None:

@@ -419,6 +419,10 @@ SCENARIOS: Mapping[str, Scenario] = {
         )
         for phase, faults in OUT_OF_ORDER.items()
     },
+    "a call that is never answered while starting": Scenario(
+        meet(fault("POST manifest/start", "stall")),
+        {"manual_shutdown": Expected("success", submits=2, cause="gave no answer")},
+    ),
     "a call that is never answered while submitting": Scenario(
         meet(fault("SubmitQuery", "stall")),
         {"status_check": Expected("success", submits=1, clusters_left=1, cause="gave no answer")},
