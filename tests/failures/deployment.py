@@ -157,10 +157,11 @@ class Run:
             for task in answer["task_instances"]
         }
 
-    def tries(self, task_id: str) -> int:
-        return int(
-            self.deployment.call("GET", f"{self.path}/taskInstances/{task_id}")["try_number"]
-        )
+    def tries(self, task_id: str = "") -> int:
+        """How often a task was tried; without its id, the one that was tried most."""
+        answer = self.deployment.call("GET", f"{self.path}/taskInstances?limit=100")
+        tasks = answer["task_instances"]
+        return max(task["try_number"] for task in tasks if task_id in ("", task["task_id"]))
 
     def process(self, task_id: str) -> psutil.Process:
         """The process in which the task's function runs."""

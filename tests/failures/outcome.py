@@ -19,6 +19,7 @@ class Outcome:
     submits: int
     cancels: int
     failed: frozenset[str]
+    tries: int
     queries_left: int
     clusters_left: int
     log: str
@@ -41,6 +42,7 @@ def observe(airflow: Deployment, run: Run, expected: Expected) -> Outcome:
         submits=len(queries),
         cancels=sum(query["cancels"] for query in queries),
         failed=frozenset(task for task, state in run.tasks().items() if state == "failed"),
+        tries=run.tries(),
         queries_left=queries_left,
         clusters_left=clusters_left,
         log=run.log(),

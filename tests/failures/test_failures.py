@@ -24,7 +24,15 @@ def test_a_run_comes_out_well_of(airflow: Deployment, what: str, dag_id: str) ->
 
     outcome = observe(airflow, scenario.act(airflow, dag_id), expected)
 
-    for promise in ("run", "failed", "submits", "cancels", "queries_left", "clusters_left"):
+    for promise in (
+        "run",
+        "failed",
+        "tries",
+        "submits",
+        "cancels",
+        "queries_left",
+        "clusters_left",
+    ):
         assert getattr(outcome, promise) == getattr(expected, promise), (
             f"{promise}\n{outcome.log[-6000:]}"
         )
