@@ -27,7 +27,7 @@ from include.auth import authenticate
 from include.kills import unwind_when_killed
 from include.live_clusters import find_live_cluster
 from include.manifests import ensure_manifest
-from include.outages import START, call
+from include.outages import call
 from include.queries import QUERIES, cancel, connect, find_status
 from include.settings import WORKSPACE
 
@@ -60,7 +60,7 @@ def start_cluster(manifest: str, spec: dict[str, Any]) -> str:
     ensure_manifest(manifest, **spec)
     ctx = _named(manifest)
     try:
-        call(ctx.start, timeout=START)
+        call(ctx.start, timeout=None)
     except BaseException:
         # A setup that fails is never torn down.
         _stop_quietly(manifest)
@@ -128,7 +128,7 @@ def running_cluster(ctx: ComputeContext) -> Iterator[ComputeContext]:
         yield ctx
         return
     try:
-        call(ctx.start, timeout=START)
+        call(ctx.start, timeout=None)
         cluster_id = str(ctx._compute_id)
         store.set(CLUSTER, {"cluster_id": cluster_id, "try_number": ti.try_number})
         ti.xcom_push(CLUSTER, cluster_id)

@@ -22,9 +22,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-START = 5 * OUTAGE
-"""Seconds after which the start of a cluster, which the client waits for, is given up."""
-
 TRANSIENT = (
     # No answer, or one of a gateway that stands in front of the service.
     "Error getting access token",
@@ -47,7 +44,7 @@ LOGGED_OUT = (
 def call(
     function: Callable[..., T],
     *arguments: Any,
-    timeout: float = OUTAGE / 4,
+    timeout: float | None = OUTAGE / 4,
     budget: float = OUTAGE,
 ) -> T:
     """Call Polars Cloud; when it is out of order, again until it is not.
@@ -60,7 +57,7 @@ def call(
     function, arguments
         The call. May be carried out more than once.
     timeout
-        Seconds after which a call that has no answer is left to itself.
+        Seconds after which a call that has no answer is left to itself; None: never.
     budget
         Seconds after which a further failure is final.
 
@@ -111,7 +108,7 @@ def _log_outage(state: RetryCallState) -> None:
     logger.warning("Polars Cloud is out of order, and asked again: %s", state.outcome.exception())
 
 
-def _in_thread(function: Callable[[], T], timeout: float) -> T:
+def _in_thread(function: Callable[[], T], timeout: float | None) -> T:
     future = Future[T]()
 
     def run() -> None:

@@ -16,7 +16,7 @@ from airflow.sdk.exceptions import AirflowFailException
 from include.kills import GRACE, unwind_when_killed
 from include.labels import get_labels
 from include.live_clusters import find_live_cluster
-from include.outages import START, call
+from include.outages import call
 
 if TYPE_CHECKING:
     from polars_cloud import ComputeContext, QueryStatus
@@ -77,7 +77,7 @@ def submit(remote: LazyFrameRemote | ExecuteRemote, uri: str, **sink_options: An
             # What an earlier try has started is not to run a second time.
             ctx = call(find_live_cluster, submission["cluster_id"]) or ctx
             remote.context = ctx
-        call(ctx.start, timeout=START)
+        call(ctx.start, timeout=None)
         submission = {
             "cluster_id": str(ctx._compute_id),
             # A directory of its own for each try: one never reads what another has left there.

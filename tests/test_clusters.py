@@ -137,16 +137,6 @@ def test_a_cluster_whose_last_query_is_just_ending_is_stopped(
 
 
 @pytest.mark.usefixtures("ti")
-def test_a_start_that_is_not_answered_is_given_up_and_repeated(
-    by_name: Callable[[], Any], emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(clusters, "START", 1.0)
-    emulator.add_fault("POST manifest/start", "stall")
-    with running_cluster(by_name()):
-        assert statuses(emulator) == ["Idle"]
-
-
-@pytest.mark.usefixtures("ti")
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), SystemExit(143)])
 def test_the_bodys_own_error_is_what_the_task_sees(
     by_spec: Callable[[], Any], emulator: RunningEmulator, error: BaseException
