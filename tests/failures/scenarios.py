@@ -504,13 +504,22 @@ SCENARIOS: Mapping[str, Scenario] = {
         ),
         {
             "status_check": failing(
-                *(STATUS,),
+                STATUS,
                 tries=1,
                 submits=1,
                 queries_left=1,
                 clusters_left=1,
                 cause="was refused by Polars Cloud",
             )
+        },
+    ),
+    "the manifest is missing": Scenario(
+        meet(),
+        {
+            "manifest_reuse": Expected(
+                "success", submits=1, clusters_left=1, cause="Registered manifest"
+            ),
+            "manual_shutdown": Expected("success", submits=2, cause="Registered manifest"),
         },
     ),
     "the manifest is for another Python": Scenario(
