@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import sys
+from asyncio.subprocess import Process
 from collections.abc import Callable, Coroutine, Mapping
 from datetime import timedelta
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from polars_cloud_emulator.faults import (
 )
 from polars_cloud_emulator.state import Cluster, Query, State, TerminationReason
 from polars_cloud_emulator.worker import Answer, Failure, Job, Success
-from polars_cloud_emulator.workers import Worker, WorkerDied
+from polars_cloud_emulator.workers import Worker, WorkerDied, hang, kill, run
 
 TICK = timedelta(milliseconds=50)
 """How often the clock is looked at for start-ups and idle timeouts."""
@@ -198,10 +199,11 @@ class Compute:
             optimization_flags=query.optimization_flags,
             temporary_uri=f"{self._temporary_uri}/{query.id}/00000000.parquet",
         )
-        await worker.ready()
-        if not query.has_ended:  # by a cancel, while the process started
+        process = await worker.ready()
+        # A cancel or a stop may have come while the process started.
+        if process is not None and not query.has_ended:
             try:
-                answer = await self._answer(query, worker, job)
+                answer = await self._answer(query, process, job)
             except WorkerDied as death:
                 answer = Failure(f"RuntimeError: {death}")
             match answer:
@@ -214,10 +216,10 @@ class Compute:
             self._idle[query.cluster_id] += self._leases.pop(query.id).workers
             self._start_queries(query.cluster_id)
 
-    async def _answer(self, query: Query, worker: Worker, job: Job) -> Answer:
+    async def _answer(self, query: Query, process: Process, job: Job) -> Answer:
         match self._faults.pop(query.id, None):
             case None:
-                return await worker.run(job)
+                return await run(process, job)
             case QueryFails(error=error):
                 return Failure(error)
             case ClusterLost(message=message):
@@ -225,14 +227,14 @@ class Compute:
                     self.stop(query.cluster_id, TerminationReason.FAILED, message)
                 )
             case WorkerKilled():
-                worker.kill()
+                kill(process)
             case QueryTakes(seconds=seconds):
                 while self._state.query_seconds(query) < seconds and not query.has_ended:
                     await asyncio.sleep(TICK.total_seconds())
-                return await worker.run(job)
+                return await run(process, job)
             case QueryHangs():
                 pass
-        return await worker.hang()
+        return await hang(process)
 
     def _announce_ends(self) -> None:
         for query_id in [q for q in self._ended if self._state.queries[q].has_ended]:

@@ -41,48 +41,19 @@ class Worker:
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
-    async def ready(self) -> None:
-        """Wait until there is a process that takes jobs."""
+    async def ready(self) -> Process | None:
+        """The process that takes jobs, once there is one; None if none could be started.
+
+        Until a job is done, the process may have died and been replaced: the job ends with it.
+        """
         await self._ready.wait()
-
-    async def run(self, job: Job) -> Answer:
-        """Run one job on the process that is ready.
-
-        Raises
-        ------
-        WorkerDied
-            With the way the process ended.
-        """
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        frame = msgspec.msgpack.encode(job)
-        try:
-            process.stdin.write(struct.pack(">I", len(frame)) + frame)
-            await process.stdin.drain()
-            answer = await _read_frame(process)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            raise WorkerDied(f"worker process died with {await _exit_of(process)}") from None
-        decoded: Answer = msgspec.msgpack.decode(answer, type=Answer)
-        return decoded
-
-    async def hang(self) -> NoReturn:
-        """Hold the process that is ready without a job.
-
-        Raises
-        ------
-        WorkerDied
-            With the way the process ended.
-        """
-        assert self._process is not None
-        raise WorkerDied(f"worker process died with {await _exit_of(self._process)}")
+        return self._process
 
     def kill(self) -> None:
-        """End the process now; nothing softer reaches a thread in native code."""
+        """End the process now, whether or not it is ready."""
         self._killed = True
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+            kill(self._process)
 
     async def close(self) -> None:
         self._supervisor.cancel()
@@ -118,6 +89,43 @@ class Worker:
             self.kill()
             if self._process is not None:
                 await self._process.wait()
+
+
+async def run(process: Process, job: Job) -> Answer:
+    """Run one job on a process that is ready.
+
+    Raises
+    ------
+    WorkerDied
+        With the way the process ended.
+    """
+    assert process.stdin is not None
+    frame = msgspec.msgpack.encode(job)
+    try:
+        process.stdin.write(struct.pack(">I", len(frame)) + frame)
+        await process.stdin.drain()
+        answer = await _read_frame(process)
+    except (asyncio.IncompleteReadError, ConnectionError):
+        raise WorkerDied(f"worker process died with {await _exit_of(process)}") from None
+    decoded: Answer = msgspec.msgpack.decode(answer, type=Answer)
+    return decoded
+
+
+async def hang(process: Process) -> NoReturn:
+    """Hold a process without a job.
+
+    Raises
+    ------
+    WorkerDied
+        With the way the process ended.
+    """
+    raise WorkerDied(f"worker process died with {await _exit_of(process)}")
+
+
+def kill(process: Process) -> None:
+    """End a process now; nothing softer reaches a thread in native code."""
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
 
 
 async def _read_frame(process: Process) -> bytes:

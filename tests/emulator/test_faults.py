@@ -244,6 +244,17 @@ def test_query_that_takes_long_ends_when_the_clock_has_come_to_its_time(
     assert query.await_result().n_rows_total == 2
 
 
+def test_query_that_takes_long_frees_its_worker_when_it_is_cancelled(
+    emulator: RunningEmulator, remote: Any
+) -> None:
+    for _ in range(3):
+        emulator.add_fault("SubmitQuery", "query_takes", seconds=60)
+        query = remote.execute(blocking=False)
+        eventually(lambda: emulator.state()["queries"][-1]["status"] == "InProgress")
+        query.cancel()
+        assert remote.execute().n_rows_total == 2
+
+
 def test_hanging_query_ends_with_its_cluster(
     emulator: RunningEmulator, start_cluster: StartCluster
 ) -> None:
