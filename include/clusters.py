@@ -15,12 +15,13 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 from airflow.sdk import get_current_context, task
+from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 from airflow.sdk.execution_time.xcom import XCom
 
 from include.auth import authenticate
@@ -42,6 +43,9 @@ CLUSTER = "polars_cloud_cluster"
 
 WIND_UP = 10.0
 """Seconds for a cluster to become idle after its last query has ended."""
+
+TASK_ENDS = {"success", "failed", "skipped", "upstream_failed", "removed"}
+"""States of tasks that are neither running nor to run."""
 
 
 @task(execution_timeout=timedelta(minutes=15))
@@ -79,7 +83,7 @@ def stop_cluster(manifest: str) -> None:
     """
     from polars_cloud.polars_cloud import NotFoundError
 
-    _cancel_queries(get_current_context())
+    _cancel_submitted(_pushed(QUERIES, get_current_context()))
     try:
         ctx = _named(manifest)
     except NotFoundError:
@@ -92,7 +96,8 @@ def clean_up(context: Context) -> None:
     """End what the tasks of a failed run could not: the `on_failure_callback` of a DAG.
 
     A run that exceeds its `dagrun_timeout` skips its teardown, and a worker that is killed at a
-    task's last try leaves its query behind.
+    task's last try leaves its query behind. Airflow may call back long after the run has failed: if
+    tasks were cleared since, the run goes on, and everything is left to them.
     """
     authenticate(_clean_up)(context)
 
@@ -146,15 +151,26 @@ def _named(manifest: str) -> ComputeContext:
 
 
 def _clean_up(context: Context) -> None:
-    _cancel_queries(context)
-    for cluster_id in _pushed(CLUSTER, context):
+    queries, clusters = list(_pushed(QUERIES, context)), list(_pushed(CLUSTER, context))
+    # Asked after they were read: when no task is to run, only tries that have ended pushed them.
+    if _goes_on(context):
+        logger.info("Run %s goes on: nothing to clean up yet", context["run_id"])
+        return
+    _cancel_submitted(queries)
+    for cluster_id in clusters:
         if ctx := call(find_live_cluster, cluster_id):
             _stop_unless_used(ctx)
 
 
-def _cancel_queries(context: Context) -> None:
-    """Cancel what the run's tasks have left running: those that were killed without a warning."""
-    for submission in itertools.chain.from_iterable(_pushed(QUERIES, context)):
+def _goes_on(context: Context) -> bool:
+    run_id = context["run_id"]
+    states = RuntimeTaskInstance.get_task_states(context["dag"].dag_id, run_ids=[run_id])
+    return not set(states[run_id].values()) <= TASK_ENDS
+
+
+def _cancel_submitted(submissions: Iterable[list[dict[str, str]]]) -> None:
+    """Cancel what tasks have left running: those that were killed without a warning."""
+    for submission in itertools.chain.from_iterable(submissions):
         if ctx := call(find_live_cluster, submission["cluster_id"]):
             query = connect(submission["query_id"], ctx)
             status = find_status(query)

@@ -16,7 +16,7 @@ from include.manifests import ensure_manifest
 from include.queries import submit
 from polars_cloud_emulator.testing import RunningEmulator
 from tests.emulator.blocking_query import BlockingQuery
-from tests.tries import StartTry
+from tests.tries import StartTry, Supervisor
 from tests.waiting import eventually
 
 SPEC = {"cpus": 2, "memory": 4}
@@ -385,6 +385,24 @@ def test_a_failed_runs_callback_cancels_what_its_tasks_have_left_running(
     submit_hanging_query(emulator, by_name())
     clean_up(ti.get_template_context())
     assert query_statuses(emulator) == ["Canceled"]
+
+
+@pytest.mark.parametrize("state", [None, "queued", "running", "up_for_retry"])
+def test_a_failed_runs_callback_leaves_everything_to_a_run_that_was_cleared(
+    emulator: RunningEmulator,
+    by_name: Callable[[], Any],
+    supervisor: Supervisor,
+    ti: Any,
+    state: str | None,
+) -> None:
+    start_cluster("shop", SPEC)
+    query = submit_hanging_query(emulator, by_name())
+    supervisor.states |= {"start_cluster": "success", "run_query": state}
+    clean_up(ti.get_template_context())
+    assert query_statuses(emulator) == ["InProgress"]
+    query.cancel()
+    clean_up(ti.get_template_context())
+    assert statuses(emulator) == ["Idle"]
 
 
 @pytest.mark.usefixtures("short_wind_up")

@@ -27,6 +27,8 @@ T = TypeVar("T")
 OUTAGE = 8.0
 """Seconds for which the DAGs bear an outage here."""
 READY_IN = 240.0
+SCHEDULER = "scheduler --skip-serve-logs"
+DAG_PROCESSOR = "dag-processor"
 TASK_ENDS = {"success", "failed", "skipped", "upstream_failed", "removed"}
 
 HASTE = {
@@ -223,7 +225,7 @@ class Deployment:
         self.emulator = emulator
         self.logs = home / "logs"
         self._url = f"http://127.0.0.1:{port}"
-        self._scheduler: contextlib.ExitStack | None = None
+        self._parts: dict[str, contextlib.ExitStack] = {}
         self._log_path = home / "airflow.log"
 
     def call(self, method: str, path: str, **body: object) -> Any:
@@ -264,14 +266,35 @@ class Deployment:
         answer = self.call("POST", f"dags/{dag_id}/dagRuns", logical_date=None)
         return Run(self, dag_id, answer["dag_run_id"])
 
-    def start_scheduler(self) -> None:
-        self._scheduler = contextlib.ExitStack()
-        log = self._scheduler.enter_context(self._log_path.open("a"))
-        self._scheduler.enter_context(airflow("scheduler --skip-serve-logs", log=log))
+    def callback_log(self, dag_id: str) -> str:
+        """What the callbacks of a DAG logged."""
+        paths = self.logs.glob(f"dag_processor/*/dags-folder/{dag_id}.py.log")
+        return "".join(path.read_text() for path in paths)
 
-    def stop_scheduler(self) -> None:
-        assert self._scheduler is not None
-        self._scheduler.close()
+    @contextlib.contextmanager
+    def running(self, *parts: str) -> Iterator[None]:
+        """Run parts of Airflow, `airflow` commands, while the context is open."""
+        for part in parts:
+            self._start(part)
+        try:
+            yield
+        finally:
+            for part in parts:
+                self._parts.pop(part).close()
+
+    @contextlib.contextmanager
+    def without(self, part: str) -> Iterator[None]:
+        """Stop a part while the context is open."""
+        self._parts.pop(part).close()
+        try:
+            yield
+        finally:
+            self._start(part)
+
+    def _start(self, part: str) -> None:
+        self._parts[part] = stack = contextlib.ExitStack()
+        log = stack.enter_context(self._log_path.open("a"))
+        stack.enter_context(airflow(part, log=log))
 
 
 @contextlib.contextmanager
@@ -308,10 +331,10 @@ def running_deployment(
                 stderr=log,
                 check=True,
             )
-            with airflow("api-server", "dag-processor", log=log):
-                eventually(lambda: health(port), READY_IN, pause=0.5)
-                deployment = Deployment(home, port, emulator)
-                deployment.start_scheduler()
+        deployment = Deployment(home, port, emulator)
+        with deployment.running("api-server", DAG_PROCESSOR):
+            eventually(lambda: health(port), READY_IN, pause=0.5)
+            with deployment.running(SCHEDULER):
                 dag_ids = {path.stem for path in (folder / "dags").glob("*.py")}
 
                 def known() -> bool:
@@ -319,10 +342,7 @@ def running_deployment(
                     return {dag["dag_id"] for dag in dags} == dag_ids
 
                 eventually(known, READY_IN, pause=0.5)
-                try:
-                    yield deployment
-                finally:
-                    deployment.stop_scheduler()
+                yield deployment
     finally:
         os.environ.clear()
         os.environ |= before

@@ -9,7 +9,7 @@ import boto3
 import polars as pl
 
 from tests.emulator.raw_calls import CLUSTER, WORKSPACE, rest_client
-from tests.failures.deployment import Deployment, Run
+from tests.failures.deployment import DAG_PROCESSOR, SCHEDULER, Deployment, Run
 
 BUCKET = "your-bucket"
 LONG = 100.0
@@ -162,8 +162,8 @@ def kill_worker_at_every_try(airflow: Deployment, run: Run) -> None:
 
 
 def restart_scheduler(airflow: Deployment, run: Run) -> None:
-    airflow.stop_scheduler()
-    airflow.start_scheduler()
+    with airflow.without(SCHEDULER):
+        pass
     airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
 
 
@@ -205,12 +205,31 @@ def fail_one_of_three(airflow: Deployment, dag_id: str) -> Run:
     return meet()(airflow, dag_id)
 
 
-def clear_only_failed(airflow: Deployment, dag_id: str) -> Run:
+def fail_once(airflow: Deployment, dag_id: str) -> Run:
+    """A run that failed for a reason that is gone."""
     whole = break_data(airflow, "sales", "status")
     run = meet()(airflow, dag_id)
     assert run.state == "failed"
     assert not airflow.emulator.live_clusters()
     replace(airflow, "sales", whole)
+    return run
+
+
+def clear_before_the_callback(airflow: Deployment, dag_id: str) -> Run:
+    emulator = airflow.emulator
+    with airflow.without(DAG_PROCESSOR):
+        run = fail_once(airflow, dag_id)
+        emulator.api.add_fault("SubmitQuery", "query_takes", seconds=LONG)
+        run.clear(only_failed=True)
+        airflow.eventually(emulator.running_queries)
+    airflow.eventually(lambda: f"Run {run.run_id} goes on" in airflow.callback_log(dag_id))
+    emulator.api.advance_clock(timedelta(seconds=LONG))
+    run.wait_for_end()
+    return run
+
+
+def clear_only_failed(airflow: Deployment, dag_id: str) -> Run:
+    run = fail_once(airflow, dag_id)
     run.clear(only_failed=True)
     airflow.eventually(lambda: run.state != "failed")
     run.wait_for_end()
@@ -574,6 +593,10 @@ SCENARIOS: Mapping[str, Scenario] = {
     ),
     "failed tasks are cleared after the cluster was stopped": Scenario(
         clear_only_failed,
+        {"manual_shutdown": Expected("success", tries=3, submits=4, cause="Cluster .* stopped")},
+    ),
+    "failed tasks are cleared before the run's callback has run": Scenario(
+        clear_before_the_callback,
         {"manual_shutdown": Expected("success", tries=3, submits=4, cause="Cluster .* stopped")},
     ),
     "two runs of a DAG share a cluster": Scenario(
