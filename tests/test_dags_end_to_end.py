@@ -231,7 +231,9 @@ def test_a_failed_query_fails_the_run_with_its_own_exception_and_leaves_no_more_
     run = dags[dag_id].test(logical_date=datetime.now(UTC))
 
     assert run.state == DagRunState.FAILED
-    assert re.search(r"ColumnNotFoundError.*unable to find column", capfd.readouterr().out)
+    log = capfd.readouterr().out
+    assert re.search(r"ColumnNotFoundError.*unable to find column", log)
+    assert "Callback failed" not in log
     assert "Failed" in {query["status"] for query in all_ended(emulator)}
     assert live_clusters(emulator) == (dag_id in LEAVES_IT_TO_THE_IDLE_TIMEOUT)
 
