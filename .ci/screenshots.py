@@ -60,7 +60,7 @@ def main() -> None:
         page.get_by_role("link", name=DAG).click()
         # With a run selected, the graph shows how each of its tasks ended.
         page.locator(latest_run).first.click()
-        expect(page.get_by_text("Duration")).to_be_visible()
+        expect(page.get_by_role("heading", name="Duration")).to_be_visible()
         page.get_by_role("button", name="Collapse Details Panel").click()
         page.get_by_role("button", name="Show Graph").click()
         tasks = page.locator(".react-flow__node")
