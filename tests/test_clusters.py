@@ -406,6 +406,22 @@ def test_a_failed_runs_callback_leaves_everything_to_a_run_that_was_cleared(
 
 
 @pytest.mark.usefixtures("short_wind_up")
+def test_a_failed_runs_callback_cancels_nothing_that_is_submitted_after_it_has_looked(
+    emulator: RunningEmulator,
+    by_name: Callable[[], Any],
+    ti: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def clear_after_the_look(*_: object, run_ids: list[str]) -> dict[str, dict[str, str]]:
+        submit_hanging_query(emulator, by_name())
+        return {run_id: {"run_query": "failed"} for run_id in run_ids}
+
+    monkeypatch.setattr(type(ti), "get_task_states", clear_after_the_look)
+    clean_up(ti.get_template_context())
+    assert query_statuses(emulator) == ["InProgress"]
+
+
+@pytest.mark.usefixtures("short_wind_up")
 def test_a_failed_runs_callback_leaves_a_cluster_that_others_are_using(
     by_name: Callable[[], Any], emulator: RunningEmulator, start_try: StartTry
 ) -> None:
