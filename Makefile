@@ -27,8 +27,8 @@ airflow: .venv/installed ## Serve Airflow's UI, with the DAGs and the emulator, 
 test: .venv/installed ## Run the tests
 	.venv/bin/python -m pytest
 
-failures: .venv/installed ## Run the DAGs through all that can go wrong
-	.venv/bin/python -m pytest tests/failures --dist=load
+failures: .venv/installed ## Run the DAGs through all that can go wrong; ALL=1: each of them
+	.venv/bin/python -m pytest tests/failures --dist=load $(if $(ALL),,-m 'not further')
 
 lint: .venv/installed ## Check style, imports and types
 	.venv/bin/python -m ruff check
@@ -40,7 +40,8 @@ benchmark: .venv/installed ## Measure the emulator, and what each pattern costs
 	.venv/bin/python benchmarks/emulator_footprint.py
 	.venv/bin/python benchmarks/cluster_cost.py
 
-comparison: .venv/installed ## Put the published wiring through the same failures
+comparison: .venv/installed ## Put the published wiring beside ours: its bill, and the same failures
+	.venv/bin/python benchmarks/billed_beyond_queries.py
 	.venv/bin/python benchmarks/published_failures.py
 
 # Keeps what still fits; without the file, everything moves to its newest release.

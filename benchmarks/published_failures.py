@@ -26,7 +26,13 @@ from tests.failures.scenarios import SCENARIOS, Expected  # noqa: E402
 PATIENCE = 60.0
 """Seconds after which a run, or its query, counts as one that does not end."""
 PROCESSES = 2
-CASES = [(what, dag_id) for what, scenario in SCENARIOS.items() for dag_id in scenario.expected]
+OURS = {*VARIANTS, *(path.stem for path in (ROOT / "dags").glob("*.py"))}
+CASES = [
+    (what, dag_id)
+    for what, scenario in SCENARIOS.items()
+    for dag_id in scenario.expected
+    if dag_id in OURS  # the others show how the helpers combine, which it has none of
+]
 WIDTH = 150
 
 
@@ -56,7 +62,7 @@ def verdict(airflow: Deployment, what: str, dag_id: str) -> str:
     try:
         run = scenario.act(airflow, f"published_{dag_id}")
         return broken_promise(observe(airflow, run, expected), expected)
-    except AssertionError:  # a deadline, or what the scenario itself insists on
+    except (AssertionError, ValueError):  # a deadline, or what the scenario itself insists on
         return "the run, or its query, does not end"
 
 

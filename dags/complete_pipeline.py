@@ -6,7 +6,8 @@ transformations in parallel, a single node each; their locations handed to the r
 stopped whatever happens, and the run failed if a query failed.
 
 The report is one file per day, for the run's own date: the day that has just ended on schedule, or
-today when triggered by hand. Running a day again replaces exactly that day's report.
+today when triggered by hand. Running a day again replaces exactly that day's report. The Asset
+`daily_report` tells other DAGs of it, with date, rows and URI.
 
 Runs at the same time, for several days say, share the cluster; the last of them stops it.
 
@@ -16,19 +17,25 @@ Runs at the same time, for several days say, share the cluster; the last of them
 """
 
 from datetime import datetime, timedelta
+from typing import Any
 
-from airflow.sdk import CronDataIntervalTimetable, dag, task
+from airflow.sdk import Asset, CronDataIntervalTimetable, dag, task
 
 from include.auth import authenticate
-from include.clusters import clean_up, running_cluster, start_cluster, stop_cluster
-from include.queries import submit, wait_for
-from include.run_date import get_run_date
-from include.settings import DATA, WORKSPACE
+from include.polars_remote import clean_up, run_query, shared_cluster, use_cluster
+from include.polars_remote.settings import DATA
 
-STAGES = f"{DATA}/stages/complete_pipeline"
 REPORTS = f"{DATA}/reports/daily"
-MANIFEST = "airflow-complete-pipeline"
-CLUSTER = {"cpus": 2, "memory": 4, "cluster_size": 3, "idle_timeout_mins": 10}
+REPORT = Asset("daily_report", uri=REPORTS)
+# A run that is triggered by hand may have no logical date; every run has a `run_after`.
+DAY = "{{ (dag_run.logical_date or dag_run.run_after) | ds }}"
+CLUSTER = {
+    "name": "airflow-complete-pipeline",
+    "cpus": 2,
+    "memory": 4,
+    "cluster_size": 3,
+    "idle_timeout_mins": 10,
+}
 
 
 @dag(
@@ -44,15 +51,14 @@ CLUSTER = {"cpus": 2, "memory": 4, "cluster_size": 3, "idle_timeout_mins": 10}
 def complete_pipeline() -> None:
     @task(execution_timeout=timedelta(minutes=30))
     @authenticate
-    def transform_sales(manifest: str) -> list[str]:
+    def transform_sales(day: str) -> list[str]:
+        # Here, as a DAG file is parsed every few seconds and Polars costs ten times the rest of it.
         import polars as pl
-        import polars_cloud as pc
 
-        day = get_run_date()
         sold = (
             pl.scan_parquet(f"{DATA}/sales/")
             .filter(
-                pl.col("date") == day,
+                pl.col("date") == pl.lit(day).str.to_date(),
                 pl.col("status") == "completed",
                 pl.col("product").is_not_null(),
                 pl.col("quantity") > 0,
@@ -65,75 +71,70 @@ def complete_pipeline() -> None:
                 revenue=(pl.col("quantity") * pl.col("unit_price")).sum(),
             )
         )
-        with running_cluster(pc.ComputeContext(workspace=WORKSPACE, name=manifest)) as ctx:
-            query = submit(sold.remote(ctx).single_node(), f"{STAGES}/{day}/sales.parquet")
-            return wait_for(query)
+        # Starts the cluster if it is gone, as when only this task was cleared.
+        with use_cluster(CLUSTER) as ctx:
+            return run_query(sold.remote(ctx).single_node().execute).location
 
     @task(execution_timeout=timedelta(minutes=30))
     @authenticate
-    def transform_inventory(manifest: str) -> list[str]:
+    def transform_inventory(day: str) -> list[str]:
         import polars as pl
-        import polars_cloud as pc
 
-        day = get_run_date()
         in_stock = (
             pl.scan_parquet(f"{DATA}/inventory/")
-            .filter(pl.col("date") == day)
+            .filter(pl.col("date") == pl.lit(day).str.to_date())
             .group_by("category", "product")
             .agg(
                 on_hand=pl.sum("on_hand"),
                 stock_value=(pl.col("on_hand") * pl.col("unit_cost")).sum(),
             )
         )
-        with running_cluster(pc.ComputeContext(workspace=WORKSPACE, name=manifest)) as ctx:
-            query = submit(in_stock.remote(ctx).single_node(), f"{STAGES}/{day}/inventory.parquet")
-            return wait_for(query)
+        with use_cluster(CLUSTER) as ctx:
+            return run_query(in_stock.remote(ctx).single_node().execute).location
 
     @task(execution_timeout=timedelta(minutes=30))
     @authenticate
-    def transform_returns(manifest: str) -> list[str]:
+    def transform_returns(day: str) -> list[str]:
         import polars as pl
-        import polars_cloud as pc
 
-        day = get_run_date()
         returned = (
             pl.scan_parquet(f"{DATA}/returns/")
-            .filter(pl.col("date") == day)
+            .filter(pl.col("date") == pl.lit(day).str.to_date())
             .group_by("product")
             .agg(returned=pl.sum("quantity"), refunded=pl.sum("refund"))
         )
-        with running_cluster(pc.ComputeContext(workspace=WORKSPACE, name=manifest)) as ctx:
-            query = submit(returned.remote(ctx).single_node(), f"{STAGES}/{day}/returns.parquet")
-            return wait_for(query)
+        with use_cluster(CLUSTER) as ctx:
+            return run_query(returned.remote(ctx).single_node().execute).location
 
-    @task(execution_timeout=timedelta(minutes=30))
+    @task(execution_timeout=timedelta(minutes=30), outlets=[REPORT])
     @authenticate
     def build_report(
-        manifest: str, sales: list[str], inventory: list[str], returns: list[str]
+        day: str, sales: list[str], inventory: list[str], returns: list[str], *, outlet_events: Any
     ) -> list[str]:
         import polars as pl
-        import polars_cloud as pc
 
-        day = get_run_date()
         report = (
             pl.scan_parquet(inventory)
             .join(pl.scan_parquet(sales), on="product", how="left")
             .join(pl.scan_parquet(returns), on="product", how="left")
             .with_columns(pl.col("orders", "units", "revenue", "returned", "refunded").fill_null(0))
-            .select(pl.lit(day).alias("date"), pl.all())
+            .select(pl.lit(day).str.to_date().alias("date"), pl.all())
             .sort("category", "product")
         )
-        with running_cluster(pc.ComputeContext(workspace=WORKSPACE, name=manifest)) as ctx:
-            query = submit(report.remote(ctx), f"{REPORTS}/{day}.parquet", sink_to_single_file=True)
-            return wait_for(query)
+        with use_cluster(CLUSTER) as ctx:
+            # A distributed query writes a directory of files unless it is told to write one.
+            sink = report.remote(ctx).sink_parquet
+            result = run_query(sink, f"{REPORTS}/{day}.parquet", sink_to_single_file=True)
+        [uri] = result.location
+        outlet_events[REPORT].extra = {"date": day, "rows": result.n_rows_total, "uri": uri}
+        return result.location
 
-    manifest = start_cluster(MANIFEST, CLUSTER)
-    with stop_cluster(manifest).as_teardown(setups=manifest):
+    with shared_cluster(CLUSTER):
         build_report(
-            manifest,
-            sales=transform_sales(manifest),
-            inventory=transform_inventory(manifest),
-            returns=transform_returns(manifest),
+            DAY,
+            sales=transform_sales(DAY),
+            inventory=transform_inventory(DAY),
+            returns=transform_returns(DAY),
         )
 
 

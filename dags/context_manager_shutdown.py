@@ -5,8 +5,9 @@ The cluster starts when the `with` body begins and stops however the body ends: 
 failed query, a time-out, a user's click. Use it when all queries fit in one task, one after the
 other or at once.
 
-`running_cluster` takes the place of `with ctx:`, which raises an error of its own when there is
-nothing to stop, and so hides the error of the body.
+`use_cluster` takes the place of `with ctx:`, which raises an error of its own when there is nothing
+to stop, and so hides the error of the body. Runs at the same time share the cluster, and the last
+of them stops it.
 
 **What it costs:** the cluster while the body runs, nothing after it; a worker slot for as long.
 
@@ -18,13 +19,17 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.clusters import clean_up, running_cluster
-from include.queries import submit, wait_for
-from include.settings import DATA, WORKSPACE
+from include.polars_remote import clean_up, run_query, use_cluster
+from include.polars_remote.settings import DATA
 
 INVENTORY = f"{DATA}/inventory/"
 RESULT = f"{DATA}/results/context_manager_shutdown.parquet"
-CLUSTER = {"cpus": 2, "memory": 4, "idle_timeout_mins": 10}
+CLUSTER = {
+    "name": "airflow-context-manager-shutdown",
+    "cpus": 2,
+    "memory": 4,
+    "idle_timeout_mins": 10,
+}
 
 
 @dag(
@@ -40,8 +45,8 @@ def context_manager_shutdown() -> None:
     @task(execution_timeout=timedelta(minutes=30))
     @authenticate
     def value_stock() -> list[str]:
+        # Here, as a DAG file is parsed every few seconds and Polars costs ten times the rest of it.
         import polars as pl
-        import polars_cloud as pc
 
         stock = (
             pl.scan_parquet(INVENTORY)
@@ -52,9 +57,10 @@ def context_manager_shutdown() -> None:
             )
             .sort("date", "category")
         )
-        with running_cluster(pc.ComputeContext(workspace=WORKSPACE, **CLUSTER)) as ctx:
-            query = submit(stock.remote(ctx), RESULT, sink_to_single_file=True)
-            return wait_for(query)
+        with use_cluster(CLUSTER) as ctx:
+            # A distributed query writes a directory of files unless it is told to write one.
+            result = run_query(stock.remote(ctx).sink_parquet, RESULT, sink_to_single_file=True)
+        return result.location
 
     value_stock()
 

@@ -6,8 +6,9 @@ that follow within ten minutes find it running and start at once, whichever DAG,
 they come from. Use it for many short queries spread over the day.
 
 The manifest is registered from here, so that the cluster's size is reviewed and rolled back like
-the rest of the code. It pins the Polars and Python versions of the worker that registered it, and
-is registered anew after either was upgraded.
+the rest of the code: a changed size is applied at the next start, and logged. The manifest pins the
+Polars and Python versions of the worker that registered it, and is registered anew after either was
+upgraded.
 
 **What it costs:** the cluster from the first query until ten minutes after the last. No task stops
 it: another may be using it.
@@ -20,14 +21,12 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.clusters import clean_up
-from include.manifests import ensure_manifest
-from include.queries import submit, wait_for
-from include.settings import DATA, MANIFEST, WORKSPACE
+from include.polars_remote import clean_up, compute_context, ensure_manifest, run_query
+from include.polars_remote.settings import DATA, MANIFEST
 
 RETURNS = f"{DATA}/returns/"
 RESULT = f"{DATA}/results/manifest_reuse.parquet"
-CLUSTER = {"cpus": 2, "memory": 4, "cluster_size": 2, "idle_timeout_mins": 10}
+CLUSTER = {"name": MANIFEST, "cpus": 2, "memory": 4, "cluster_size": 2, "idle_timeout_mins": 10}
 
 
 @dag(
@@ -42,27 +41,27 @@ CLUSTER = {"cpus": 2, "memory": 4, "cluster_size": 2, "idle_timeout_mins": 10}
 def manifest_reuse() -> None:
     @task
     @authenticate
-    def register_manifest() -> str:
-        ensure_manifest(MANIFEST, **CLUSTER)
-        return MANIFEST
+    def register_manifest() -> None:
+        ensure_manifest(CLUSTER)
 
     @task(execution_timeout=timedelta(minutes=30))
     @authenticate
-    def sum_refunds(manifest: str) -> list[str]:
+    def sum_refunds() -> list[str]:
+        # Here, as a DAG file is parsed every few seconds and Polars costs ten times the rest of it.
         import polars as pl
-        import polars_cloud as pc
 
-        ctx = pc.ComputeContext(workspace=WORKSPACE, name=manifest)
         refunds = (
             pl.scan_parquet(RETURNS)
             .group_by("reason")
             .agg(returns=pl.len(), units=pl.sum("quantity"), refund=pl.sum("refund"))
             .sort("refund", descending=True)
         )
-        query = submit(refunds.remote(ctx), RESULT, sink_to_single_file=True)
-        return wait_for(query)
+        ctx = compute_context(CLUSTER)
+        # A distributed query writes a directory of files unless it is told to write one.
+        result = run_query(refunds.remote(ctx).sink_parquet, RESULT, sink_to_single_file=True)
+        return result.location
 
-    sum_refunds(register_manifest())
+    register_manifest() >> sum_refunds()
 
 
 manifest_reuse()

@@ -4,13 +4,13 @@
 One task starts the cluster, others query it at the same time, one stops it. Use it when several
 tasks share a cluster that is needed for this run alone.
 
-`start_cluster` is a setup and `stop_cluster` a teardown: stopping begins when every task between
-them has ended, retries included, whether they succeeded or not, and a task that failed still fails
-the run. (A last task with `TriggerRule.ALL_DONE` in its place would turn such a run green.) A run
-that exceeds its `dagrun_timeout` skips the teardown: `clean_up` stands in for it.
+`shared_cluster` makes a setup `start_cluster` and a teardown `stop_cluster`: stopping begins when
+every task between them has ended, retries included, whether they succeeded or not, and a task that
+failed still fails the run. (A last task with `TriggerRule.ALL_DONE` in its place would turn such a
+run green.) A run that exceeds its `dagrun_timeout` skips the teardown: `clean_up` stands in for it.
 
-The tasks find the cluster by the name of its manifest. Runs at the same time share it, and the last
-of them stops it; a task that is cleared after that starts a cluster, and stops it, for itself.
+The tasks find the cluster by its name. Runs at the same time share it, and the last of them stops
+it; tasks that are cleared after that start it for themselves, and the last of them stops it.
 
 **What it costs:** the cluster from `start_cluster` to `stop_cluster`. The idle timeout of ten
 minutes is the last resort, should nobody be left to stop it.
@@ -23,15 +23,14 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.clusters import clean_up, running_cluster, start_cluster, stop_cluster
-from include.queries import submit, wait_for
-from include.settings import DATA, WORKSPACE
+from include.polars_remote import clean_up, run_query, shared_cluster, use_cluster
+from include.polars_remote.settings import DATA
 
 SALES = f"{DATA}/sales/"
 INVENTORY = f"{DATA}/inventory/"
-RESULTS = f"{DATA}/results/manual_shutdown"
-MANIFEST = "airflow-manual-shutdown"
-CLUSTER = {"cpus": 2, "memory": 4, "idle_timeout_mins": 10}
+BEST_CUSTOMERS = f"{DATA}/results/manual_shutdown/best_customers.parquet"
+EMPTY_SHELVES = f"{DATA}/results/manual_shutdown/empty_shelves.parquet"
+CLUSTER = {"name": "airflow-manual-shutdown", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
 
 
 @dag(
@@ -47,11 +46,11 @@ CLUSTER = {"cpus": 2, "memory": 4, "idle_timeout_mins": 10}
 def manual_shutdown() -> None:
     @task(execution_timeout=timedelta(minutes=30))
     @authenticate
-    def find_best_customers(manifest: str) -> list[str]:
+    def find_best_customers() -> list[str]:
+        # Here, as a DAG file is parsed every few seconds and Polars costs ten times the rest of it.
         import polars as pl
-        import polars_cloud as pc
 
-        best_customers = (
+        best = (
             pl.scan_parquet(SALES)
             .filter(pl.col("status") == "completed", pl.col("customer_id").is_not_null())
             .group_by("customer_id")
@@ -59,39 +58,31 @@ def manual_shutdown() -> None:
             .sort("spent", "customer_id", descending=[True, False])
             .head(100)
         )
-        with running_cluster(pc.ComputeContext(workspace=WORKSPACE, name=manifest)) as ctx:
-            query = submit(
-                best_customers.remote(ctx),
-                f"{RESULTS}/best_customers.parquet",
-                sink_to_single_file=True,
-            )
-            return wait_for(query)
+        # Starts the cluster if it is gone, as when only this task was cleared.
+        with use_cluster(CLUSTER) as ctx:
+            # A distributed query writes a directory of files unless it is told to write one.
+            sink = best.remote(ctx).sink_parquet
+            return run_query(sink, BEST_CUSTOMERS, sink_to_single_file=True).location
 
     @task(execution_timeout=timedelta(minutes=30))
     @authenticate
-    def find_empty_shelves(manifest: str) -> list[str]:
+    def find_empty_shelves() -> list[str]:
         import polars as pl
-        import polars_cloud as pc
 
-        empty_shelves = (
+        empty = (
             pl.scan_parquet(INVENTORY)
             .group_by("region", "product")
             .agg(lowest=pl.min("on_hand"), mean=pl.mean("on_hand"))
             .sort("lowest", "region", "product")
             .head(100)
         )
-        with running_cluster(pc.ComputeContext(workspace=WORKSPACE, name=manifest)) as ctx:
-            query = submit(
-                empty_shelves.remote(ctx),
-                f"{RESULTS}/empty_shelves.parquet",
-                sink_to_single_file=True,
-            )
-            return wait_for(query)
+        with use_cluster(CLUSTER) as ctx:
+            sink = empty.remote(ctx).sink_parquet
+            return run_query(sink, EMPTY_SHELVES, sink_to_single_file=True).location
 
-    manifest = start_cluster(MANIFEST, CLUSTER)
-    with stop_cluster(manifest).as_teardown(setups=manifest):
-        find_best_customers(manifest)
-        find_empty_shelves(manifest)
+    with shared_cluster(CLUSTER):
+        find_best_customers()
+        find_empty_shelves()
 
 
 manual_shutdown()

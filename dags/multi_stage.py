@@ -1,15 +1,16 @@
 """
 ### Stages that hand over where their result is
 
-Each stage writes its result and returns its location; the next stage scans that location. Only
-the URIs pass through Airflow, never the data. Use it when a stage is worth keeping, checking or
-retrying on its own: a stage that fails is retried from the result of the one before it.
+Each stage returns the location of its result, and the next stage scans that location. Only the URIs
+pass through Airflow, never the data. Use it when a stage is worth checking or retrying on its own:
+a stage that fails is retried from the result of the one before it.
 
-The first stage runs distributed and writes a directory of its own for each run; the others write
-one small file each. All share one cluster, as in `manual_shutdown`.
+What lies between two stages is temporary: `execute` writes it to storage of Polars Cloud's, which
+deletes it by itself. Only the last stage has a destination of its own. A stage that is cleared much
+later fails with the name of the task to clear along with it.
 
-**What it costs:** the cluster from the first stage to the last, and storing what lies between
-them.
+**What it costs:** the cluster from the first stage to the last, which share it as in
+`manual_shutdown`.
 
 **Copy along:** the folder `include/`.
 """
@@ -19,16 +20,18 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.clusters import clean_up, running_cluster, start_cluster, stop_cluster
-from include.queries import submit, wait_for
-from include.run_date import get_run_date
-from include.settings import DATA, WORKSPACE
+from include.polars_remote import clean_up, run_query, shared_cluster, use_cluster
+from include.polars_remote.settings import DATA
 
 SALES = f"{DATA}/sales/"
-STAGES = f"{DATA}/stages/multi_stage"
 RESULT = f"{DATA}/results/multi_stage.parquet"
-MANIFEST = "airflow-multi-stage"
-CLUSTER = {"cpus": 2, "memory": 4, "cluster_size": 2, "idle_timeout_mins": 10}
+CLUSTER = {
+    "name": "airflow-multi-stage",
+    "cpus": 2,
+    "memory": 4,
+    "cluster_size": 2,
+    "idle_timeout_mins": 10,
+}
 
 
 @dag(
@@ -44,9 +47,9 @@ CLUSTER = {"cpus": 2, "memory": 4, "cluster_size": 2, "idle_timeout_mins": 10}
 def multi_stage() -> None:
     @task(execution_timeout=timedelta(minutes=30))
     @authenticate
-    def clean_sales(manifest: str) -> list[str]:
+    def clean_sales() -> list[str]:
+        # Here, as a DAG file is parsed every few seconds and Polars costs ten times the rest of it.
         import polars as pl
-        import polars_cloud as pc
 
         sales = (
             pl.scan_parquet(SALES)
@@ -58,17 +61,14 @@ def multi_stage() -> None:
             .unique(["order_id", "line"])
             .with_columns(pl.col("region").str.strip_chars().str.to_titlecase())
         )
-        with running_cluster(pc.ComputeContext(workspace=WORKSPACE, name=manifest)) as ctx:
-            query = submit(
-                sales.remote(ctx).distributed(), f"{STAGES}/{get_run_date()}/clean_sales/"
-            )
-            return wait_for(query)
+        # Starts the cluster if it is gone, as when only this task was cleared.
+        with use_cluster(CLUSTER) as ctx:
+            return run_query(sales.remote(ctx).distributed().execute).location
 
     @task(execution_timeout=timedelta(minutes=30))
     @authenticate
-    def sum_days(manifest: str, clean_sales: list[str]) -> list[str]:
+    def sum_days(clean_sales: list[str]) -> list[str]:
         import polars as pl
-        import polars_cloud as pc
 
         sums = (
             pl.scan_parquet(clean_sales)
@@ -79,19 +79,13 @@ def multi_stage() -> None:
                 revenue=(pl.col("quantity") * pl.col("unit_price")).sum(),
             )
         )
-        with running_cluster(pc.ComputeContext(workspace=WORKSPACE, name=manifest)) as ctx:
-            query = submit(
-                sums.remote(ctx),
-                f"{STAGES}/{get_run_date()}/days.parquet",
-                sink_to_single_file=True,
-            )
-            return wait_for(query)
+        with use_cluster(CLUSTER) as ctx:
+            return run_query(sums.remote(ctx).execute).location
 
     @task(execution_timeout=timedelta(minutes=30))
     @authenticate
-    def find_best_days(manifest: str, days: list[str]) -> list[str]:
+    def find_best_days(days: list[str]) -> list[str]:
         import polars as pl
-        import polars_cloud as pc
 
         best = (
             pl.scan_parquet(days)
@@ -100,13 +94,13 @@ def multi_stage() -> None:
             .head(3)
             .sort("region", maintain_order=True)
         )
-        with running_cluster(pc.ComputeContext(workspace=WORKSPACE, name=manifest)) as ctx:
-            query = submit(best.remote(ctx), RESULT, sink_to_single_file=True)
-            return wait_for(query)
+        with use_cluster(CLUSTER) as ctx:
+            # A distributed query writes a directory of files unless it is told to write one.
+            sink = best.remote(ctx).sink_parquet
+            return run_query(sink, RESULT, sink_to_single_file=True).location
 
-    manifest = start_cluster(MANIFEST, CLUSTER)
-    with stop_cluster(manifest).as_teardown(setups=manifest):
-        find_best_days(manifest, sum_days(manifest, clean_sales(manifest)))
+    with shared_cluster(CLUSTER):
+        find_best_days(sum_days(clean_sales()))
 
 
 multi_stage()

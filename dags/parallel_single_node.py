@@ -18,15 +18,19 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.clusters import clean_up, running_cluster, start_cluster, stop_cluster
-from include.queries import submit, wait_for
-from include.settings import DATA, WORKSPACE
+from include.polars_remote import clean_up, run_query, shared_cluster, use_cluster
+from include.polars_remote.settings import DATA
 
 SALES = f"{DATA}/sales/"
 RESULTS = f"{DATA}/results/parallel_single_node"
 REGIONS = ["Centre", "East", "North", "South", "West"]
-MANIFEST = "airflow-parallel-single-node"
-CLUSTER = {"cpus": 2, "memory": 4, "cluster_size": 3, "idle_timeout_mins": 10}
+CLUSTER = {
+    "name": "airflow-parallel-single-node",
+    "cpus": 2,
+    "memory": 4,
+    "cluster_size": 3,
+    "idle_timeout_mins": 10,
+}
 
 
 @dag(
@@ -42,9 +46,9 @@ CLUSTER = {"cpus": 2, "memory": 4, "cluster_size": 3, "idle_timeout_mins": 10}
 def parallel_single_node() -> None:
     @task(execution_timeout=timedelta(minutes=30), map_index_template="{{ task.op_kwargs.region }}")
     @authenticate
-    def rank_products(manifest: str, region: str) -> list[str]:
+    def rank_products(region: str) -> list[str]:
+        # Here, as a DAG file is parsed every few seconds and Polars costs ten times the rest of it.
         import polars as pl
-        import polars_cloud as pc
 
         revenue = (pl.col("quantity") * pl.col("unit_price")).sum()
         ranking = (
@@ -55,14 +59,13 @@ def parallel_single_node() -> None:
             .agg(units=pl.sum("quantity"), revenue=revenue)
             .sort("revenue", "product", descending=[True, False])
         )
-        with running_cluster(pc.ComputeContext(workspace=WORKSPACE, name=manifest)) as ctx:
-            query = submit(ranking.remote(ctx).single_node(), f"{RESULTS}/{region}.parquet")
-            return wait_for(query)
+        # Starts the cluster if it is gone, as when only this task was cleared.
+        with use_cluster(CLUSTER) as ctx:
+            sink = ranking.remote(ctx).single_node().sink_parquet
+            return run_query(sink, f"{RESULTS}/{region}.parquet").location
 
-    manifest = start_cluster(MANIFEST, CLUSTER)
-    with stop_cluster(manifest).as_teardown(setups=manifest) as cluster:
-        # expand() does not join the scope by itself.
-        cluster.add_task(rank_products.partial(manifest=manifest).expand(region=REGIONS))
+    with shared_cluster(CLUSTER):
+        rank_products.expand(region=REGIONS)
 
 
 parallel_single_node()

@@ -1,11 +1,11 @@
 """
 ### Submit a query and leave
 
-The task ends as soon as the cluster has taken the query. Use it for work that nobody waits for:
+The task ends as soon as the cluster has accepted the query. Use it for work that nobody waits for:
 refreshing a cache, a report that is read tomorrow.
 
-`submit` takes care that a try whose worker died, or whose submission was not answered, does not end
-in a second query; `leave` ends the watch.
+`submit` takes care that a lost reply or a killed worker does not end in a second query; `leave`
+lets the query run on without the task.
 
 **What is not known then:** whether the query succeeds. The task is green once the query was
 submitted; a query that fails later fails no task and no run. Look at its page in Polars Cloud, or
@@ -22,12 +22,12 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.queries import leave, submit
-from include.settings import DATA, WORKSPACE
+from include.polars_remote import compute_context, leave, submit
+from include.polars_remote.settings import DATA
 
 SALES = f"{DATA}/sales/"
 RESULT = f"{DATA}/results/single_query.parquet"
-CLUSTER = {"cpus": 2, "memory": 4, "idle_timeout_mins": 10}
+CLUSTER = {"name": "airflow-single-query", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
 
 
 @dag(
@@ -42,10 +42,9 @@ def single_query() -> None:
     @task
     @authenticate
     def submit_best_sellers() -> str:
+        # Here, as a DAG file is parsed every few seconds and Polars costs ten times the rest of it.
         import polars as pl
-        import polars_cloud as pc
 
-        ctx = pc.ComputeContext(workspace=WORKSPACE, **CLUSTER)
         best_sellers = (
             pl.scan_parquet(SALES)
             .filter(pl.col("status") == "completed")
@@ -58,7 +57,9 @@ def single_query() -> None:
             )
             .sort("revenue", descending=True)
         )
-        query = submit(best_sellers.remote(ctx), RESULT, sink_to_single_file=True)
+        ctx = compute_context(CLUSTER)
+        # A distributed query writes a directory of files unless it is told to write one.
+        query = submit(best_sellers.remote(ctx).sink_parquet, RESULT, sink_to_single_file=True)
         return leave(query)
 
     submit_best_sellers()

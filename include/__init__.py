@@ -1,1 +1,1 @@
-"""What several DAGs share, one idea per module."""
+"""What the DAGs share: `auth.py`, and the folder `polars_remote/`."""

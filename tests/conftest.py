@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -63,7 +64,7 @@ def airflow_db() -> None:
 
 @pytest.fixture
 def supervisor() -> Iterator["Supervisor"]:
-    """What keeps the store and the XComs of the test's task."""
+    """What keeps Airflow's Variables and the states of its tasks."""
     from airflow.sdk.execution_time.supervisor import set_supervisor_comms
 
     from tests.tries import Supervisor
@@ -81,15 +82,19 @@ def start_try(supervisor: "Supervisor") -> "StartTry":
 
 
 @pytest.fixture
-def ti(start_try: "StartTry") -> Iterator["RuntimeTaskInstance"]:
-    """The test is the first try of a task."""
-    with start_try() as ti:
+def ti(start_try: "StartTry", emulator: RunningEmulator) -> Iterator["RuntimeTaskInstance"]:
+    """The test is the first try of a task; what it has not waited for is of no interest."""
+
+    class TestIsOver(Exception):
+        pass
+
+    with suppress(TestIsOver), start_try() as ti:
         yield ti
+        emulator.clear_faults()
+        raise TestIsOver
 
 
 @pytest.fixture
 def short_outages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls to a Polars Cloud that is out of order are given up soon."""
-    from include.outages import call
-
-    monkeypatch.setitem(call.__kwdefaults__, "budget", 0.5)
+    """Calls to a Polars Cloud that is unavailable are given up soon."""
+    monkeypatch.setattr("include.polars_remote.outages.OUTAGE_SECONDS", 0.5)

@@ -1,4 +1,4 @@
-"""`include/auth.py` against the emulator, through the unmodified client."""
+"""`include/auth.py` and `login.py` against the emulator, through the unmodified client."""
 
 import asyncio
 import inspect
@@ -21,8 +21,12 @@ from airflow.configuration import conf
 from airflow.sdk import task
 from airflow.sdk.exceptions import AirflowFailException
 
-from include.auth import EMULATOR, authenticate, log_in_again
+from include.auth import authenticate
+from include.polars_remote.login import EMULATOR, call_polars_cloud
+from include.polars_remote.task_scope import current_scope
 from polars_cloud_emulator.testing import RunningEmulator
+from tests.observed import calls
+from tests.tries import StartTry
 
 REPOSITORY = Path(__file__).parents[1]
 WRONG_SECRET = "not-the-client-secret"
@@ -37,14 +41,36 @@ def account(emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, emulator.environment[name])
 
 
+@pytest.fixture(autouse=True)
+def in_task(account: None, start_try: StartTry) -> Iterator[None]:
+    """The test is a task that `@authenticate` is still to log in."""
+    with start_try(scope=False):
+        yield
+
+
 LOG_IN = """
+from airflow.sdk.execution_time.supervisor import set_supervisor_comms
+
 from include.auth import authenticate
+from tests.tries import Supervisor, start_try
 
 @authenticate
 def run_query():
     print("the query ran")
 
-run_query()
+with set_supervisor_comms(Supervisor()), start_try(scope=False):
+    run_query()
+"""
+
+DECORATE = """
+import sys
+from include.auth import authenticate
+
+@authenticate
+def run_query():
+    pass
+
+print("polars_cloud" in sys.modules)
 """
 
 DAG_FILE = """
@@ -94,10 +120,16 @@ def run_nightly_query() -> str:
     return "the query ran"
 
 
+def get_user() -> object:
+    from polars_cloud.constants import API_CLIENT
+
+    return API_CLIENT.get_user()
+
+
 @authenticate
 def run_long_query(meanwhile: Callable[[], object]) -> str:
     meanwhile()
-    log_in_again()
+    call_polars_cloud(get_user)
     return "the query ran"
 
 
@@ -171,43 +203,70 @@ def test_another_connection_can_be_named(monkeypatch: pytest.MonkeyPatch) -> Non
     assert run_nightly_query() == "the query ran"
 
 
-def logins(emulator: RunningEmulator) -> int:
-    return sum(call["path"].endswith("/token") for call in emulator.journal())
+@pytest.mark.parametrize("run", [run_query, lambda region: asyncio.run(await_query(region))])
+def test_what_the_task_submits_is_its_own_only_while_it_runs(run: Callable[[str], object]) -> None:
+    run("north")
+    with pytest.raises(RuntimeError, match="Put @authenticate below @task"):
+        current_scope()
+
+
+def test_the_scope_of_a_task_knows_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIRFLOW_CONN_NIGHTLY", os.environ["AIRFLOW_CONN_POLARS_CLOUD"])
+    run = authenticate(conn_id="nightly")(lambda: current_scope().conn_id)
+    assert run() == "nightly"
 
 
 def test_task_logs_in_again_and_goes_on(emulator: RunningEmulator) -> None:
-    assert run_long_query(lambda: None) == "the query ran"
-    assert logins(emulator) == 2
+    expire = lambda: emulator.add_fault("GET user/me", "tokens_expire")  # noqa: E731
+    assert run_long_query(expire) == "the query ran"
+    assert calls(emulator, "token") == 2
 
 
 def test_coroutine_logs_in_again(emulator: RunningEmulator) -> None:
     @authenticate
     async def await_long_query() -> None:
-        await asyncio.to_thread(log_in_again)
+        emulator.add_fault("GET user/me", "tokens_expire")
+        await asyncio.to_thread(call_polars_cloud, get_user)
 
     asyncio.run(await_long_query())
-    assert logins(emulator) == 2
+    assert calls(emulator, "token") == 2
 
 
-def test_task_logs_in_again_with_the_connection_it_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_task_logs_in_again_with_the_connection_it_named(
+    emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AIRFLOW_CONN_NIGHTLY", os.environ["AIRFLOW_CONN_POLARS_CLOUD"])
     monkeypatch.delenv("AIRFLOW_CONN_POLARS_CLOUD")
-    authenticate(conn_id="nightly")(log_in_again)()
+
+    @authenticate(conn_id="nightly")
+    def run_long_nightly_query() -> None:
+        emulator.add_fault("GET user/me", "tokens_expire")
+        call_polars_cloud(get_user)
+
+    run_long_nightly_query()
+    assert calls(emulator, "token") == 2
 
 
 def test_task_logs_in_again_with_what_the_connection_holds_by_then(
-    monkeypatch: pytest.MonkeyPatch,
+    emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rotated = connection(os.environ["POLARS_CLOUD_CLIENT_ID"], WRONG_SECRET)
-    sentence = refusal(
-        lambda: run_long_query(lambda: monkeypatch.setenv("AIRFLOW_CONN_POLARS_CLOUD", rotated))
-    )
+
+    def rotate() -> None:
+        monkeypatch.setenv("AIRFLOW_CONN_POLARS_CLOUD", rotated)
+        emulator.add_fault("GET user/me", "tokens_expire")
+
+    sentence = refusal(lambda: run_long_query(rotate))
     assert "was refused by Polars Cloud" in sentence
 
 
-def test_outage_while_logging_in_again_is_retried(emulator: RunningEmulator) -> None:
+@pytest.mark.usefixtures("short_outages")
+def test_an_outage_that_outlasts_the_budget_while_logging_in_again_is_retried(
+    emulator: RunningEmulator,
+) -> None:
     def begin_outage() -> None:
-        emulator.add_fault("GET user/me", "connection_reset", times=9)
+        emulator.add_fault("GET user/me", "tokens_expire")
+        emulator.add_fault("POST token", "connection_reset", times=1_000)
 
     with pytest.raises(ConnectionError, match="Polars Cloud could not be reached"):
         run_long_query(begin_outage)
@@ -250,17 +309,19 @@ def test_naming_the_connection_by_position_is_refused_with_the_right_spelling() 
 
 
 def test_decorating_imports_no_client_and_reads_no_connection() -> None:
-    script = LOG_IN.replace(
-        "\nrun_query()\n", "\nimport sys\nprint('polars_cloud' in sys.modules)\n"
-    )
-    ran = run_python("-c", script, AIRFLOW_CONN_POLARS_CLOUD="")
+    ran = run_python("-c", DECORATE, AIRFLOW_CONN_POLARS_CLOUD="")
     assert ran.stdout == "False\n", ran.stderr
 
 
-def test_module_works_on_its_own(tmp_path: Path) -> None:
-    shutil.copy(REPOSITORY / "include" / "auth.py", tmp_path)
-    script = LOG_IN.replace("include.auth", "auth")
-    ran = run_python("-c", script, PYTHONPATH=str(tmp_path))
+def test_module_and_folder_work_beside_files_of_any_other_project(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "helpers"
+    shutil.copytree(REPOSITORY / "include" / "polars_remote", elsewhere / "cloud")
+    auth = (REPOSITORY / "include" / "auth.py").read_text()
+    (elsewhere / "auth.py").write_text(auth.replace("include.polars_remote", "helpers.cloud"))
+    for theirs in ("__init__.py", "settings.py", "queries.py"):
+        (elsewhere / theirs).write_text("THEIRS = True\n")
+    script = LOG_IN.replace("include.auth", "helpers.auth")
+    ran = run_python("-c", script, PYTHONPATH=f"{tmp_path}{os.pathsep}{REPOSITORY}")
     assert ran.stdout == "the query ran\n", ran.stderr
 
 
@@ -351,7 +412,8 @@ def test_words_of_the_rest_api_come_through() -> None:
 def test_unreachable_service_is_retried_and_says_what_to_check() -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         closed_port = server.getsockname()[1]
-    ran = run_python("-c", LOG_IN, POLARS_CLOUD_DOMAIN=f"emulator@127.0.0.1:{closed_port}")
+    nowhere = f"emulator@127.0.0.1:{closed_port}"
+    ran = run_python("-c", LOG_IN, POLARS_CLOUD_DOMAIN=nowhere, POLARS_CLOUD_OUTAGE="1")
     assert "\nConnectionError: Polars Cloud could not be reached: check the network" in ran.stderr
     assert "AirflowFailException" not in ran.stderr
     assert os.environ["POLARS_CLOUD_CLIENT_SECRET"] not in ran.stderr

@@ -13,7 +13,7 @@ import pytest
 from airflow.dag_processing.dagbag import DagBag
 from airflow.sdk import DAG
 
-from include.clusters import clean_up
+from include.polars_remote import clean_up
 from local_airflow import ROOT
 
 DAG_IDS = {
@@ -27,6 +27,8 @@ DAG_IDS = {
     "status_check",
 }
 SHUT_DOWN_BY_TASK = {"complete_pipeline", "manual_shutdown", "multi_stage", "parallel_single_node"}
+CLUSTER_TASKS = {"start_cluster", "stop_cluster"}
+"""Made by `shared_cluster`, which logs them in."""
 
 PARSE = """
 import json, sys
@@ -136,9 +138,57 @@ def test_a_dag_works_in_another_deployment_with_only_what_it_names(
 
 
 @pytest.mark.parametrize("dag_id", sorted(DAG_IDS))
+def test_a_dag_works_beside_an_include_folder_of_the_users_own(
+    dags: dict[str, DAG], tmp_path: Path, dag_id: str
+) -> None:
+    include = tmp_path / "include"
+    include.mkdir()
+    for name in ("__init__", "settings", "queries", "clusters"):
+        (include / f"{name}.py").write_text("MINE = True\n")
+    shutil.copy(dags[dag_id].fileloc, tmp_path)
+    shutil.copy(ROOT / "include" / "auth.py", include)
+    shutil.copytree(ROOT / "include" / "polars_remote", include / "polars_remote")
+
+    report = parse(tmp_path)
+    assert report["errors"] == {}
+    assert report["dags"] == [dag_id]
+
+
+def test_the_folder_of_helpers_works_by_another_name_and_in_another_place(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "include" / "polars_remote", tmp_path / "company" / "remote")
+    (tmp_path / "reports.py").write_text(
+        "from airflow.sdk import dag\n"
+        "from company.remote import clean_up, run_query, shared_cluster\n"
+        "@dag(schedule=None, on_failure_callback=clean_up)\n"
+        "def reports():\n"
+        '    with shared_cluster({"name": "reports"}):\n'
+        "        pass\n"
+        "reports()\n"
+    )
+    report = parse(tmp_path)
+    assert report["errors"] == {}
+    assert report["dags"] == ["reports"]
+
+
+def test_a_cluster_without_a_name_is_an_error_while_the_dag_file_is_parsed(tmp_path: Path) -> None:
+    (tmp_path / "reports.py").write_text(
+        "from airflow.sdk import dag\n"
+        "from include.polars_remote import shared_cluster\n"
+        "@dag(schedule=None)\n"
+        "def reports():\n"
+        '    with shared_cluster({"cpus": 2, "memory": 4}):\n'
+        "        pass\n"
+        "reports()\n"
+    )
+    [error] = parse(tmp_path, ROOT)["errors"].values()  # type: ignore[attr-defined]
+    assert "A cluster needs a name" in error
+
+
+@pytest.mark.parametrize("dag_id", sorted(DAG_IDS))
 def test_every_task_is_authenticated(dags: dict[str, DAG], dag_id: str) -> None:
-    assert dags[dag_id].tasks
-    for task in dags[dag_id].tasks:
+    tasks = [task for task in dags[dag_id].tasks if task.task_id not in CLUSTER_TASKS]
+    assert tasks
+    for task in tasks:
         wrapper = task.python_callable.__code__
         assert Path(wrapper.co_filename) == ROOT / "include" / "auth.py", task.task_id
 
@@ -146,7 +196,8 @@ def test_every_task_is_authenticated(dags: dict[str, DAG], dag_id: str) -> None:
 @pytest.mark.parametrize("dag_id", sorted(DAG_IDS))
 def test_every_task_that_waits_has_a_time_limit(dags: dict[str, DAG], dag_id: str) -> None:
     for task in dags[dag_id].tasks:
-        if "wait_for(" in inspect.getsource(task.python_callable):
+        source = inspect.getsource(task.python_callable)
+        if "wait_for(" in source or "run_query(" in source or task.task_id in CLUSTER_TASKS:
             assert task.execution_timeout is not None, task.task_id
 
 

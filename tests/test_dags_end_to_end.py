@@ -9,8 +9,12 @@ import boto3
 import polars as pl
 import pytest
 from airflow.dag_processing.dagbag import DagBag
+from airflow.models import Variable
+from airflow.models.asset import AssetEvent
 from airflow.sdk import DAG, DagRunState
+from airflow.utils.session import create_session
 from polars.testing import assert_frame_equal
+from sqlalchemy import select
 
 from local_airflow import ROOT
 from polars_cloud_emulator.testing import RunningEmulator
@@ -121,8 +125,8 @@ def multi_stage(t: Tables, day: date) -> Tables:
     )
     best = days.sort("revenue", "date", descending=[True, False]).group_by("region").head(3)
     return {
-        f"stages/multi_stage/{day}/clean_sales/": clean,
-        f"stages/multi_stage/{day}/days.parquet": days,
+        "temporary result of clean_sales": clean,
+        "temporary result of sum_days": days,
         "results/multi_stage.parquet": best,
     }
 
@@ -134,24 +138,25 @@ def complete_pipeline(t: Tables, day: date) -> Tables:
     clean = sales.unique().filter(
         pl.col("status") == "completed", pl.col("quantity") > 0, pl.col("product").is_not_null()
     )
-    report = (
-        inventory.group_by("date", "category", "product")
-        .agg(on_hand=pl.sum("on_hand"), stock_value=(pl.col("on_hand") * pl.col("unit_cost")).sum())
-        .join(
-            clean.group_by("product").agg(
-                orders=pl.n_unique("order_id"), units=pl.sum("quantity"), revenue=REVENUE
-            ),
-            on="product",
-            how="left",
-        )
-        .join(
-            returns.group_by("product").agg(returned=pl.sum("quantity"), refunded=pl.sum("refund")),
-            on="product",
-            how="left",
-        )
+    in_stock = inventory.group_by("category", "product").agg(
+        on_hand=pl.sum("on_hand"), stock_value=(pl.col("on_hand") * pl.col("unit_cost")).sum()
     )
+    sold = clean.group_by("product").agg(
+        orders=pl.n_unique("order_id"), units=pl.sum("quantity"), revenue=REVENUE
+    )
+    returned = returns.group_by("product").agg(
+        returned=pl.sum("quantity"), refunded=pl.sum("refund")
+    )
+    report = in_stock.join(sold, on="product", how="left").join(returned, on="product", how="left")
     amounts = ["orders", "units", "revenue", "returned", "refunded"]
-    return {f"reports/daily/{day}.parquet": report.with_columns(pl.col(amounts).fill_null(0))}
+    return {
+        "temporary result of transform_inventory": in_stock,
+        "temporary result of transform_sales": sold,
+        "temporary result of transform_returns": returned,
+        f"reports/daily/{day}.parquet": report.with_columns(
+            pl.col(amounts).fill_null(0), date=pl.lit(day)
+        ),
+    }
 
 
 EXPECTED: dict[str, Callable[[Tables, date], Tables]] = {
@@ -177,6 +182,21 @@ def all_ended(emulator: RunningEmulator) -> list[dict[str, Any]]:
         return queries if all(query["ended_at"] for query in queries) else []
 
     return eventually(ended)
+
+
+def written_key(query: dict[str, Any]) -> str:
+    """Where a query wrote, below the shop's data; of a temporary result, whose it is."""
+    [uri] = query["destinations"]
+    if uri.startswith(f"{DATA}/"):
+        return str(uri.removeprefix(f"{DATA}/"))
+    labels = dict(label.split("=", 1) for label in query["labels"])
+    return f"temporary result of {labels['task']}"
+
+
+def variables() -> list[str]:
+    """Keys of Airflow's Variables: what is still on record as in use."""
+    with create_session() as session:
+        return list(session.scalars(select(Variable.key)))  # noqa: AIR311
 
 
 def live_clusters(emulator: RunningEmulator) -> int:
@@ -205,15 +225,15 @@ def test_a_dag_succeeds_and_writes_what_the_same_query_gives_locally(
         assert names[:4] == ["dag", "task", "run", "try"]
         assert query["labels"][0] == f"dag={dag_id}"
     assert emulator.state()["unmatched"] == []
+    written = {written_key(query): query["destinations"] for query in queries}
     expected = EXPECTED[dag_id](tables, run.logical_date.date())
+    assert written.keys() == expected.keys()
     for key, frame in expected.items():
         assert frame.height > 0
         assert_frame_equal(
-            pl.read_parquet(f"{DATA}/{key}"), frame, check_row_order=False, check_column_order=False
+            pl.read_parquet(written[key]), frame, check_row_order=False, check_column_order=False
         )
-    written = {uri for query in queries for uri in query["destinations"]}
-    for key in expected:
-        assert any(uri.startswith(f"{DATA}/{key}") for uri in written), key
+    assert variables() == []
     assert live_clusters(emulator) == (dag_id in LEAVES_IT_TO_THE_IDLE_TIMEOUT)
 
 
@@ -235,6 +255,7 @@ def test_a_failed_query_fails_the_run_with_its_own_exception_and_leaves_no_more_
     assert re.search(r"ColumnNotFoundError.*unable to find column", log)
     assert "Callback failed" not in log
     assert "Failed" in {query["status"] for query in all_ended(emulator)}
+    assert variables() == []
     assert live_clusters(emulator) == (dag_id in LEAVES_IT_TO_THE_IDLE_TIMEOUT)
 
 
@@ -277,6 +298,22 @@ def test_a_run_without_a_logical_date_reports_the_day_of_its_start(
     assert run.logical_date is None
     report = pl.read_parquet(f"{DATA}/reports/daily/{run.run_after.date()}.parquet")
     assert report["date"].unique().to_list() == [run.run_after.date()]
+
+
+def test_the_report_is_announced_as_an_asset_with_date_rows_and_uri(
+    dags: dict[str, DAG], emulator: RunningEmulator
+) -> None:
+    run = dags["complete_pipeline"].test(logical_date=datetime.now(UTC))
+    with create_session() as session:
+        event = session.scalars(select(AssetEvent).order_by(AssetEvent.id.desc())).first()
+    assert event is not None
+    day = run.logical_date.date()
+    report = f"{DATA}/reports/daily/{day}.parquet"
+    rows = pl.read_parquet(report).height
+    assert (event.source_run_id, event.extra) == (
+        run.run_id,
+        {"date": str(day), "rows": rows, "uri": report},
+    )
 
 
 def test_running_a_day_again_replaces_exactly_that_days_report(

@@ -1,12 +1,11 @@
-"""`include/labels.py`: labels that lead back to the task, and that Polars Cloud takes."""
-
-from types import ModuleType
+"""`labels.py`: labels that lead back to the task, and that Polars Cloud takes."""
 
 import polars as pl
 import pytest
 
-from include.labels import LONGEST, get_labels, shorten
-from include.queries import leave, submit
+from include.polars_remote.clusters import compute_context
+from include.polars_remote.labels import LONGEST, get_labels, shorten
+from include.polars_remote.queries import leave, submit
 from polars_cloud_emulator.testing import RunningEmulator
 from tests.tries import StartTry
 
@@ -48,14 +47,13 @@ def test_a_label_is_shortened_to_the_same_in_each_process() -> None:
     assert shorten("run=scheduled__2026-11-23T00:00:00+00:00") == "run=scheduled__2026-11-23~31c937"
 
 
+@pytest.mark.usefixtures("pc")
 def test_polars_cloud_shows_the_labels_of_a_task_with_long_ids(
-    pc: ModuleType, emulator: RunningEmulator, start_try: StartTry
+    emulator: RunningEmulator, start_try: StartTry
 ) -> None:
-    remote = pl.LazyFrame({"x": [1]}).remote(
-        pc.ComputeContext(workspace="playground", cpus=2, memory=4)
-    )
     with start_try(12, map_index=3, **LONG):
-        leave(submit(remote, "s3://your-bucket/results/labels/"))
+        ctx = compute_context({"name": "shop", "cpus": 2, "memory": 4})
+        leave(submit(pl.LazyFrame({"x": [1]}).remote(ctx).sink_parquet, "s3://your-bucket/labels/"))
         labels = get_labels()
     [query] = emulator.state()["queries"]
     assert query["labels"] == labels

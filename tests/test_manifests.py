@@ -1,6 +1,8 @@
-"""`include/manifests.py`: the manifest is there, and fits this worker."""
+"""`manifests.py`: the manifest is there, and is what the code says for this worker."""
 
+import io
 import platform
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
@@ -8,11 +10,27 @@ from typing import Any
 import polars as pl
 import pytest
 
-from include.manifests import ensure_manifest
+from include.polars_remote.clusters import compute_context, use_cluster
+from include.polars_remote.manifests import ensure_manifest
+from include.polars_remote.queries import run_query
 from polars_cloud_emulator.testing import RunningEmulator
-from tests.emulator.raw_calls import CLUSTER, WORKSPACE, rest_client
+from tests.emulator.raw_calls import CLUSTER as RAW_CLUSTER
+from tests.emulator.raw_calls import WORKSPACE, rest_client
+from tests.observed import cluster_statuses
+from tests.tries import StartTry, Supervisor, kill
 
-SPEC = {"cpus": 2, "memory": 4, "idle_timeout_mins": 10}
+CLUSTER = {"name": "shop", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
+LARGER = {**CLUSTER, "cpus": 8, "memory": 16, "cluster_size": 4}
+OTHER_VERSIONS = [
+    {"polars_version": "1.41.2"},
+    {"python_version": {"major": 3, "minor": 9, "patch": 1}},
+]
+
+
+@pytest.fixture(autouse=True)
+def told(caplog: pytest.LogCaptureFixture) -> None:
+    """The log tells what it tells in Airflow."""
+    caplog.set_level("INFO", "include")
 
 
 def registered(emulator: RunningEmulator) -> dict[str, Any]:
@@ -29,62 +47,191 @@ def calls(emulator: RunningEmulator, method: str) -> int:
 
 
 def test_an_absent_manifest_is_registered(pc: ModuleType, emulator: RunningEmulator) -> None:
-    ensure_manifest("shop", **SPEC)
+    ensure_manifest(CLUSTER)
     assert registered(emulator)["idle_timeout_mins"] == 10
     assert pc.ComputeContext(name="shop", workspace="playground").cpus == 2
 
 
-def test_a_fitting_manifest_is_left_alone(pc: ModuleType, emulator: RunningEmulator) -> None:
-    ensure_manifest("shop", **SPEC)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cluster_size": 3, "storage": 50, "log_level": "debug", "env_vars": {"TZ": "UTC"}},
+        {"requirements": b"numpy==2.3.5\n"},
+        {"cpu_architectures": ["arm64"]},
+    ],
+    ids=["nothing", "sizes", "requirements", "architecture"],
+)
+def test_a_fitting_manifest_is_left_alone(
+    pc: ModuleType, emulator: RunningEmulator, options: dict[str, Any]
+) -> None:
+    cluster = {**CLUSTER, **options}
+    ensure_manifest(cluster)
     before = registered(emulator)
-    ensure_manifest("shop", **SPEC)
+    ensure_manifest(cluster)
     assert registered(emulator)["id"] == before["id"]
     assert calls(emulator, "POST") == 1
 
 
-@pytest.mark.parametrize(
-    "drift",
-    [
-        {"polars_version": "1.41.2"},
-        {"python_version": {"major": 3, "minor": 9, "patch": 1}},
-    ],
-)
+@pytest.mark.usefixtures("pc")
+@pytest.mark.parametrize("drift", OTHER_VERSIONS, ids=["polars", "python"])
 def test_a_manifest_of_other_versions_is_registered_anew(
-    pc: ModuleType, emulator: RunningEmulator, drift: dict[str, Any]
+    emulator: RunningEmulator, drift: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     with rest_client(emulator.environment) as rest:
         rest.post(
-            f"{WORKSPACE}/manifest", json={**CLUSTER, **drift, "name": "shop"}
+            f"{WORKSPACE}/manifest", json={**RAW_CLUSTER, **drift, "name": "shop"}
         ).raise_for_status()
-    ensure_manifest("shop", **SPEC)
+    ensure_manifest(CLUSTER)
     healed = registered(emulator)
     assert healed["polars_version"] == pl.__version__
     assert healed["python_version"] == platform.python_version()
+    assert "Manifest shop is registered anew" in caplog.text
 
 
-@pytest.mark.parametrize("operation", ["GET manifest/find", "POST manifest"])
+# A specification that has changed
+
+
+@pytest.mark.usefixtures("pc")
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({"cpus": 8}, "cpus 2 → 8"),
+        ({"memory": 16}, "memory 4 → 16"),
+        ({"cluster_size": 4}, "cluster_size 1 → 4"),
+        ({"idle_timeout_mins": 30}, "idle_timeout_mins 10 → 30"),
+        ({"env_vars": {"TZ": "UTC"}}, "env_vars {} → {'TZ': 'UTC'}"),
+        ({"requirements": b"numpy==2.3.5\n"}, "requirements None → numpy==2.3.5"),
+        ({"cpus": 8, "cluster_size": 4}, "cpus 2 → 8, cluster_size 1 → 4"),
+    ],
+)
+def test_a_changed_specification_is_applied_and_logged(
+    emulator: RunningEmulator,
+    caplog: pytest.LogCaptureFixture,
+    options: dict[str, Any],
+    changes: str,
+) -> None:
+    ensure_manifest(CLUSTER)
+    ensure_manifest({**CLUSTER, **options})
+    assert f"Manifest shop is changed: {changes}" in caplog.text
+    assert calls(emulator, "POST") == 2
+    caplog.clear()
+    ensure_manifest({**CLUSTER, **options})
+    assert caplog.text == ""
+    assert calls(emulator, "POST") == 2
+
+
+@pytest.mark.usefixtures("ti", "pc")
+@pytest.mark.parametrize("use", [use_cluster, compute_context])
+def test_a_changed_specification_is_what_the_next_start_starts(
+    emulator: RunningEmulator, use: Callable[[Any], Any]
+) -> None:
+    for cluster in (CLUSTER, LARGER):
+        if use is use_cluster:
+            with use_cluster(cluster):
+                pass
+        else:
+            ctx = compute_context(cluster)
+            run_query(pl.LazyFrame({"x": [1]}).remote(ctx).execute)
+            ctx.stop()
+    assert [cluster["cluster_size"] for cluster in emulator.state()["clusters"]] == [1, 4]
+
+
+def test_a_cluster_that_is_in_use_keeps_its_specification(
+    pc: ModuleType,
+    emulator: RunningEmulator,
+    start_try: StartTry,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def body() -> Iterator[None]:
+        with use_cluster(CLUSTER):
+            yield
+
+    kill(body, task_id="other")
+    with start_try():
+        ensure_manifest(LARGER)
+    assert "keeps its size while cluster" in caplog.text
+    assert "changed at the next start: cpus 2 → 8, memory 4 → 16" in caplog.text
+    assert cluster_statuses(emulator) == ["Idle"]
+    assert registered(emulator)["req_cpu_cores"] == 2
+
+
+@pytest.mark.usefixtures("ti")
+def test_a_cluster_on_which_a_query_runs_keeps_its_specification(
+    pc: ModuleType, emulator: RunningEmulator
+) -> None:
+    ctx = ensure_manifest(CLUSTER)
+    emulator.add_fault("SubmitQuery", "query_hangs")
+    pl.LazyFrame({"x": [1]}).remote(ctx).execute(blocking=False)
+    ensure_manifest(LARGER)
+    assert cluster_statuses(emulator) == ["Running"]
+    assert registered(emulator)["req_cpu_cores"] == 2
+
+
+def test_an_idle_cluster_that_nobody_uses_makes_way_for_another_specification(
+    pc: ModuleType, emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
+) -> None:
+    def body() -> Iterator[None]:
+        with use_cluster(CLUSTER):
+            yield
+
+    kill(body, task_id="killed")
+    supervisor.states["manual__1"]["killed"] = "failed"
+    with start_try():
+        ensure_manifest(LARGER)
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert registered(emulator)["req_cpu_cores"] == 8
+
+
+# Outages
+
+
+@pytest.mark.usefixtures("pc")
+@pytest.mark.parametrize("operation", ["GET manifest/find", "POST manifest", "DELETE manifest"])
 @pytest.mark.parametrize(
     "fault", [{"kind": "http_error", "status": 503}, {"kind": "answer_lost"}], ids=["503", "lost"]
 )
 def test_an_outage_is_survived(
-    pc: ModuleType, emulator: RunningEmulator, operation: str, fault: dict[str, Any]
+    emulator: RunningEmulator, operation: str, fault: dict[str, Any]
 ) -> None:
     emulator.add_fault(operation, **fault)
-    ensure_manifest("shop", **SPEC)
-    assert registered(emulator)["name"] == "shop"
-    assert calls(emulator, "DELETE") == 0
+    for cluster in (CLUSTER, LARGER):
+        ensure_manifest(cluster)
+    assert registered(emulator)["req_cpu_cores"] == 8
+    assert emulator.state()["faults"] == []
 
 
-def test_registering_at_the_same_time_is_no_error(
-    pc: ModuleType, emulator: RunningEmulator
-) -> None:
+@pytest.mark.usefixtures("pc")
+def test_registering_at_the_same_time_is_no_error(emulator: RunningEmulator) -> None:
     with ThreadPoolExecutor() as tasks:
-        for done in [tasks.submit(ensure_manifest, "shop", **SPEC) for _ in range(4)]:
+        for done in [tasks.submit(ensure_manifest, CLUSTER) for _ in range(4)]:
             done.result()
     assert registered(emulator)["name"] == "shop"
     assert calls(emulator, "DELETE") == 0
 
 
-def test_a_refused_spec_is_an_error_in_the_words_of_polars_cloud(pc: ModuleType) -> None:
+@pytest.mark.usefixtures("pc")
+def test_changing_at_the_same_time_is_no_error(emulator: RunningEmulator) -> None:
+    ensure_manifest(CLUSTER)
+    with ThreadPoolExecutor() as tasks:
+        for done in [tasks.submit(ensure_manifest, LARGER) for _ in range(4)]:
+            done.result()
+    assert registered(emulator)["req_cpu_cores"] == 8
+
+
+@pytest.mark.usefixtures("pc")
+def test_a_refused_spec_is_an_error_in_the_words_of_polars_cloud() -> None:
     with pytest.raises(ValueError, match="idle_timeout_mins must be at least 10"):
-        ensure_manifest("shop", cpus=2, memory=4, idle_timeout_mins=5)
+        ensure_manifest({**CLUSTER, "idle_timeout_mins": 5})
+
+
+@pytest.mark.usefixtures("pc")
+def test_a_misspelled_option_is_an_error_that_names_it() -> None:
+    with pytest.raises(TypeError, match="memry"):
+        ensure_manifest({"name": "shop", "cpus": 2, "memry": 4})
+
+
+@pytest.mark.usefixtures("pc")
+def test_requirements_may_be_a_file_object() -> None:
+    for _ in range(2):
+        ensure_manifest({**CLUSTER, "requirements": io.BytesIO(b"numpy==2.3.5\n")})

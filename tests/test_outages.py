@@ -1,4 +1,4 @@
-"""`include/outages.py`: what passes is waited for, what does not is an error at once."""
+"""`outages.py`: what passes is waited for, what does not is an error at once."""
 
 import time
 from types import ModuleType
@@ -9,9 +9,11 @@ import pytest
 from airflow.sdk.exceptions import AirflowFailException, AirflowTaskTimeout
 from airflow.sdk.execution_time.timeout import timeout as execution_timeout
 
-from include.auth import authenticate
-from include.outages import call, is_transient
+from include.polars_remote.login import call_polars_cloud
+from include.polars_remote.outages import is_transient, retry, time_limit
 from polars_cloud_emulator.testing import RunningEmulator
+from tests.observed import calls
+from tests.tries import StartTry
 
 
 @pytest.fixture
@@ -29,22 +31,18 @@ def get_user() -> Any:
     return API_CLIENT.get_user()
 
 
-def calls(emulator: RunningEmulator, name: str) -> int:
-    return sum(entry["path"].endswith(f"/{name}") for entry in emulator.journal())
-
-
 # What passes
 
 
-@pytest.mark.parametrize("status", [500, 502, 503, 504])
-def test_a_gateways_http_error_is_waited_for(
+@pytest.mark.parametrize("status", [408, 425, 500, 502, 503, 504])
+def test_an_http_error_that_may_pass_is_waited_for(
     pc: ModuleType, emulator: RunningEmulator, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked = calls(emulator, "me")
     emulator.add_fault("GET user/me", "http_error", status=status)
-    assert call(get_user).id
+    assert retry(get_user).id
     assert calls(emulator, "me") == asked + 2
-    assert "is out of order, and asked again" in caplog.text
+    assert "Polars Cloud is unavailable, retrying in" in caplog.text
     assert f"Status {status}" in caplog.text
 
 
@@ -56,44 +54,85 @@ def test_too_many_requests_are_waited_for() -> None:
 @pytest.mark.parametrize("kind", ["connection_reset", "answer_lost"])
 def test_a_lost_rest_call_is_repeated(pc: ModuleType, emulator: RunningEmulator, kind: str) -> None:
     emulator.add_fault("GET user/me", kind)
-    assert call(get_user).id
+    assert retry(get_user).id
 
 
-@pytest.mark.parametrize("code", ["ABORTED", "INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE"])
-def test_a_scheduler_that_is_out_of_order_is_waited_for(
+@pytest.mark.parametrize(
+    "code",
+    [
+        "ABORTED",
+        "CANCELLED",
+        "DEADLINE_EXCEEDED",
+        "INTERNAL",
+        "RESOURCE_EXHAUSTED",
+        "UNAVAILABLE",
+        "UNKNOWN",
+    ],
+)
+def test_a_scheduler_that_is_unavailable_is_waited_for(
     query: Any, emulator: RunningEmulator, code: str
 ) -> None:
     emulator.add_fault("GetQueryStatus", "grpc_error", code=code, message="wait", times=2)
-    assert call(query.get_status).is_done()
+    assert retry(query.get_status).is_done()
     assert calls(emulator, "GetQueryStatus") == 3
 
 
 @pytest.mark.parametrize("kind", ["connection_reset", "answer_lost"])
 def test_a_lost_grpc_call_is_repeated(query: Any, emulator: RunningEmulator, kind: str) -> None:
     emulator.add_fault("GetQueryStatus", kind)
-    assert call(query.get_status).is_done()
+    assert retry(query.get_status).is_done()
     assert calls(emulator, "GetQueryStatus") == 2
 
 
-def test_a_call_that_is_not_answered_is_left_to_itself_and_repeated(
+def test_a_call_without_a_reply_is_abandoned_and_repeated(
     query: Any, emulator: RunningEmulator
 ) -> None:
     emulator.add_fault("GetQueryStatus", "stall")
-    assert call(query.get_status, timeout=0.5).is_done()
+    assert retry(query.get_status, call_timeout=0.5).is_done()
     assert calls(emulator, "GetQueryStatus") == 2
 
 
 # What does not pass
 
 
-@pytest.mark.parametrize("status", [400, 403, 404, 409, 422])
+@pytest.mark.parametrize("status", [400, 403, 404, 409, 422, 501, 505])
 def test_a_refusal_is_an_error_at_once(
     pc: ModuleType, emulator: RunningEmulator, status: int
 ) -> None:
     asked = calls(emulator, "me")
     emulator.add_fault("GET user/me", "http_error", status=status, message="for good", times=9)
     with pytest.raises(Exception, match="for good"):
-        call(get_user)
+        retry(get_user)
+    assert calls(emulator, "me") == asked + 1
+
+
+@pytest.mark.parametrize(
+    "text", ["Internal error", "Status 503", "transport error", "Error getting access token"]
+)
+def test_a_refusal_is_an_error_at_once_whatever_its_words(
+    pc: ModuleType, emulator: RunningEmulator, text: str
+) -> None:
+    asked = calls(emulator, "me")
+    message = f"bad request: {text} in your plan"
+    emulator.add_fault("GET user/me", "http_error", status=400, message=message, times=9)
+    with pytest.raises(Exception, match=message):
+        retry(get_user)
+    assert calls(emulator, "me") == asked + 1
+
+
+def test_a_failed_query_is_an_error_at_once_whatever_its_words() -> None:
+    assert not is_transient(RuntimeError("Internal error, of the user's own function"))
+    assert not is_transient(pl.exceptions.ComputeError("no column Status 503"))
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 501, 505])
+def test_a_gateways_refusal_is_an_error_at_once(
+    pc: ModuleType, emulator: RunningEmulator, status: int
+) -> None:
+    asked = calls(emulator, "me")
+    emulator.add_fault("GET user/me", "http_error", status=status, times=9)
+    with pytest.raises(Exception, match=r"no service|\d{3}"):
+        retry(get_user)
     assert calls(emulator, "me") == asked + 1
 
 
@@ -105,7 +144,7 @@ def test_a_schedulers_refusal_is_an_error_at_once(
 ) -> None:
     emulator.add_fault("GetQueryStatus", "grpc_error", code=code, message="for good", times=9)
     with pytest.raises(RuntimeError, match="for good"):
-        call(query.get_status)
+        retry(query.get_status)
     assert calls(emulator, "GetQueryStatus") == 1
 
 
@@ -116,13 +155,14 @@ def test_an_error_of_the_users_own_comes_through_as_it_is() -> None:
         raise error
 
     with pytest.raises(KeyError) as raised:
-        call(fail)
+        retry(fail)
     assert raised.value is error
 
 
 # The budget
 
 
+@pytest.mark.usefixtures("short_outages")
 def test_an_outage_that_outlasts_the_budget_is_an_error(
     query: Any, emulator: RunningEmulator
 ) -> None:
@@ -130,75 +170,117 @@ def test_an_outage_that_outlasts_the_budget_is_an_error(
     emulator.add_fault(**fault, message="at first")
     emulator.add_fault(**fault, message="at last", times=1_000)
     with pytest.raises(RuntimeError, match="at last"):
-        call(query.get_status, budget=0.5)
+        retry(query.get_status)
     assert 2 <= calls(emulator, "GetQueryStatus") <= 4
 
 
-def test_without_a_budget_the_first_failure_is_final(query: Any, emulator: RunningEmulator) -> None:
-    emulator.add_fault("GetQueryStatus", "grpc_error", code="UNAVAILABLE", message="down")
-    with pytest.raises(RuntimeError, match="down"):
-        call(query.get_status, budget=0)
-
-
-def test_a_last_call_that_is_not_answered_is_a_timeout_error(
+def test_an_outage_that_outlasts_the_time_limit_is_an_error(
     query: Any, emulator: RunningEmulator
 ) -> None:
-    emulator.add_fault("GetQueryStatus", "stall")
-    with pytest.raises(TimeoutError, match=r"gave no answer for 0\.3 s"):
-        call(query.get_status, timeout=0.3, budget=0)
+    fault = {"kind": "grpc_error", "code": "UNAVAILABLE", "message": "down", "times": 1_000}
+    emulator.add_fault("GetQueryStatus", **fault)
+    began = time.monotonic()
+    with time_limit(0.5):
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="down"):
+                retry(query.get_status)
+    assert time.monotonic() - began < 10
 
 
+def test_a_time_limit_ends_with_its_body(query: Any, emulator: RunningEmulator) -> None:
+    with time_limit(0):
+        pass
+    emulator.add_fault("GetQueryStatus", "grpc_error", code="UNAVAILABLE", message="down")
+    assert retry(query.get_status).is_done()
+
+
+def test_a_call_without_a_reply_ends_with_the_time_limit(
+    query: Any, emulator: RunningEmulator
+) -> None:
+    emulator.add_fault("GetQueryStatus", "stall", times=1_000)
+    with time_limit(0.5), pytest.raises(TimeoutError, match=r"no reply for 0\.\d s"):
+        retry(query.get_status, call_timeout=None)
+
+
+@pytest.mark.usefixtures("short_outages")
+def test_a_last_call_without_a_reply_is_a_timeout_error(
+    query: Any, emulator: RunningEmulator
+) -> None:
+    emulator.add_fault("GetQueryStatus", "stall", times=1_000)
+    with pytest.raises(TimeoutError, match=r"no reply for 0\.3 s"):
+        retry(query.get_status, call_timeout=0.3)
+
+
+@pytest.mark.usefixtures("short_outages")
 def test_a_timeout_error_of_the_call_itself_keeps_its_words() -> None:
     def time_out() -> None:
         raise TimeoutError("the client's own")
 
     with pytest.raises(TimeoutError, match="the client's own"):
-        call(time_out, budget=0)
+        retry(time_out)
 
 
-@pytest.mark.parametrize("timeout", [None, 60.0])
-def test_airflows_time_out_reaches_a_task_whose_call_is_not_answered(
-    query: Any, emulator: RunningEmulator, timeout: float | None
+@pytest.mark.parametrize("call_timeout", [None, 60.0])
+def test_airflows_time_out_reaches_a_task_whose_call_has_no_reply(
+    query: Any, emulator: RunningEmulator, call_timeout: float | None
 ) -> None:
     emulator.add_fault("GetQueryStatus", "stall")
     began = time.monotonic()
     with pytest.raises(AirflowTaskTimeout), execution_timeout(0.5):
-        call(query.get_status, timeout=timeout)
+        retry(query.get_status, call_timeout=call_timeout)
     assert time.monotonic() - began < 10
 
 
 # The login
 
 
-@authenticate
-def get_user_logged_in() -> Any:
-    return call(get_user)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"kind": "http_error", "status": 429},
+        {"kind": "http_error", "status": 500},
+        {"kind": "http_error", "status": 503},
+        {"kind": "connection_reset"},
+        {"kind": "answer_lost"},
+    ],
+    ids=["429", "500", "503", "reset", "lost"],
+)
+@pytest.mark.parametrize("operation", ["POST token", "GET user/me"])
+def test_an_outage_at_the_login_is_waited_for(
+    pc: ModuleType,
+    emulator: RunningEmulator,
+    start_try: StartTry,
+    operation: str,
+    fault: dict[str, Any],
+) -> None:
+    emulator.add_fault(operation, **fault)
+    with start_try():
+        assert call_polars_cloud(get_user).id
+    assert emulator.state()["faults"] == []
 
 
-@authenticate
-def get_status_logged_in(query: Any) -> Any:
-    return call(query.get_status)
-
-
+@pytest.mark.usefixtures("supervisor")
 def test_a_login_that_has_expired_is_renewed_for_a_grpc_call(
     query: Any, emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
 ) -> None:
     emulator.add_fault("GetQueryStatus", "tokens_expire")
     logins = calls(emulator, "token")
-    assert get_status_logged_in(query).is_done()
-    assert calls(emulator, "token") == logins + 2
-    assert "no longer accepts this login, which is renewed" in caplog.text
+    assert call_polars_cloud(query.get_status).is_done()
+    assert calls(emulator, "token") == logins + 1
+    assert "Login expired, logging in again" in caplog.text
 
 
+@pytest.mark.usefixtures("supervisor")
 def test_a_login_that_has_expired_is_renewed_for_a_rest_call(
     pc: ModuleType, emulator: RunningEmulator
 ) -> None:
-    emulator.add_fault("GET user/me", "tokens_expire", nth=2)  # the first is the login's own
+    emulator.add_fault("GET user/me", "tokens_expire")
     logins = calls(emulator, "token")
-    assert get_user_logged_in().id
-    assert calls(emulator, "token") == logins + 2
+    assert call_polars_cloud(get_user).id
+    assert calls(emulator, "token") == logins + 1
 
 
+@pytest.mark.usefixtures("supervisor")
 def test_a_login_that_expires_during_an_outage_is_renewed_as_well(
     query: Any, emulator: RunningEmulator
 ) -> None:
@@ -206,31 +288,34 @@ def test_a_login_that_expires_during_an_outage_is_renewed_as_well(
     emulator.add_fault(**down, message="before")
     emulator.add_fault("GetQueryStatus", "tokens_expire")
     emulator.add_fault(**down, message="after")
-    assert get_status_logged_in(query).is_done()
+    assert call_polars_cloud(query.get_status).is_done()
     assert calls(emulator, "GetQueryStatus") == 4
 
 
+@pytest.mark.usefixtures("supervisor")
 def test_a_renewal_that_meets_an_outage_is_repeated(query: Any, emulator: RunningEmulator) -> None:
     emulator.add_fault("GetQueryStatus", "tokens_expire")
-    emulator.add_fault("POST token", "http_error", status=503, nth=2)  # the first is the login
-    assert get_status_logged_in(query).is_done()
+    emulator.add_fault("POST token", "http_error", status=503)
+    assert call_polars_cloud(query.get_status).is_done()
 
 
+@pytest.mark.usefixtures("supervisor")
 def test_a_renewal_that_is_refused_is_not_tried_again(
     query: Any, emulator: RunningEmulator
 ) -> None:
     emulator.add_fault("GetQueryStatus", "credentials_revoked")
     logins = calls(emulator, "token")
     with pytest.raises(AirflowFailException, match="was refused by Polars Cloud"):
-        get_status_logged_in(query)
-    assert calls(emulator, "token") == logins + 2
+        call_polars_cloud(query.get_status)
+    assert calls(emulator, "token") == logins + 1
 
 
+@pytest.mark.usefixtures("supervisor")
 def test_a_login_is_renewed_once_for_a_call_that_is_refused_all_the_same(
     query: Any, emulator: RunningEmulator
 ) -> None:
     unauthenticated = {"kind": "grpc_error", "code": "UNAUTHENTICATED", "message": "not you"}
     emulator.add_fault("GetQueryStatus", times=9, **unauthenticated)
     with pytest.raises(RuntimeError, match="not you"):
-        get_status_logged_in(query)
+        call_polars_cloud(query.get_status)
     assert calls(emulator, "GetQueryStatus") == 2

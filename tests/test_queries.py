@@ -1,43 +1,37 @@
-"""`include/queries.py`: a query is submitted once, and its end becomes the task's end."""
+"""`queries.py`: a query is submitted once, and its end becomes the task's end."""
 
-import logging
 import os
-import signal
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from uuid import uuid4
 
+import boto3
 import polars as pl
 import pytest
-from airflow.sdk.bases.xcom import BaseXCom
-from airflow.sdk.exceptions import AirflowFailException, AirflowTaskTimeout
-from airflow.sdk.execution_time.timeout import timeout as execution_timeout
-from airflow.sdk.execution_time.xcom import XCom
+from airflow.sdk.exceptions import AirflowFailException
 
-from include.labels import get_labels
-from include.queries import (
-    QUERIES,
-    SUBMISSIONS,
-    cancel,
-    connect,
-    describe,
-    find_status,
-    leave,
-    submit,
-    wait_for,
-)
+from include.polars_remote.client_internals import connect_query, get_cluster_id, get_query_id
+from include.polars_remote.clusters import compute_context
+from include.polars_remote.labels import get_labels
+from include.polars_remote.queries import METHODS, leave, run_query, submit, wait_for
+from include.polars_remote.recorded_queries import describe
 from polars_cloud_emulator.testing import RunningEmulator
 from tests.emulator.blocking_query import BlockingQuery
 from tests.emulator.raw_calls import WORKSPACE, rest_client
-from tests.tries import StartTry, Supervisor
+from tests.observed import calls, cluster_statuses, entries, query_statuses
+from tests.tries import StartTry, Supervisor, kill
 from tests.waiting import eventually
 
 FILE = "s3://your-bucket/results/two.parquet"
 OTHER_FILE = "s3://your-bucket/results/other.parquet"
 DIRECTORY = "s3://your-bucket/results/two/"
 TWO_ROWS = pl.LazyFrame({"x": [1, 2]})
+ONE_ROW = TWO_ROWS.head(1)
+CLUSTER = {"name": "shop", "cpus": 2, "memory": 4}
+YEAR = 365 * 24 * 60
 
 POLARS_ERRORS = [
     pl.exceptions.ColumnNotFoundError,
@@ -58,10 +52,21 @@ POLARS_ERRORS = [
 BUILTIN_ERRORS = [FileNotFoundError, MemoryError, OSError, PermissionError, TypeError, ValueError]
 
 
+@pytest.fixture(autouse=True)
+def told(caplog: pytest.LogCaptureFixture) -> None:
+    """The log tells what it tells in Airflow."""
+    caplog.set_level("INFO", "include")
+
+
 @pytest.fixture
-def ctx(pc: ModuleType) -> Any:
-    """A cluster's context by its spec, which starts one each time that it is used anew."""
-    return pc.ComputeContext(workspace="playground", cpus=2, memory=4)
+def new_ctx(pc: ModuleType) -> Callable[[], Any]:
+    """A context of the same cluster each time, as each try makes one."""
+    return lambda: compute_context(CLUSTER)
+
+
+@pytest.fixture
+def ctx(new_ctx: Callable[[], Any]) -> Any:
+    return new_ctx()
 
 
 @pytest.fixture
@@ -75,18 +80,6 @@ def blocking(tmp_path: Path) -> BlockingQuery:
     return BlockingQuery(tmp_path)
 
 
-def statuses(emulator: RunningEmulator) -> list[str]:
-    return [query["status"] for query in emulator.state()["queries"]]
-
-
-def clusters(emulator: RunningEmulator) -> list[str]:
-    return [cluster["status"] for cluster in emulator.state()["clusters"]]
-
-
-def calls(emulator: RunningEmulator, name: str) -> int:
-    return sum(entry["path"].endswith(f"/{name}") for entry in emulator.journal())
-
-
 # wait_for
 
 
@@ -94,11 +87,10 @@ def calls(emulator: RunningEmulator, name: str) -> int:
 def test_a_successful_query_gives_its_location_and_the_log_tells_id_rows_and_destination(
     remote: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    query = submit(remote, FILE)
-    with caplog.at_level(logging.INFO, "include.queries"):
-        location = wait_for(query)
-    assert location == [FILE]
-    assert pl.read_parquet(location).to_dict(as_series=False) == {"x": [1, 2]}
+    query = submit(remote.sink_parquet, FILE)
+    result = wait_for(query)
+    assert (result.location, result.n_rows_total) == ([FILE], 2)
+    assert pl.read_parquet(FILE).to_dict(as_series=False) == {"x": [1, 2]}
     assert f"Query {describe(query)} wrote 2 rows to ['{FILE}']" in caplog.text
 
 
@@ -106,7 +98,7 @@ def test_a_successful_query_gives_its_location_and_the_log_tells_id_rows_and_des
 def test_a_query_that_fails_on_its_data_raises_its_own_exception(
     ctx: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    query = submit(TWO_ROWS.select("y").remote(ctx).single_node(), FILE)
+    query = submit(TWO_ROWS.select("y").remote(ctx).single_node().sink_parquet, FILE)
     with pytest.raises(pl.exceptions.ColumnNotFoundError, match="y"):
         wait_for(query)
     assert f"Query {describe(query)} failed" in caplog.text
@@ -118,9 +110,8 @@ def test_each_type_of_error_comes_through(
     remote: Any, emulator: RunningEmulator, error: type[Exception]
 ) -> None:
     emulator.add_fault("SubmitQuery", "query_fails", error=f"{error.__name__}: of row 7")
-    query = submit(remote, FILE)
     with pytest.raises(error, match="of row 7") as raised:
-        wait_for(query)
+        run_query(remote.sink_parquet, FILE)
     assert raised.type is error
 
 
@@ -129,9 +120,8 @@ def test_an_error_of_an_unknown_type_comes_through_with_its_words(
     remote: Any, emulator: RunningEmulator
 ) -> None:
     emulator.add_fault("SubmitQuery", "query_fails", error="PanicException: of row 7")
-    query = submit(remote, FILE)
     with pytest.raises(pl.exceptions.ComputeError, match="PanicException: of row 7"):
-        wait_for(query)
+        run_query(remote.sink_parquet, FILE)
 
 
 @pytest.mark.usefixtures("ti")
@@ -139,10 +129,11 @@ def test_a_query_canceled_from_elsewhere_fails_the_task_for_good(
     remote: Any, emulator: RunningEmulator
 ) -> None:
     emulator.add_fault("SubmitQuery", "query_hangs")
-    query = submit(remote, FILE)
+    query = submit(remote.sink_parquet, FILE)
+    query_id = get_query_id(query)
     with rest_client(emulator.environment) as rest:
-        rest.post(f"{WORKSPACE}/query/{query._query_id}/cancel").raise_for_status()
-    with pytest.raises(AirflowFailException, match=f"{query._query_id} .* was canceled"):
+        rest.post(f"{WORKSPACE}/query/{query_id}/cancel").raise_for_status()
+    with pytest.raises(AirflowFailException, match=f"{query_id} .* was canceled"):
         wait_for(query)
 
 
@@ -155,54 +146,188 @@ def test_a_result_without_a_location_fails_the_task(ctx: Any) -> None:
 
 @pytest.mark.usefixtures("ti")
 def test_an_outage_while_waiting_is_survived(remote: Any, emulator: RunningEmulator) -> None:
-    query = submit(remote, FILE)
+    query = submit(remote.sink_parquet, FILE)
     emulator.add_fault("GetQueryStatus", "grpc_error", code="UNAVAILABLE", message="down")
     emulator.add_fault("GetQueryResult", "connection_reset")
-    assert wait_for(query) == [FILE]
-
-
-@pytest.mark.usefixtures("ti", "short_outages")
-def test_a_query_that_cannot_be_waited_for_is_canceled(
-    remote: Any, emulator: RunningEmulator
-) -> None:
-    emulator.add_fault("SubmitQuery", "query_hangs")
-    query = submit(remote, FILE)
-    emulator.add_fault("GetQueryStatus", "grpc_error", code="NOT_FOUND", message="for good")
-    with pytest.raises(RuntimeError, match="for good"):
-        wait_for(query)
-    assert statuses(emulator) == ["Canceled"]
+    assert wait_for(query).location == [FILE]
 
 
 @pytest.mark.usefixtures("ti")
-def test_a_time_out_cancels_the_query(remote: Any, emulator: RunningEmulator) -> None:
+def test_a_query_is_taken_up_by_its_id(remote: Any, new_ctx: Callable[[], Any]) -> None:
+    query = submit(remote.sink_parquet, FILE)
+    elsewhere = connect_query(get_query_id(query), new_ctx())
+    assert wait_for(elsewhere).location == [FILE]
+
+
+# What can be submitted
+
+
+@pytest.mark.usefixtures("ti")
+@pytest.mark.parametrize("scaling", ["single_node", "distributed"])
+@pytest.mark.parametrize(
+    ("method", "scan"),
+    [
+        ("sink_csv", pl.scan_csv),
+        ("sink_ipc", pl.scan_ipc),
+        ("sink_parquet", pl.scan_parquet),
+    ],
+)
+def test_each_sink_writes_its_format(
+    ctx: Any, emulator: RunningEmulator, method: str, scan: Any, scaling: str
+) -> None:
+    remote = getattr(TWO_ROWS.remote(ctx), scaling)()
+    result = run_query(getattr(remote, method), DIRECTORY)
+    assert scan(result.location).collect().to_dict(as_series=False) == {"x": [1, 2]}
+    [query] = emulator.state()["queries"]
+    assert query["mode"] == scaling
+
+
+@pytest.mark.usefixtures("ti")
+@pytest.mark.parametrize("scaling", ["single_node", "distributed"])
+def test_a_temporary_result_is_handed_on_by_its_location(
+    ctx: Any, emulator: RunningEmulator, scaling: str
+) -> None:
+    first = run_query(getattr(TWO_ROWS.remote(ctx), scaling)().execute)
+    second = run_query(pl.scan_parquet(first.location).sum().remote(ctx).execute)
+    assert pl.read_parquet(second.location).to_dict(as_series=False) == {"x": [3]}
+    assert [query["mode"] for query in emulator.state()["queries"]] == [scaling, "distributed"]
+
+
+@pytest.mark.usefixtures("ti")
+def test_a_partitioned_sink_writes_a_directory_per_key(ctx: Any) -> None:
+    target = pl.PartitionBy(DIRECTORY, key="x")
+    result = run_query(TWO_ROWS.remote(ctx).single_node().sink_parquet, target)
+    assert result.n_rows_total == 2
+    assert pl.read_parquet(f"{DIRECTORY}x=2/", hive_partitioning=True)["x"].to_list() == [2]
+
+
+@pytest.mark.usefixtures("ti")
+def test_the_destination_may_be_named(remote: Any) -> None:
+    assert run_query(remote.sink_parquet, uri=FILE).location == [FILE]
+
+
+@pytest.mark.usefixtures("ti")
+def test_sink_options_are_passed_on(ctx: Any) -> None:
+    # A distributed query writes one file only if it is told to.
+    result = run_query(TWO_ROWS.remote(ctx).sink_parquet, FILE, sink_to_single_file=True)
+    assert result.location == [FILE]
+
+
+@pytest.mark.usefixtures("ti")
+def test_a_query_keeps_its_priority(ctx: Any, emulator: RunningEmulator) -> None:
+    remote: Any = TWO_ROWS.remote(ctx, priority=7)  # type: ignore[call-arg]  # polars_cloud's own
+    run_query(remote.single_node().sink_parquet, FILE)
+    [query] = emulator.state()["queries"]
+    assert query["priority"] == 7
+
+
+@pytest.mark.usefixtures("ti")
+def test_a_query_carries_the_tasks_labels_beside_the_users_own(
+    ctx: Any, emulator: RunningEmulator
+) -> None:
+    run_query(TWO_ROWS.remote(ctx).labels(["finance", "daily"]).single_node().sink_parquet, FILE)
+    [query] = emulator.state()["queries"]
+    assert query["labels"] == ["finance", "daily", *get_labels()]
+
+
+@pytest.mark.usefixtures("ti")
+def test_a_query_that_is_submitted_twice_carries_its_labels_once(
+    remote: Any, emulator: RunningEmulator
+) -> None:
+    for uri in (FILE, OTHER_FILE):
+        run_query(remote.sink_parquet, uri)
+    assert [len(query["labels"]) for query in emulator.state()["queries"]] == [4, 4]
+
+
+@pytest.mark.usefixtures("ti")
+def test_two_queries_of_a_task_at_once_are_two(remote: Any, ctx: Any) -> None:
+    first = submit(remote.sink_parquet, FILE)
+    second = submit(ONE_ROW.remote(ctx).single_node().sink_parquet, OTHER_FILE)
+    assert [wait_for(first).location, wait_for(second).location] == [[FILE], [OTHER_FILE]]
+
+
+@pytest.mark.usefixtures("ti")
+def test_two_temporary_results_of_one_query_are_two(remote: Any, emulator: RunningEmulator) -> None:
+    first, second = submit(remote.execute), submit(remote.execute)
+    assert wait_for(first).location != wait_for(second).location
+    assert query_statuses(emulator) == ["Success", "Success"]
+
+
+# What is refused
+
+
+@pytest.mark.usefixtures("ti")
+@pytest.mark.parametrize("waits", [True, False])
+def test_two_queries_for_one_destination_are_an_error_before_the_second_is_sent(
+    remote: Any, ctx: Any, emulator: RunningEmulator, waits: bool
+) -> None:
+    first = submit(remote.sink_parquet, FILE)
+    if waits:
+        wait_for(first)
+    with pytest.raises(ValueError, match="write to") as raised:
+        submit(ONE_ROW.remote(ctx).single_node().sink_csv, FILE)
+    assert FILE in str(raised.value)
+    assert f"the one with id {get_query_id(first)} and the one that was" in str(raised.value)
+    assert calls(emulator, "SubmitQuery") == 1
+
+
+@pytest.mark.usefixtures("ti")
+def test_two_queries_for_one_partitioned_destination_are_an_error(remote: Any) -> None:
+    submit(remote.sink_parquet, pl.PartitionBy(DIRECTORY, key="x"))
+    with pytest.raises(ValueError, match=f"write to {DIRECTORY}"):
+        submit(remote.sink_csv, pl.PartitionBy(DIRECTORY, max_rows_per_file=1))
+
+
+@pytest.mark.usefixtures("ti")
+def test_a_sink_that_was_called_is_an_error_and_its_query_is_canceled(
+    remote: Any, emulator: RunningEmulator
+) -> None:
     emulator.add_fault("SubmitQuery", "query_hangs")
-    query = submit(remote, FILE)
-    with pytest.raises(AirflowTaskTimeout), execution_timeout(0.5):
-        wait_for(query)
-    assert statuses(emulator) == ["Canceled"]
+    with pytest.raises(TypeError, match=r"the method itself, as in submit\(remote\.sink_parquet"):
+        submit(remote.sink_parquet(FILE))
+    assert query_statuses(emulator) == ["Canceled"]
 
 
-def test_a_kill_cancels_the_query(remote: Any, emulator: RunningEmulator, ti: Any) -> None:
-    def kill() -> None:
-        eventually(lambda: calls(emulator, "GetQueryStatus"))
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    emulator.add_fault("SubmitQuery", "query_hangs")
-    query = submit(remote, FILE)
-    # As Airflow's own handler does.
-    before = signal.signal(signal.SIGTERM, lambda *_: ti.task.on_kill())
-    try:
-        with ThreadPoolExecutor() as background:
-            background.submit(kill)
-            with pytest.raises(SystemExit) as raised:
-                wait_for(query)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert raised.value.code == 143
-    assert statuses(emulator) == ["Canceled"]
+@pytest.mark.usefixtures("ti")
+def test_what_is_no_method_of_a_remote_query_is_an_error(remote: Any) -> None:
+    for other in (remote, remote.execute(), remote.show, TWO_ROWS.sink_parquet, print):
+        with pytest.raises(TypeError, match=r"submit takes execute, .* of a remote query, not"):
+            submit(other)
 
 
-# submit
+@pytest.mark.usefixtures("ti")
+def test_a_context_without_a_name_is_refused_before_anything_is_sent(
+    pc: ModuleType, emulator: RunningEmulator
+) -> None:
+    ctx = pc.ComputeContext(workspace="playground", cpus=2, memory=4)
+    with pytest.raises(ValueError, match=r"no name .* use_cluster or compute_context"):
+        submit(TWO_ROWS.remote(ctx).single_node().sink_parquet, FILE)
+    assert cluster_statuses(emulator) == query_statuses(emulator) == []
+
+
+@pytest.mark.usefixtures("ti")
+def test_proxy_mode_is_refused_before_a_query_runs(
+    pc: ModuleType, emulator: RunningEmulator
+) -> None:
+    ctx = pc.ComputeContext(workspace="playground", cpus=2, memory=4, connection_mode="proxy")
+    with pytest.raises(ValueError, match="not proxy"):
+        submit(TWO_ROWS.remote(ctx).single_node().sink_parquet, FILE)
+    assert cluster_statuses(emulator) == query_statuses(emulator) == []
+
+
+def test_each_method_that_is_named_is_one_of_the_clients(pc: ModuleType) -> None:
+    assert [name for name in METHODS if not hasattr(pc.LazyFrameRemote, name)] == []
+
+
+def test_a_query_outside_of_authenticate_is_refused_before_anything_is_sent(
+    remote: Any, emulator: RunningEmulator, start_try: StartTry
+) -> None:
+    with start_try(scope=False), pytest.raises(RuntimeError, match="Put @authenticate below @task"):
+        submit(remote.sink_parquet, FILE)
+    assert query_statuses(emulator) == []
+
+
+# The cluster
 
 
 @pytest.mark.usefixtures("ti")
@@ -210,45 +335,52 @@ def test_a_cluster_that_has_stopped_in_the_meantime_is_started_again(
     ctx: Any, pc: ModuleType, emulator: RunningEmulator
 ) -> None:
     ctx.start()
-    pc.ComputeContext.connect(ctx._compute_id, workspace="playground").stop()
-    assert wait_for(submit(TWO_ROWS.remote(ctx).single_node(), FILE)) == [FILE]
-    assert clusters(emulator) == ["Stopped", "Idle"]
+    pc.ComputeContext.connect(get_cluster_id(ctx), workspace="playground").stop()
+    assert run_query(TWO_ROWS.remote(ctx).single_node().sink_parquet, FILE).location == [FILE]
+    assert cluster_statuses(emulator) == ["Stopped", "Idle"]
 
 
 @pytest.mark.usefixtures("ti")
-def test_a_query_carries_the_tasks_labels_beside_the_users_own(
-    ctx: Any, emulator: RunningEmulator
+def test_a_cluster_that_stops_just_before_the_submission_is_started_again(
+    ctx: Any, pc: ModuleType, emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
 ) -> None:
-    leave(submit(TWO_ROWS.remote(ctx).labels(["finance", "daily"]).single_node(), FILE))
-    [query] = emulator.state()["queries"]
-    assert query["labels"] == ["finance", "daily", *get_labels()]
+    ctx.start()
+    run_query(TWO_ROWS.remote(ctx).single_node().sink_parquet, OTHER_FILE)  # connects
+    emulator.add_fault("SubmitQuery", "delay", seconds=60)
+    with ThreadPoolExecutor() as background:
+        running = background.submit(
+            run_query, TWO_ROWS.remote(ctx).single_node().sink_parquet, FILE
+        )
+        eventually(lambda: calls(emulator, "SubmitQuery") == 2)
+        pc.ComputeContext.connect(get_cluster_id(ctx), workspace="playground").stop()
+        emulator.clear_faults()  # which ends the delay
+        assert running.result().location == [FILE]
+    assert cluster_statuses(emulator) == ["Stopped", "Idle"]
+    assert "has stopped: starting it again" in caplog.text
 
 
-@pytest.mark.usefixtures("ti")
-def test_sink_options_are_passed_on(ctx: Any) -> None:
-    # A distributed query writes one file only if it is told to.
-    query = submit(TWO_ROWS.remote(ctx), FILE, sink_to_single_file=True)
-    assert wait_for(query) == [FILE]
-
-
-def test_the_querys_id_is_an_xcom(remote: Any, ti: Any) -> None:
-    query = submit(remote, FILE)
-    place = {"dag_id": ti.dag_id, "task_id": ti.task_id, "run_id": ti.run_id}
-    [[pushed]] = XCom.get_all(key=QUERIES, **place)
-    assert pushed["query_id"] == str(query._query_id)
+# The reply
 
 
 @pytest.mark.usefixtures("ti")
 @pytest.mark.parametrize("uri", [FILE, DIRECTORY])
-def test_a_submission_whose_answer_is_lost_is_found_again(
+def test_a_submission_whose_reply_is_lost_is_found_again(
     remote: Any, emulator: RunningEmulator, caplog: pytest.LogCaptureFixture, uri: str
 ) -> None:
     emulator.add_fault("SubmitQuery", "answer_lost")
-    with caplog.at_level(logging.INFO, "include.queries"):
-        query = submit(remote, uri)
-    assert "The submission had been taken without an answer" in caplog.text
-    assert pl.read_parquet(wait_for(query)).height == 2
-    assert statuses(emulator) == ["Success"]
+    query = submit(remote.sink_parquet, uri)
+    assert "The query had been accepted although the reply was lost" in caplog.text
+    assert pl.read_parquet(wait_for(query).location).height == 2
+    assert query_statuses(emulator) == ["Success"]
+
+
+@pytest.mark.usefixtures("ti")
+def test_a_partitioned_submission_whose_reply_is_lost_is_found_again(
+    remote: Any, emulator: RunningEmulator
+) -> None:
+    emulator.add_fault("SubmitQuery", "answer_lost")
+    run_query(remote.sink_parquet, pl.PartitionBy(DIRECTORY, key="x"))
+    assert query_statuses(emulator) == ["Success"]
 
 
 @pytest.mark.usefixtures("ti")
@@ -258,24 +390,75 @@ def test_a_submission_whose_answer_is_lost_is_found_again(
         {"kind": "connection_reset"},
         {"kind": "grpc_error", "code": "UNAVAILABLE", "message": "down"},
     ],
+    ids=["reset", "unavailable"],
 )
-def test_a_submission_that_was_not_taken_is_repeated(
+def test_a_submission_that_was_not_accepted_is_repeated(
     remote: Any, emulator: RunningEmulator, fault: dict[str, str]
 ) -> None:
     emulator.add_fault("SubmitQuery", **fault)
-    assert wait_for(submit(remote, FILE)) == [FILE]
-    assert statuses(emulator) == ["Success"]
+    assert run_query(remote.sink_parquet, FILE).location == [FILE]
+    assert query_statuses(emulator) == ["Success"]
+
+
+@pytest.mark.parametrize("kind", ["answer_lost", "connection_reset"])
+def test_yesterdays_query_is_never_taken_for_the_one_whose_reply_was_lost(
+    pc: ModuleType, emulator: RunningEmulator, start_try: StartTry, kind: str
+) -> None:
+    cluster = {**CLUSTER, "idle_timeout_mins": YEAR}
+    with start_try(run_id="yesterday"):
+        ctx = compute_context(cluster)
+        run_query(TWO_ROWS.remote(ctx).single_node().sink_parquet, FILE)
+    # From here on Polars Cloud's clock and the worker's differ by a day.
+    emulator.advance_clock(timedelta(days=1))
+    with start_try(run_id="today"):
+        ctx = compute_context(cluster)
+        emulator.add_fault("SubmitQuery", kind)
+        run_query(ONE_ROW.remote(ctx).single_node().sink_parquet, FILE)
+    assert pl.read_parquet(FILE).height == 1
+    assert query_statuses(emulator) == ["Success", "Success"]
+    assert cluster_statuses(emulator) == ["Idle"]
 
 
 @pytest.mark.usefixtures("ti")
-def test_a_repeated_submission_is_not_mistaken_for_an_earlier_one(
+def test_a_query_whose_destination_merely_begins_alike_is_not_taken_for_the_lost_one(
     ctx: Any, emulator: RunningEmulator
 ) -> None:
-    wait_for(submit(TWO_ROWS.remote(ctx).single_node(), FILE))
+    sales, by_day = "s3://your-bucket/results/sales", "s3://your-bucket/results/sales_by_day"
+
+    def submit_another_tasks() -> None:
+        eventually(lambda: calls(emulator, "SubmitQuery"))
+        TWO_ROWS.remote(ctx).single_node().sink_parquet(by_day)
+        emulator.clear_faults()  # the connection of the first is reset
+
+    ctx.start()
+    emulator.add_fault("SubmitQuery", "stall")
+    with ThreadPoolExecutor() as background:
+        background.submit(submit_another_tasks)
+        ours = submit(ONE_ROW.remote(ctx).single_node().sink_parquet, sales)
+    assert len(query_statuses(emulator)) == 2
+    assert pl.read_parquet(wait_for(ours).location).height == 1
+
+
+@pytest.mark.usefixtures("ti")
+def test_a_temporary_result_whose_reply_is_lost_is_asked_for_again(
+    remote: Any, emulator: RunningEmulator
+) -> None:
+    emulator.add_fault("SubmitQuery", "answer_lost")
+    [location] = run_query(remote.execute).location
+    eventually(lambda: query_statuses(emulator) == ["Success", "Success"])
+    lost, ours = emulator.state()["queries"]
+    assert location in ours["destinations"]
+    assert location not in lost["destinations"]
+
+
+@pytest.mark.usefixtures("ti")
+def test_a_temporary_result_whose_reply_is_lost_is_never_mistaken_for_anothers(
+    ctx: Any, remote: Any, emulator: RunningEmulator
+) -> None:
+    others = TWO_ROWS.with_columns(x=7).remote(ctx).single_node().execute(blocking=False)
+    others.await_result()
     emulator.add_fault("SubmitQuery", "connection_reset")
-    wait_for(submit(TWO_ROWS.head(1).remote(ctx).single_node(), FILE))
-    assert statuses(emulator) == ["Success", "Success"]
-    assert pl.read_parquet(FILE).height == 1
+    assert pl.read_parquet(run_query(remote.execute).location)["x"].to_list() == [1, 2]
 
 
 @pytest.mark.usefixtures("ti")
@@ -284,280 +467,299 @@ def test_a_submission_that_is_refused_is_an_error_and_runs_nowhere(
 ) -> None:
     emulator.add_fault("SubmitQuery", "grpc_error", code="PERMISSION_DENIED", message="for good")
     with pytest.raises(RuntimeError, match="for good"):
-        submit(remote, FILE)
+        submit(remote.sink_parquet, FILE)
     assert calls(emulator, "SubmitQuery") == 1
-    assert statuses(emulator) == []
+    assert query_statuses(emulator) == []
 
 
-@pytest.mark.usefixtures("ti")
-def test_a_submission_that_is_given_up_after_it_was_taken_is_canceled(
-    ctx: Any, emulator: RunningEmulator, blocking: BlockingQuery
+def test_a_submission_that_is_given_up_after_it_was_accepted_is_canceled(
+    ctx: Any, emulator: RunningEmulator, blocking: BlockingQuery, start_try: StartTry
 ) -> None:
-    emulator.add_fault("SubmitQuery", "answer_lost")
-    emulator.add_fault("GET query", "http_error", status=403, message="for good")
-    with pytest.raises(ValueError, match="for good"):
-        submit(blocking.lazy_frame().remote(ctx).single_node(), FILE)
-    assert statuses(emulator) == ["Canceled"]
+    with start_try(raises=ValueError, match="for good"):
+        emulator.add_fault("SubmitQuery", "answer_lost")
+        emulator.add_fault("GET query", "http_error", nth=2, status=403, message="for good")
+        submit(blocking.lazy_frame().remote(ctx).single_node().sink_parquet, FILE)
+    assert query_statuses(emulator) == ["Canceled"]
 
 
-@pytest.mark.usefixtures("ti")
-def test_a_query_whose_id_cannot_be_kept_is_canceled(
-    remote: Any, emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
+# An expired result
+
+
+def delete_results() -> None:
+    s3: Any = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    bucket = "polars-cloud-temporary"
+    for stored in s3.list_objects_v2(Bucket=bucket)["Contents"]:
+        s3.delete_object(Bucket=bucket, Key=stored["Key"])
+    s3.close()
+
+
+@pytest.mark.parametrize("upstream", ["clean_sales", None])
+def test_a_temporary_result_that_has_expired_names_the_task_to_clear(
+    new_ctx: Callable[[], Any], start_try: StartTry, upstream: str | None
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise ConnectionError("Airflow is out of order")
-
-    monkeypatch.setattr(BaseXCom, "set", refuse)
-    emulator.add_fault("SubmitQuery", "query_hangs")
-    with pytest.raises(ConnectionError, match="Airflow is out of order"):
-        submit(remote, FILE)
-    assert statuses(emulator) == ["Canceled"]
-
-
-def test_each_try_writes_a_directory_of_its_own(
-    pc: ModuleType, emulator: RunningEmulator, start_try: StartTry
-) -> None:
-    locations = []
-    for try_number in (1, 2):
-        ctx = pc.ComputeContext(workspace="playground", cpus=2, memory=4)
-        with start_try(try_number) as ti:
-            [location] = wait_for(submit(TWO_ROWS.remote(ctx), DIRECTORY))
-        assert location.startswith(f"{DIRECTORY}{ti.id}/")
-        locations.append(location)
-    assert len(set(locations)) == 2
-    assert pl.read_parquet(locations).height == 4
+    with start_try(task_id="clean_sales"):
+        location = run_query(TWO_ROWS.remote(new_ctx()).execute).location
+    delete_results()
+    with start_try(task_id="sum_days", upstream=upstream):
+        remote = pl.scan_parquet(location).remote(new_ctx())
+        with pytest.raises(FileNotFoundError) as raised:
+            run_query(remote.single_node().sink_parquet, FILE)
+    notes = getattr(raised.value, "__notes__", [])
+    assert any("it has expired: clear clean_sales" in note for note in notes) is bool(upstream)
 
 
 # The next try
 
 
-def test_a_next_try_goes_on_with_a_query_that_is_running(
-    ctx: Any, emulator: RunningEmulator, start_try: StartTry, caplog: pytest.LogCaptureFixture
+def test_the_next_try_of_a_killed_worker_resumes_the_running_query(
+    new_ctx: Callable[[], Any],
+    emulator: RunningEmulator,
+    start_try: StartTry,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    emulator.add_fault("SubmitQuery", "query_hangs")
-    with start_try(1):
-        first = submit(TWO_ROWS.remote(ctx).single_node(), FILE)
-    with start_try(2), caplog.at_level(logging.INFO, "include.queries"):
-        second = submit(TWO_ROWS.remote(ctx).single_node(), FILE)
-    assert second._query_id == first._query_id
-    assert f"Going on with query {describe(first)} of an earlier try" in caplog.text
-    assert statuses(emulator) == ["InProgress"]
+    def body() -> Iterator[Any]:
+        emulator.add_fault("SubmitQuery", "query_takes", seconds=60)
+        yield submit(TWO_ROWS.remote(new_ctx()).single_node().sink_parquet, FILE)
+
+    first = kill(body)
+    with start_try(2):
+        second = submit(TWO_ROWS.remote(new_ctx()).single_node().sink_parquet, FILE)
+        assert get_query_id(second) == get_query_id(first)
+        assert f"Resuming query {describe(first)}, submitted by try 1" in caplog.text
+        emulator.advance_clock(timedelta(seconds=60))
+        assert wait_for(second).location == [FILE]
+    assert query_statuses(emulator) == ["Success"]
 
 
 @pytest.mark.parametrize("uri", [FILE, DIRECTORY])
-def test_a_next_try_goes_on_with_a_query_that_has_succeeded(
-    pc: ModuleType, emulator: RunningEmulator, start_try: StartTry, uri: str
+def test_the_next_try_of_a_killed_worker_takes_the_result_of_a_query_that_has_succeeded(
+    new_ctx: Callable[[], Any], emulator: RunningEmulator, start_try: StartTry, uri: str
 ) -> None:
-    def remote() -> Any:
-        ctx = pc.ComputeContext(workspace="playground", cpus=2, memory=4)
-        return TWO_ROWS.remote(ctx).single_node()
+    def body() -> Iterator[Any]:
+        yield submit(TWO_ROWS.remote(new_ctx()).single_node().sink_parquet, uri)
 
-    with start_try(1):
-        first = submit(remote(), uri)
-    eventually(lambda: statuses(emulator) == ["Success"])
+    first = kill(body)
+    eventually(lambda: query_statuses(emulator) == ["Success"])
     with start_try(2):
-        location = wait_for(submit(remote(), uri))
+        location = run_query(TWO_ROWS.remote(new_ctx()).single_node().sink_parquet, uri).location
     assert location == first.await_result().location
     assert pl.read_parquet(location).height == 2
-    assert statuses(emulator) == ["Success"]
-    assert clusters(emulator) == ["Idle"]
+    assert query_statuses(emulator) == ["Success"]
+    assert cluster_statuses(emulator) == ["Idle"]
 
 
-def test_a_next_try_finds_a_query_whose_id_the_first_had_no_time_to_keep(
-    ctx: Any, emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
+@pytest.mark.usefixtures("pc")
+def test_the_next_try_of_a_killed_worker_resumes_all_its_queries(
+    emulator: RunningEmulator, start_try: StartTry
 ) -> None:
-    emulator.add_fault("SubmitQuery", "delay", seconds=60)
-    with start_try(1), ThreadPoolExecutor() as background:
-        submitting = background.submit(submit, TWO_ROWS.remote(ctx).single_node(), FILE)
-        eventually(lambda: calls(emulator, "SubmitQuery"))
-        kept_so_far = dict(supervisor.store)
-        emulator.clear_faults()  # which ends the delay
-        first = submitting.result()
-    supervisor.store = kept_so_far
+    def submit_all() -> list[Any]:
+        ctx = compute_context({**CLUSTER, "cluster_size": 5})
+        two, one = TWO_ROWS.remote(ctx).single_node(), ONE_ROW.remote(ctx).single_node()
+        return [
+            submit(two.sink_parquet, FILE),
+            submit(one.sink_csv, OTHER_FILE),
+            submit(two.execute),
+            submit(two.execute),
+            submit(one.execute),
+        ]
+
+    def body() -> Iterator[Any]:
+        emulator.add_fault("SubmitQuery", "query_takes", seconds=60, times=5)
+        yield submit_all()
+
+    first = kill(body)
     with start_try(2):
-        second = submit(TWO_ROWS.remote(ctx).single_node(), FILE)
-    assert second._query_id == first._query_id
+        second = submit_all()
+        assert [get_query_id(query) for query in second] == [get_query_id(query) for query in first]
+        emulator.advance_clock(timedelta(seconds=60))
+        assert [wait_for(query).n_rows_total for query in second] == [2, 1, 2, 2, 1]
+    assert query_statuses(emulator) == ["Success"] * 5
+
+
+def test_the_next_try_resumes_what_an_earlier_try_had_resumed_itself(
+    new_ctx: Callable[[], Any], emulator: RunningEmulator, start_try: StartTry
+) -> None:
+    def body() -> Iterator[Any]:
+        yield submit(TWO_ROWS.remote(new_ctx()).single_node().sink_parquet, FILE)
+
+    emulator.add_fault("SubmitQuery", "query_hangs")
+    first, second = kill(body), kill(body, 2)
+    with start_try(3):
+        third = submit(TWO_ROWS.remote(new_ctx()).single_node().sink_parquet, FILE)
+        assert get_query_id(first) == get_query_id(second) == get_query_id(third)
+        leave(third)
+
+
+def test_the_next_try_finds_a_query_whose_id_the_first_had_no_time_to_record(
+    new_ctx: Callable[[], Any],
+    emulator: RunningEmulator,
+    start_try: StartTry,
+    supervisor: Supervisor,
+) -> None:
+    def submit_sink() -> Any:
+        return submit(TWO_ROWS.remote(new_ctx()).single_node().sink_parquet, FILE)
+
+    def body() -> Iterator[Any]:
+        with ThreadPoolExecutor() as background:
+            submitting = background.submit(submit_sink)
+            eventually(lambda: calls(emulator, "SubmitQuery"))
+            recorded_so_far = dict(supervisor.variables)
+            emulator.clear_faults()  # which ends the delay
+            query = submitting.result()
+        supervisor.variables = recorded_so_far
+        yield query
+
+    emulator.add_fault("SubmitQuery", "delay", seconds=60)
+    first = kill(body)
+    assert "query_id" not in entries(supervisor, "task")[0]["queries"][FILE]
+    with start_try(2):
+        second = submit_sink()
+        assert get_query_id(second) == get_query_id(first)
+        wait_for(second)
 
 
 @pytest.mark.parametrize("end", ["failed", "canceled"])
-def test_a_next_try_submits_a_query_anew_that_will_never_succeed(
-    ctx: Any, emulator: RunningEmulator, start_try: StartTry, end: str
+def test_the_next_try_submits_a_query_anew_that_will_never_succeed(
+    new_ctx: Callable[[], Any], emulator: RunningEmulator, start_try: StartTry, end: str
 ) -> None:
-    if end == "failed":
-        emulator.add_fault("SubmitQuery", "query_fails", error="SchemaError: of a fault")
-    else:
-        emulator.add_fault("SubmitQuery", "query_hangs")
-    with start_try(1):
-        first = submit(TWO_ROWS.remote(ctx).single_node(), FILE)
-        if end == "canceled":
-            cancel(first)
-    eventually(lambda: statuses(emulator) == [end.title()])
+    def body() -> Iterator[Any]:
+        if end == "failed":
+            emulator.add_fault("SubmitQuery", "query_fails", error="SchemaError: of a fault")
+        else:
+            emulator.add_fault("SubmitQuery", "query_hangs")
+        yield submit(TWO_ROWS.remote(new_ctx()).single_node().sink_parquet, FILE)
+
+    first = kill(body)
+    if end == "canceled":
+        first.cancel()
+    eventually(lambda: query_statuses(emulator) == [end.title()])
     with start_try(2):
-        assert wait_for(submit(TWO_ROWS.remote(ctx).single_node(), FILE)) == [FILE]
-    assert statuses(emulator) == [end.title(), "Success"]
+        remote = TWO_ROWS.remote(new_ctx()).single_node()
+        assert run_query(remote.sink_parquet, FILE).location == [FILE]
+    assert query_statuses(emulator) == [end.title(), "Success"]
 
 
-def test_a_next_try_after_a_failure_uses_the_cluster_that_the_first_has_started(
-    pc: ModuleType, emulator: RunningEmulator, start_try: StartTry
+def test_the_next_try_after_a_failure_uses_the_cluster_that_the_first_has_started(
+    new_ctx: Callable[[], Any], emulator: RunningEmulator, start_try: StartTry
 ) -> None:
     emulator.add_fault("SubmitQuery", "query_fails", error="SchemaError: of a fault")
-    for try_number, end in ((1, "Failed"), (2, "Success")):
-        ctx = pc.ComputeContext(workspace="playground", cpus=2, memory=4)
-        with start_try(try_number):
-            submit(TWO_ROWS.remote(ctx).single_node(), FILE)
-        eventually(lambda end=end: statuses(emulator)[-1] == end)
-    assert clusters(emulator) == ["Idle"]
-
-
-def test_a_next_try_starts_a_cluster_when_that_of_the_first_has_stopped(
-    pc: ModuleType, emulator: RunningEmulator, start_try: StartTry
-) -> None:
-    with start_try(1):
-        ctx = pc.ComputeContext(workspace="playground", cpus=2, memory=4)
-        submit(TWO_ROWS.remote(ctx).single_node(), FILE)
-        ctx.stop()
+    with start_try(raises=pl.exceptions.SchemaError):
+        run_query(TWO_ROWS.remote(new_ctx()).single_node().sink_parquet, FILE)
     with start_try(2):
-        ctx = pc.ComputeContext(workspace="playground", cpus=2, memory=4)
-        assert wait_for(submit(TWO_ROWS.remote(ctx).single_node(), FILE)) == [FILE]
-    assert clusters(emulator) == ["Stopped", "Idle"]
+        run_query(TWO_ROWS.remote(new_ctx()).single_node().sink_parquet, FILE)
+    assert query_statuses(emulator) == ["Failed", "Success"]
+    assert cluster_statuses(emulator) == ["Idle"]
+
+
+def test_the_next_try_starts_a_cluster_when_that_of_the_first_has_stopped(
+    new_ctx: Callable[[], Any], emulator: RunningEmulator, start_try: StartTry
+) -> None:
+    def body() -> Iterator[None]:
+        ctx = new_ctx()
+        emulator.add_fault("SubmitQuery", "query_hangs")
+        submit(TWO_ROWS.remote(ctx).single_node().sink_parquet, FILE)
+        ctx.stop()
+        yield
+
+    kill(body)
+    with start_try(2):
+        remote = TWO_ROWS.remote(new_ctx()).single_node()
+        assert run_query(remote.sink_parquet, FILE).location == [FILE]
+    assert cluster_statuses(emulator) == ["Stopped", "Idle"]
+
+
+def test_the_next_try_does_not_take_the_second_query_of_the_task_for_its_first(
+    new_ctx: Callable[[], Any], start_try: StartTry
+) -> None:
+    def body() -> Iterator[None]:
+        ctx = new_ctx()
+        run_query(TWO_ROWS.remote(ctx).single_node().sink_parquet, FILE)
+        submit(ONE_ROW.remote(ctx).single_node().sink_parquet, OTHER_FILE)
+        yield
+
+    kill(body)
+    with start_try(2):
+        remote = TWO_ROWS.remote(new_ctx()).single_node()
+        assert run_query(remote.sink_parquet, FILE).location == [FILE]
+
+
+def test_the_next_try_does_not_resume_the_temporary_result_of_other_code(
+    new_ctx: Callable[[], Any], emulator: RunningEmulator, start_try: StartTry
+) -> None:
+    def body() -> Iterator[Any]:
+        emulator.add_fault("SubmitQuery", "query_hangs")
+        yield submit(TWO_ROWS.remote(new_ctx()).single_node().execute)
+
+    kill(body)
+    # Two: the cluster's only worker is busy until the first query is ended with the task.
+    with start_try(2):
+        query = submit(ONE_ROW.remote(new_ctx()).single_node().execute)
+        leave(query)
+    eventually(lambda: query_statuses(emulator) == ["Canceled", "Success"])
 
 
 @pytest.mark.parametrize("end", [wait_for, leave])
-def test_a_task_that_is_cleared_when_it_was_through_submits_anew(
-    ctx: Any, emulator: RunningEmulator, start_try: StartTry, end: Any
+def test_a_task_that_is_cleared_after_its_success_submits_anew(
+    new_ctx: Callable[[], Any], emulator: RunningEmulator, start_try: StartTry, end: Any
 ) -> None:
-    for try_number in (1, 2):
-        with start_try(try_number):
-            end(submit(TWO_ROWS.remote(ctx).single_node(), FILE))
-    eventually(lambda: statuses(emulator) == ["Success", "Success"])
+    for try_number, clear_number in ((1, 0), (2, 1)):
+        with start_try(try_number, clear_number=clear_number):
+            end(submit(TWO_ROWS.remote(new_ctx()).single_node().sink_parquet, FILE))
+    eventually(lambda: query_statuses(emulator) == ["Success", "Success"])
 
 
-# leave, cancel and those that look
-
-
-@pytest.mark.usefixtures("ti")
-def test_a_query_that_is_left_runs_on(remote: Any, emulator: RunningEmulator) -> None:
-    emulator.add_fault("SubmitQuery", "query_hangs")
-    query_id = leave(submit(remote, FILE))
-    [query] = emulator.state()["queries"]
-    assert (query["id"], query["cancels"]) == (query_id, 0)
-    assert not query["ended_at"]
-
-
-@pytest.mark.usefixtures("ti")
-def test_a_canceled_query_has_ended(
-    remote: Any, emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
-) -> None:
-    emulator.add_fault("SubmitQuery", "query_hangs")
-    query = submit(remote, FILE)
-    with caplog.at_level(logging.INFO, "include.queries"):
-        cancel(query)
-    assert statuses(emulator) == ["Canceled"]
-    assert f"Canceled query {describe(query)}" in caplog.text
-
-
-@pytest.mark.usefixtures("ti")
-def test_a_cancel_that_was_not_heard_is_repeated(remote: Any, emulator: RunningEmulator) -> None:
-    emulator.add_fault("SubmitQuery", "query_hangs")
-    query = submit(remote, FILE)
-    emulator.add_fault("CancelQuery", "connection_reset")
-    cancel(query)
-    assert statuses(emulator) == ["Canceled"]
-
-
-@pytest.mark.usefixtures("ti")
-def test_a_cancel_that_fails_is_logged_and_not_raised(
-    remote: Any,
+@pytest.mark.parametrize(
+    "place", [{"task_id": "other"}, {"map_index": 1}, {"run_id": "manual__2"}, {"dag_id": "other"}]
+)
+def test_a_task_resumes_no_other_tasks_query(
+    new_ctx: Callable[[], Any],
     emulator: RunningEmulator,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    start_try: StartTry,
+    place: dict[str, Any],
 ) -> None:
-    monkeypatch.setattr("include.queries.GRACE", 0.5)
+    def body() -> Iterator[Any]:
+        yield submit(TWO_ROWS.remote(new_ctx()).single_node().sink_parquet, FILE)
+
+    kill(body, map_index=0)
+    with start_try(2, **{"map_index": 0, **place}):
+        run_query(TWO_ROWS.remote(new_ctx()).single_node().sink_parquet, FILE)
+    assert query_statuses(emulator) == ["Success", "Success"]
+
+
+# leave
+
+
+def test_a_query_that_is_left_runs_on_after_the_task(
+    remote: Any, emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
+) -> None:
     emulator.add_fault("SubmitQuery", "query_hangs")
-    query = submit(remote, FILE)
-    emulator.add_fault("CancelQuery", "connection_reset", times=1_000)
-    cancel(query)
-    assert f"Query {describe(query)} could not be canceled" in caplog.text
+    with start_try():
+        query_id = leave(submit(remote.sink_parquet, FILE))
+    [query] = emulator.state()["queries"]
+    assert (query["id"], query["status"], query["cancels"]) == (query_id, "InProgress", 0)
+    assert entries(supervisor, "task") == []
 
 
-@pytest.mark.usefixtures("ti")
-def test_a_query_is_described_by_its_id_and_its_page(
-    remote: Any, emulator: RunningEmulator
+def test_a_query_that_is_left_runs_on_after_a_failure_of_the_task(
+    remote: Any, emulator: RunningEmulator, start_try: StartTry
 ) -> None:
-    query = submit(remote, FILE)
-    [cluster] = emulator.state()["clusters"]
-    page = f"portal/{WORKSPACE.rpartition('/')[2]}/{cluster['id']}/queries/{query._query_id}"
-    assert describe(query).startswith(f"{query._query_id} (https://")
-    assert describe(query).endswith(f"/{page})")
-
-
-@pytest.mark.usefixtures("ti")
-def test_a_query_is_taken_up_by_its_id(pc: ModuleType, remote: Any) -> None:
-    query = submit(remote, FILE)
-    elsewhere = pc.ComputeContext.connect(remote.context._compute_id, workspace="playground")
-    assert wait_for(connect(str(query._query_id), elsewhere)) == [FILE]
-
-
-def test_a_query_that_its_cluster_does_not_know_has_no_status(ctx: Any) -> None:
-    ctx.start()
-    assert find_status(connect(str(uuid4()), ctx)) is None
-
-
-@pytest.mark.usefixtures("ti")
-def test_a_status_that_is_refused_is_an_error(remote: Any, emulator: RunningEmulator) -> None:
-    query = submit(remote, FILE)
-    emulator.add_fault("GetQueryStatus", "grpc_error", code="PERMISSION_DENIED", message="no")
-    with pytest.raises(RuntimeError, match="no"):
-        find_status(query)
-
-
-@pytest.mark.usefixtures("ti")
-def test_two_queries_of_a_task_at_once_are_two(ctx: Any) -> None:
-    first = submit(TWO_ROWS.remote(ctx).single_node(), FILE)
-    second = submit(TWO_ROWS.head(1).remote(ctx).single_node(), OTHER_FILE)
-    assert [wait_for(first), wait_for(second)] == [[FILE], [OTHER_FILE]]
-
-
-def test_a_next_try_does_not_take_the_second_query_of_the_task_for_its_first(
-    ctx: Any, start_try: StartTry
-) -> None:
-    with start_try(1):
-        wait_for(submit(TWO_ROWS.remote(ctx).single_node(), FILE))
-        submit(TWO_ROWS.head(1).remote(ctx).single_node(), OTHER_FILE)
-    with start_try(2):
-        assert wait_for(submit(TWO_ROWS.remote(ctx).single_node(), FILE)) == [FILE]
-
-
-def test_a_query_whose_destination_merely_begins_alike_is_not_taken_for_the_lost_one(
-    ctx: Any, emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
-) -> None:
-    with start_try(1):
-        ours = submit(TWO_ROWS.remote(ctx).single_node(), "s3://your-bucket/results/sales")
-    # Another task's, on the same cluster, at the same time.
-    TWO_ROWS.remote(ctx).single_node().sink_parquet("s3://your-bucket/results/sales_by_day")
-    [submission] = supervisor.store[SUBMISSIONS].values()
-    del submission["query_id"]
-    with start_try(2):
-        again = submit(TWO_ROWS.remote(ctx).single_node(), "s3://your-bucket/results/sales")
-    assert again._query_id == ours._query_id
-
-
-@pytest.mark.usefixtures("ti")
-def test_a_query_that_is_submitted_twice_carries_its_labels_once(
-    ctx: Any, emulator: RunningEmulator
-) -> None:
-    remote = TWO_ROWS.remote(ctx).single_node()
-    for _ in range(2):
-        wait_for(submit(remote, FILE))
-    assert [len(query["labels"]) for query in emulator.state()["queries"]] == [4, 4]
-
-
-@pytest.mark.usefixtures("ti")
-def test_proxy_mode_is_refused_before_a_query_runs(
-    pc: ModuleType, emulator: RunningEmulator
-) -> None:
-    ctx = pc.ComputeContext(workspace="playground", cpus=2, memory=4, connection_mode="proxy")
     emulator.add_fault("SubmitQuery", "query_hangs")
-    with pytest.raises(Exception, match="proxy"):
-        submit(TWO_ROWS.remote(ctx).single_node(), FILE)
-    assert statuses(emulator) == []
+    with start_try(raises=KeyError, match="mine"):
+        leave(submit(remote.sink_parquet, FILE))
+        raise KeyError("mine")
+    assert query_statuses(emulator) == ["InProgress"]
+
+
+def test_the_next_try_does_not_end_a_query_that_the_first_has_left(
+    new_ctx: Callable[[], Any], emulator: RunningEmulator, start_try: StartTry
+) -> None:
+    def body() -> Iterator[Any]:
+        ctx = new_ctx()
+        emulator.add_fault("SubmitQuery", "query_hangs", times=2)
+        leave(submit(TWO_ROWS.remote(ctx).single_node().sink_parquet, FILE))
+        yield submit(TWO_ROWS.remote(ctx).single_node().sink_parquet, OTHER_FILE)
+
+    kill(body)
+    with start_try(2, clear_number=1):
+        pass
+    assert query_statuses(emulator) == ["InProgress", "Canceled"]

@@ -2,55 +2,85 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
-from uuid import uuid4
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from threading import Event, Thread
+from types import SimpleNamespace
+from typing import Any, Generic, TypeVar
 
-from airflow.sdk import DAG, BaseOperator
+import pytest
+from airflow.sdk import DAG, BaseOperator, get_current_context
 from airflow.sdk.exceptions import ErrorType
 from airflow.sdk.execution_time import comms
 from airflow.sdk.execution_time.context import set_current_context
 from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+from uuid6 import uuid7
+
+from include.polars_remote import task_scope
+
+T = TypeVar("T")
 
 StartTry = Callable[..., AbstractContextManager[RuntimeTaskInstance]]
 
 
 class Supervisor:
-    """In place of the process that stands between a task and Airflow: one task's store and XComs.
+    """In place of the process that stands between a task and Airflow.
 
-    The store is the same for all tries of the task, and the states of tasks for all runs.
+    Attributes
+    ----------
+    variables
+        Airflow's Variables.
+    states
+        By run, the states of its tasks as Airflow names them: `task` or, mapped, `task_0`.
+    knows_states
+        Cleared while Airflow does not tell the states of tasks.
     """
 
     def __init__(self) -> None:
-        self.store: dict[str, Any] = {}
-        self.states: dict[str, str | None] = {"run_query": "failed"}
-        self._xcoms: defaultdict[tuple[str, ...], dict[int, Any]] = defaultdict(dict)
+        self.variables: dict[str, str] = {}
+        self.states: defaultdict[str, dict[str, str | None]] = defaultdict(dict)
+        self.knows_states = Event()
+        self.knows_states.set()
 
     def send(self, msg: Any) -> object:
         match msg:
-            case comms.GetTaskStateStore(key=key) if key in self.store:
-                return comms.TaskStateStoreResult(value=self.store[key])
-            case comms.GetTaskStateStore():
-                return comms.ErrorResponse(error=ErrorType.TASK_STORE_NOT_FOUND)
-            case comms.SetTaskStateStore(key=key, value=value):
-                self.store[key] = value
-            case comms.DeleteTaskStateStore(key=key):
-                self.store.pop(key, None)
-            case comms.SetXCom():
-                self._xcoms[_place(msg)][msg.map_index] = msg.value
-            case comms.GetXComSequenceSlice():
-                return comms.XComSequenceSliceResult(root=list(self._xcoms[_place(msg)].values()))
+            case comms.GetVariable(key=key) if key in self.variables:
+                return comms.VariableResult(key=key, value=self.variables[key])
+            case comms.GetVariable():
+                return comms.ErrorResponse(error=ErrorType.VARIABLE_NOT_FOUND)
+            case comms.PutVariable(key=key, value=str(value)):
+                self.variables[key] = value
+                return comms.OKResponse(ok=True)
+            case comms.DeleteVariable(key=key):
+                self.variables.pop(key, None)
+                return comms.OKResponse(ok=True)
+            case comms.GetVariableKeys(prefix=prefix, limit=limit, offset=offset):
+                keys = sorted(key for key in self.variables if key.startswith(prefix or ""))
+                return comms.VariableKeysResult(
+                    keys=keys[offset : offset + limit], total_entries=len(keys)
+                )
             case comms.GetTaskStates(run_ids=[run_id]):
-                return comms.TaskStatesResult(task_states={run_id: self.states})
+                self.knows_states.wait()
+                return comms.TaskStatesResult(task_states=self._find_states(run_id, msg))
+            case comms.GetConnection():
+                return comms.ErrorResponse(error=ErrorType.CONNECTION_NOT_FOUND)
             case comms.MaskSecret():
-                pass
+                return None
             case _:
                 raise NotImplementedError(msg)
-        return None
+
+    def _find_states(
+        self, run_id: str, asked: comms.GetTaskStates
+    ) -> dict[str, dict[str, str | None]]:
+        states = dict(self.states[run_id])
+        if asked.task_ids is not None:
+            names = {_name(task_id, asked.map_index) for task_id in asked.task_ids}
+            states = {name: state for name, state in states.items() if name in names}
+        return {run_id: states} if states else {}
 
 
-def _place(xcom: Any) -> tuple[str, ...]:
-    return xcom.dag_id, xcom.run_id, xcom.task_id, xcom.key
+def _name(task_id: str, map_index: int | None) -> str:
+    return task_id if map_index is None or map_index < 0 else f"{task_id}_{map_index}"
 
 
 @contextmanager
@@ -61,12 +91,34 @@ def start_try(
     task_id: str = "run_query",
     run_id: str = "manual__1",
     map_index: int = -1,
+    clear_number: int = 0,
+    upstream: str | None = None,
+    scope: bool = True,
+    conn_id: str = "polars_cloud",
+    raises: type[BaseException] | None = None,
+    match: str | None = None,
 ) -> Iterator[RuntimeTaskInstance]:
-    """Run the body as a try of a task, on the supervisor that is set."""
+    """Run the body as a try of a task, on the supervisor that is set.
+
+    A try in the body of another one stands for a task on another worker.
+
+    Parameters
+    ----------
+    upstream
+        Id of the task before this one.
+    scope
+        Whether the body is logged in, as below `@authenticate`.
+    raises, match
+        The error that the try is to end with.
+    """
+    from airflow.sdk.execution_time.task_runner import SUPERVISOR_COMMS
+
     with DAG(dag_id, schedule=None):
         task = BaseOperator(task_id=task_id)
+        if upstream:
+            task.set_upstream(BaseOperator(task_id=upstream))
     ti = RuntimeTaskInstance.model_construct(
-        id=uuid4(),
+        id=uuid7(),
         dag_id=dag_id,
         task_id=task_id,
         run_id=run_id,
@@ -74,5 +126,88 @@ def start_try(
         map_index=map_index,
         task=task,
     )
-    with set_current_context(ti.get_template_context()):
-        yield ti
+    context: Any = ti.get_template_context()
+    context["dag_run"] = SimpleNamespace(clear_number=clear_number)
+    states, name = SUPERVISOR_COMMS.states[run_id], _name(task_id, map_index)  # type: ignore[attr-defined]
+    states[name] = "running"
+    other_worker = task_scope._current
+    with pytest.raises(raises, match=match) if raises else nullcontext():
+        try:
+            with set_current_context(context), ExitStack() as stack:
+                if scope:
+                    stack.enter_context(task_scope.logged_in(conn_id))
+                yield ti
+            states[name] = "success"
+        except task_scope.TaskKilled:
+            raise  # whoever killed it has set the state
+        except BaseException:
+            states[name] = "failed"
+            raise
+        finally:
+            task_scope._current = other_worker
+
+
+class FrozenTry(Generic[T]):
+    """A try whose worker stands still in the middle of it: for ever, unless it wakes up.
+
+    To everybody else a worker that never wakes up is one that got SIGKILL: nothing of the end of
+    the try is run, no `finally` either.
+
+    Attributes
+    ----------
+    result
+        What the body yielded when its worker stood still.
+    """
+
+    def __init__(self, body: Callable[[], Iterator[T]], conn_id: str) -> None:
+        self._body = body
+        self._conn_id = conn_id
+        self._context = get_current_context()
+        self._stood_still = Future[T]()
+        self._woken = Future[None]()
+        self._thread = Thread(target=self._run, name="frozen-try", daemon=True)
+        self._thread.start()
+        self.result = self._stood_still.result()
+
+    def wake(self, error: BaseException) -> None:
+        """Raise the error where the try stood still, and wait for the end of the try."""
+        other_worker = task_scope._current
+        with set_current_context(self._context):
+            self._woken.set_exception(error)
+            self._thread.join()
+        task_scope._current = other_worker
+
+    def _run(self) -> None:
+        try:
+            with task_scope.logged_in(self._conn_id):
+                steps: Any = self._body()
+                self._stood_still.set_result(next(steps))
+                try:
+                    self._woken.result()
+                except BaseException as error:
+                    steps.throw(error)
+        except BaseException as error:
+            if not self._stood_still.done():
+                self._stood_still.set_exception(error)
+
+
+def freeze(
+    body: Callable[[], Iterator[T]],
+    try_number: int = 1,
+    *,
+    conn_id: str = "polars_cloud",
+    **options: Any,
+) -> FrozenTry[T]:
+    """Run the body as a try, and let its worker stand still where it yields."""
+    from airflow.sdk.execution_time.task_runner import SUPERVISOR_COMMS
+
+    with start_try(try_number, scope=False, **options) as ti:
+        frozen = FrozenTry(body, conn_id)
+    states = SUPERVISOR_COMMS.states[ti.run_id]  # type: ignore[attr-defined]
+    states[_name(ti.task_id, ti.map_index)] = "running"
+    return frozen
+
+
+def kill(body: Callable[[], Iterator[T]], try_number: int = 1, **options: Any) -> T:
+    """Run the body as a try, and kill its worker where it yields; what it yielded."""
+    return freeze(body, try_number, **options).result

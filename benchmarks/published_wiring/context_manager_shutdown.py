@@ -10,7 +10,7 @@ from datetime import datetime
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.settings import DATA, WORKSPACE
+from include.polars_remote.settings import DATA, WORKSPACE
 
 
 @dag(schedule=None, start_date=datetime(2026, 1, 1))

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -24,9 +25,11 @@ from tests.waiting import eventually
 
 T = TypeVar("T")
 
+TESTS = Path(__file__).parent
 OUTAGE = 8.0
 """Seconds for which the DAGs bear an outage here."""
 READY_IN = 240.0
+API_SERVER = "api-server"
 SCHEDULER = "scheduler --skip-serve-logs"
 DAG_PROCESSOR = "dag-processor"
 TASK_ENDS = {"success", "failed", "skipped", "upstream_failed", "removed"}
@@ -57,6 +60,11 @@ VARIANTS = {
         "manual_shutdown",
         {"dagrun_timeout=timedelta(hours=2)": "dagrun_timeout=timedelta(seconds=15)"},
     ),
+    # Tries that begin while Airflow is away fail.
+    "context_manager_shutdown_often_tried": (
+        "context_manager_shutdown",
+        {'"retries": 2': '"retries": 9'},
+    ),
     # On the same manifest, with results of its own.
     "parallel_single_node_beside": (
         "parallel_single_node",
@@ -71,11 +79,18 @@ def write_dags(folder: Path, sources: Mapping[str, str] | None = None) -> None:
     Parameters
     ----------
     sources
-        DAG id and source of each; the repository's own if None.
+        DAG id and source of each; if None the repository's own, and beside them some of other
+        shapes, as users write them, the README's among them.
     """
     own = {path.stem: path.read_text() for path in (ROOT / "dags").glob("*.py")}
+    others = {path.stem: path.read_text() for path in (TESTS / "dags").glob("*.py")}
     if sources is None:
-        sources = own
+        [mail_report] = re.findall(
+            r"^```python\n(from airflow.*?)^```",
+            (ROOT / "README.md").read_text(),
+            re.DOTALL | re.MULTILINE,
+        )
+        sources = own | others | {"mail_report": mail_report}
         for name, (dag_id, changes) in VARIANTS.items():
             source = own[dag_id].replace(f"def {dag_id}(", f"def {name}(")
             source = source.replace(f"\n{dag_id}()\n", f"\n{name}()\n")
@@ -168,11 +183,15 @@ class Run:
     def process(self, task_id: str) -> psutil.Process:
         """The process in which the task's function runs."""
         name = self.deployment.call("GET", f"{self.path}/taskInstances/{task_id}")["id"]
-        [process] = [
-            process
-            for process in psutil.process_iter(["cmdline"])
-            if " ".join(process.info["cmdline"] or ()).strip() == f"airflow worker -- {name}"
-        ]
+
+        def find() -> psutil.Process | None:
+            for process in psutil.process_iter(["cmdline"]):
+                if " ".join(process.info["cmdline"] or ()).strip() == f"airflow worker -- {name}":
+                    return process
+            return None
+
+        process = self.deployment.eventually(find)
+        assert process is not None
         return process
 
     def running_tasks(self) -> list[str]:
@@ -224,6 +243,7 @@ class Deployment:
     def __init__(self, home: Path, port: int, emulator: Emulator) -> None:
         self.emulator = emulator
         self.logs = home / "logs"
+        self._dags = home.parent / "dags"
         self._url = f"http://127.0.0.1:{port}"
         self._parts: dict[str, contextlib.ExitStack] = {}
         self._log_path = home / "airflow.log"
@@ -239,12 +259,14 @@ class Deployment:
         def answer() -> tuple[Any] | None:
             try:
                 with urllib.request.urlopen(request, timeout=30) as response:
-                    return (json.load(response),)
+                    return (json.loads(response.read() or "null"),)
             except urllib.error.HTTPError as error:
                 text = error.read().decode()
                 if "Database error" not in text:
                     raise AssertionError(f"{method} {path}: {error} {text}") from None
                 return None  # SQLite was busy, and did nothing
+            except OSError:
+                return None  # the API server was away
 
         found = eventually(answer, pause=0.5)
         assert found
@@ -291,6 +313,29 @@ class Deployment:
         finally:
             self._start(part)
 
+    @contextlib.contextmanager
+    def edited(self, dag_id: str, edit: Callable[[str], str]) -> Iterator[None]:
+        """Change the source of a DAG file while the context is open."""
+        path = self._dags / f"{dag_id}.py"
+        before = path.read_text()
+        path.write_text(edit(before))
+        try:
+            yield
+        finally:
+            path.write_text(before)
+
+    @contextlib.contextmanager
+    def deleted(self, dag_id: str) -> Iterator[None]:
+        """Delete a DAG file while the context is open."""
+        path = self._dags / f"{dag_id}.py"
+        before = path.read_text()
+        path.unlink()
+        try:
+            yield
+        finally:
+            path.write_text(before)
+            self.eventually(lambda: not self.call("GET", f"dags/{dag_id}")["is_stale"])
+
     def _start(self, part: str) -> None:
         self._parts[part] = stack = contextlib.ExitStack()
         log = stack.enter_context(self._log_path.open("a"))
@@ -314,11 +359,16 @@ def running_deployment(
             "AIRFLOW__CORE__DAGS_FOLDER": str(folder / "dags"),
             "AIRFLOW__CORE__PARALLELISM": "6",
             "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
-            # A worker that is gone is noticed in seconds.
+            # An edit is noticed in seconds,
+            "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "5",
+            "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
+            "AIRFLOW__DAG_PROCESSOR__STALE_DAG_THRESHOLD": "10",
+            "AIRFLOW__SCHEDULER__PARSING_CLEANUP_INTERVAL": "5",
+            # so is a worker that is gone,
             "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "20",
             "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "2",
             "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
-            # And so is a scheduler, by the next one.
+            # and a scheduler, by the next one.
             "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "10",
             "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "3",
             "POLARS_CLOUD_OUTAGE": str(OUTAGE),
@@ -332,7 +382,7 @@ def running_deployment(
                 check=True,
             )
         deployment = Deployment(home, port, emulator)
-        with deployment.running("api-server", DAG_PROCESSOR):
+        with deployment.running(API_SERVER, DAG_PROCESSOR):
             eventually(lambda: health(port), READY_IN, pause=0.5)
             with deployment.running(SCHEDULER):
                 dag_ids = {path.stem for path in (folder / "dags").glob("*.py")}

@@ -17,11 +17,12 @@ class Outcome:
 
     run: str
     submits: int
-    cancels: int
+    cancels: int | None
     failed: frozenset[str]
-    tries: int
+    tries: int | None
     queries_left: int
     clusters_left: int
+    clusters: int | None
     log: str
 
 
@@ -36,14 +37,16 @@ def observe(airflow: Deployment, run: Run, expected: Expected) -> Outcome:
     with contextlib.suppress(AssertionError):  # the outcome says so
         eventually(lambda: left() == wanted, SETTLES_IN, pause=0.2)
     queries = emulator.queries()
+    cancels = sum(query["cancels"] for query in queries)
     queries_left, clusters_left = left()
     return Outcome(
         run=run.state,
         submits=len(queries),
-        cancels=sum(query["cancels"] for query in queries),
+        cancels=None if expected.cancels is None and cancels else cancels,
         failed=frozenset(task for task, state in run.tasks().items() if state == "failed"),
-        tries=run.tries(),
+        tries=None if expected.tries is None else run.tries(),
         queries_left=queries_left,
         clusters_left=clusters_left,
+        clusters=None if expected.clusters is None else len(emulator.api.state()["clusters"]),
         log=run.log(),
     )

@@ -1,19 +1,48 @@
 """What goes wrong, and how each DAG is to come out of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-import boto3
-import polars as pl
+from tests.failures.events import (
+    LONG,
+    Act,
+    Fault,
+    always,
+    beside,
+    cancel_from_elsewhere,
+    clear_before_the_callback,
+    clear_only_failed,
+    clear_only_failed_of_uneven_length,
+    clear_task,
+    clear_task_whose_code_was_changed,
+    delete_dag,
+    edit_dag,
+    fail_one_of_three,
+    fault,
+    freeze_worker,
+    kill_second_try_at_once,
+    kill_worker,
+    kill_worker_at_every_try,
+    kill_worker_while_the_cluster_starts,
+    leave_query,
+    mark_run_failed,
+    mark_task,
+    mark_task_failed,
+    meet,
+    open_gate,
+    outdated_manifest,
+    pause_dag,
+    restart_polars_cloud,
+    restart_scheduler,
+    shut_worker_down,
+    side_by_side,
+    take_api_server_away,
+    upgrade_and_clear_one_task,
+    with_running_queries,
+)
 
-from tests.emulator.raw_calls import CLUSTER, WORKSPACE, rest_client
-from tests.failures.deployment import DAG_PROCESSOR, SCHEDULER, Deployment, Run
-
-BUCKET = "your-bucket"
-LONG = 100.0
-"""Seconds that a long query takes on the emulator's clock; less than a token lives."""
 IDLE_TIMEOUT = timedelta(minutes=10)
 
 
@@ -26,27 +55,30 @@ class Expected:
     run
         Its state.
     submits, cancels
-        How many queries it submitted, and how often one was canceled.
+        How many queries it submitted, and how often one was canceled; None: once or more.
     failed
         Tasks that end as failed.
     tries
-        How often the task was tried that was tried most.
+        How often the task was tried that was tried most; None: as often as it takes.
     cause
         Regular expression for what the tasks' logs tell.
     queries_left
         Queries that still run when the run has ended.
     clusters_left
         Clusters that still run then, until their idle timeout.
+    clusters
+        How many were started in all; None: not counted.
     """
 
     run: str
     submits: int
-    cancels: int = 0
+    cancels: int | None = 0
     failed: frozenset[str] = frozenset()
-    tries: int = 1
+    tries: int | None = 1
     cause: str = ""
     queries_left: int = 0
     clusters_left: int = 0
+    clusters: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,209 +93,8 @@ class Scenario:
         By DAG.
     """
 
-    act: Callable[[Deployment, str], Run]
+    act: Act
     expected: Mapping[str, Expected] = field(default_factory=dict)
-
-
-Fault = dict[str, Any]
-
-
-def fault(operation: str, kind: str, **fields: object) -> Fault:
-    return {"operation": operation, "kind": kind, **fields}
-
-
-def always(operation: str, kind: str, **fields: object) -> Fault:
-    return fault(operation, kind, times=1_000, **fields)
-
-
-def meet(*faults: Fault) -> Callable[[Deployment, str], Run]:
-    """A run that meets these faults."""
-
-    def act(airflow: Deployment, dag_id: str) -> Run:
-        for each in faults:
-            airflow.emulator.api.add_fault(**each)
-        run = airflow.trigger(dag_id)
-        run.wait_for_end()
-        return run
-
-    return act
-
-
-def with_running_queries(
-    count: Mapping[str, int], then: Callable[[Deployment, Run], None], *, takes: float | None = None
-) -> Callable[[Deployment, str], Run]:
-    """A run to whose queries something happens while they are running.
-
-    Parameters
-    ----------
-    count
-        How many of them run at the same time, by DAG; one unless given.
-    takes
-        Seconds that they take; for ever if None.
-    """
-
-    def act(airflow: Deployment, dag_id: str) -> Run:
-        emulator = airflow.emulator
-        wanted = count.get(dag_id, 1)
-        kind = (
-            {"kind": "query_hangs"} if takes is None else {"kind": "query_takes", "seconds": takes}
-        )
-        emulator.api.add_fault("SubmitQuery", times=wanted, **kind)
-        run = airflow.trigger(dag_id)
-        airflow.eventually(lambda: len(emulator.running_queries()) == wanted)
-        then(airflow, run)
-        run.wait_for_end()
-        return run
-
-    return act
-
-
-def cancel_from_elsewhere(airflow: Deployment, run: Run) -> None:
-    [query] = airflow.emulator.running_queries()
-    with rest_client(airflow.emulator.api.environment) as rest:
-        rest.post(f"{WORKSPACE}/query/{query['id']}/cancel").raise_for_status()
-
-
-def mark_task_failed(airflow: Deployment, run: Run) -> None:
-    """Mark one task failed, and let the queries of others end."""
-    emulator = airflow.emulator
-    run.mark("failed", run.running_tasks()[0])
-    airflow.eventually(lambda: any(query["cancels"] for query in emulator.queries()))
-    airflow.eventually(lambda: {q["status"] for q in emulator.running_queries()} <= {"InProgress"})
-    emulator.api.advance_clock(timedelta(seconds=LONG))
-
-
-def mark_run_failed(airflow: Deployment, run: Run) -> None:
-    run.mark("failed")
-
-
-def clear_task(airflow: Deployment, run: Run) -> None:
-    task_id = run.running_tasks()[0]
-    tries = run.tries(task_id)
-    run.clear(task_id)
-    airflow.eventually(lambda: run.tries(task_id) > tries)
-
-
-def kill_worker(airflow: Deployment, run: Run) -> None:
-    """SIGKILL for the process that runs the task, then time for the query to end."""
-    task_id = run.running_tasks()[0]
-    tries = run.tries(task_id)
-    run.process(task_id).kill()
-    airflow.eventually(lambda: run.tries(task_id) > tries)
-    airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
-
-
-def kill_worker_at_every_try(airflow: Deployment, run: Run) -> None:
-    [task_id] = run.running_tasks()
-    run.process(task_id).kill()
-    airflow.eventually(lambda: run.tries(task_id) == 2 and run.running_tasks())
-    airflow.eventually(lambda: "Going on with query" in run.log(task_id, "2"))
-    run.process(task_id).kill()
-
-
-def restart_scheduler(airflow: Deployment, run: Run) -> None:
-    with airflow.without(SCHEDULER):
-        pass
-    airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
-
-
-def restart_polars_cloud(airflow: Deployment, run: Run) -> None:
-    airflow.emulator.stop()
-    airflow.emulator.start()
-
-
-def break_data(airflow: Deployment, table: str, column: str) -> pl.DataFrame:
-    """Take a column out of a table; what was there."""
-    folder = f"s3://{BUCKET}/{table}/"
-    options = storage_options(airflow)
-    whole = pl.read_parquet(folder, storage_options=options)
-    replace(airflow, table, whole.drop(column))
-    return whole
-
-
-def replace(airflow: Deployment, table: str, frame: pl.DataFrame) -> None:
-    options = storage_options(airflow)
-    s3 = boto3.client(
-        "s3",
-        endpoint_url=options["aws_endpoint_url"],
-        aws_access_key_id=options["aws_access_key_id"],
-        aws_secret_access_key=options["aws_secret_access_key"],
-        region_name=options["aws_region"],
-    )
-    for entry in s3.list_objects_v2(Bucket=BUCKET, Prefix=f"{table}/")["Contents"]:
-        s3.delete_object(Bucket=BUCKET, Key=entry["Key"])
-    frame.write_parquet(f"s3://{BUCKET}/{table}/all.parquet", storage_options=options)
-
-
-def storage_options(airflow: Deployment) -> dict[str, str]:
-    environment = airflow.emulator.api.environment
-    return {name.lower(): environment[name] for name in environment if name.startswith("AWS_")}
-
-
-def fail_one_of_three(airflow: Deployment, dag_id: str) -> Run:
-    break_data(airflow, "returns", "quantity")
-    return meet()(airflow, dag_id)
-
-
-def fail_once(airflow: Deployment, dag_id: str) -> Run:
-    """A run that failed for a reason that is gone."""
-    whole = break_data(airflow, "sales", "status")
-    run = meet()(airflow, dag_id)
-    assert run.state == "failed"
-    assert not airflow.emulator.live_clusters()
-    replace(airflow, "sales", whole)
-    return run
-
-
-def clear_before_the_callback(airflow: Deployment, dag_id: str) -> Run:
-    emulator = airflow.emulator
-    with airflow.without(DAG_PROCESSOR):
-        run = fail_once(airflow, dag_id)
-        emulator.api.add_fault("SubmitQuery", "query_takes", seconds=LONG)
-        run.clear(only_failed=True)
-        airflow.eventually(emulator.running_queries)
-    airflow.eventually(lambda: f"Run {run.run_id} goes on" in airflow.callback_log(dag_id))
-    emulator.api.advance_clock(timedelta(seconds=LONG))
-    run.wait_for_end()
-    return run
-
-
-def clear_only_failed(airflow: Deployment, dag_id: str) -> Run:
-    run = fail_once(airflow, dag_id)
-    run.clear(only_failed=True)
-    airflow.eventually(lambda: run.state != "failed")
-    run.wait_for_end()
-    return run
-
-
-def outdated_manifest(**drift: object) -> Callable[[Deployment, str], Run]:
-    def act(airflow: Deployment, dag_id: str) -> Run:
-        with rest_client(airflow.emulator.api.environment) as rest:
-            name = {"manual_shutdown": "airflow-manual-shutdown"}.get(dag_id, "airflow-production")
-            manifest = {**CLUSTER, **drift, "name": name}
-            rest.post(f"{WORKSPACE}/manifest", json=manifest).raise_for_status()
-        return meet()(airflow, dag_id)
-
-    return act
-
-
-def beside(suffix: str = "") -> Callable[[Deployment, str], Run]:
-    """A run that ends while another, of the same or another DAG, uses the same cluster."""
-
-    def act(airflow: Deployment, dag_id: str) -> Run:
-        emulator = airflow.emulator
-        emulator.api.add_fault("SubmitQuery", "query_takes", seconds=LONG)
-        first = airflow.trigger(dag_id)
-        airflow.eventually(lambda: len(emulator.running_queries()) == 1)
-        second = airflow.trigger(dag_id + suffix)
-        second.wait_for_end()
-        assert second.state == "success"
-        assert len(emulator.running_queries()) == 1, "the first run's query was stopped"
-        emulator.api.advance_clock(timedelta(seconds=LONG))
-        first.wait_for_end()
-        return first
-
-    return act
 
 
 def failing(*tasks: str, tries: int = 2, **fields: Any) -> Expected:
@@ -274,13 +105,25 @@ def failing(*tasks: str, tries: int = 2, **fields: Any) -> Expected:
 CANCELED = "Canceled query|was canceled"
 """By the task that was killed, or by the failed run's callback if that is faster."""
 
+UNAVAILABLE = "is unavailable, retrying"
+REPLY_LOST = "accepted although the reply was lost"
+REGISTERED_ANEW = "is registered anew"
 STATUS, CONTEXT, MANUAL = "count_order_statuses", "value_stock", "find_best_customers"
 SHELVES, REFUNDS = "find_empty_shelves", "sum_refunds"
 
 OUT_OF_ORDER: Mapping[str, tuple[Fault, ...]] = {
+    "while_logging_in": (
+        *(fault("POST token", "http_error", status=status) for status in (500, 503)),
+        fault("POST token", "connection_reset"),
+        fault("GET user/me", "http_error", status=408),
+    ),
+    "while_looking_up_the_cluster": (
+        *(fault("GET workspace", "http_error", status=status) for status in (425, 503)),
+        fault("GET manifest/find", "http_error", status=503),
+        fault("GET manifest/find", "connection_reset"),
+    ),
     "while_starting": tuple(
-        fault(operation, kind, **fields)
-        for operation in ("POST compute/start", "POST manifest/start")
+        fault("POST manifest/start", kind, **fields)
         for kind, fields in (
             ("http_error", {"status": 429}),
             ("http_error", {"status": 500}),
@@ -295,9 +138,10 @@ OUT_OF_ORDER: Mapping[str, tuple[Fault, ...]] = {
         fault("SubmitQuery", "connection_reset"),
     ),
     "while_polling": (
-        fault("GetQueryStatus", "grpc_error", code="RESOURCE_EXHAUSTED", message="429"),
-        fault("GetQueryStatus", "grpc_error", code="INTERNAL", message="500"),
-        fault("GetQueryStatus", "grpc_error", code="UNAVAILABLE", message="503"),
+        *(
+            fault("GetQueryStatus", "grpc_error", code=code, message="not now")
+            for code in ("RESOURCE_EXHAUSTED", "INTERNAL", "UNAVAILABLE")
+        ),
         fault("GetQueryStatus", "connection_reset"),
     ),
 }
@@ -400,10 +244,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         },
     ),
     "the cluster does not start": Scenario(
-        meet(
-            always("POST compute/start", "startup_fails", message="no machines left"),
-            always("POST manifest/start", "startup_fails", message="no machines left"),
-        ),
+        meet(always("POST manifest/start", "startup_fails", message="no machines left")),
         {
             "status_check": failing(STATUS, submits=0, cause="no machines left"),
             "context_manager_shutdown": failing(CONTEXT, submits=0, cause="no machines left"),
@@ -429,8 +270,8 @@ SCENARIOS: Mapping[str, Scenario] = {
         },
     ),
     "the shutdown finds nothing to stop": Scenario(
-        meet(fault("SubmitQuery", "cluster_lost", nth=3, message="the machine was reclaimed")),
-        {"multi_stage": Expected("success", tries=2, submits=4, cause="nothing to stop")},
+        meet(fault("SubmitQuery", "cluster_lost", nth=3, times=9, message="reclaimed")),
+        {"multi_stage": failing("find_best_days", submits=4, cause="nothing to stop")},
     ),
     "the shutdown fails": Scenario(
         meet(always("POST compute/{id}/stop", "http_error", status=500)),
@@ -449,14 +290,21 @@ SCENARIOS: Mapping[str, Scenario] = {
         f"429, 500, 503 and a reset {phase.replace('_', ' ')}": Scenario(
             meet(*faults),
             {
-                "status_check": Expected(
-                    "success", submits=1, clusters_left=1, cause="is out of order"
-                ),
-                "manual_shutdown": Expected("success", submits=2, cause="is out of order"),
+                "status_check": Expected("success", submits=1, clusters_left=1, cause=UNAVAILABLE),
+                "manual_shutdown": Expected("success", submits=2, cause=UNAVAILABLE),
             },
         )
         for phase, faults in OUT_OF_ORDER.items()
     },
+    "a status that says nothing about the query": Scenario(
+        meet(
+            *(
+                fault("GetQueryStatus", "grpc_error", code=code, message="not now")
+                for code in ("DEADLINE_EXCEEDED", "CANCELLED", "UNKNOWN")
+            )
+        ),
+        {"status_check": Expected("success", submits=1, clusters_left=1, cause=UNAVAILABLE)},
+    ),
     "a call that is never answered while starting": Scenario(
         meet(fault("POST manifest/start", "stall")),
         # The client gives up a request by itself, and asks again.
@@ -464,38 +312,32 @@ SCENARIOS: Mapping[str, Scenario] = {
     ),
     "a call that is never answered while submitting": Scenario(
         meet(fault("SubmitQuery", "stall")),
-        {"status_check": Expected("success", submits=1, clusters_left=1, cause="gave no answer")},
+        {"status_check": Expected("success", submits=1, clusters_left=1, cause="no reply for")},
     ),
     "a call that is never answered while polling": Scenario(
         meet(fault("GetQueryStatus", "stall")),
-        {"status_check": Expected("success", submits=1, clusters_left=1, cause="gave no answer")},
+        {"status_check": Expected("success", submits=1, clusters_left=1, cause="no reply for")},
     ),
     "the answer to a submission is lost": Scenario(
         meet(fault("SubmitQuery", "answer_lost")),
         {
-            "single_query": Expected(
-                "success", submits=1, clusters_left=1, cause="taken without an answer"
-            ),
+            "single_query": Expected("success", submits=1, clusters_left=1, cause=REPLY_LOST),
+            # A temporary result has no destination by which to find its query.
+            "multi_stage": Expected("success", submits=4, queries_left=0, cause="unavailable"),
             "status_check": Expected(
-                "success", submits=1, clusters_left=1, cause="taken without an answer"
+                "success", submits=1, clusters_left=1, cause="accepted although the reply was lost"
             ),
-            "manual_shutdown": Expected("success", submits=2, cause="taken without an answer"),
+            "manual_shutdown": Expected(
+                "success", submits=2, cause="accepted although the reply was lost"
+            ),
         },
     ),
     "the answer to a cluster's start is lost": Scenario(
-        meet(
-            fault("POST manifest/start", "answer_lost"),
-            fault("POST compute/start", "answer_lost"),
-        ),
+        meet(fault("POST manifest/start", "answer_lost")),
         {
-            "manifest_reuse": Expected(
-                "success", submits=1, clusters_left=1, cause="is out of order"
-            ),
-            "manual_shutdown": Expected("success", submits=2, cause="is out of order"),
-            # Without a manifest there is no name by which to find it.
-            "context_manager_shutdown": Expected(
-                "success", submits=1, clusters_left=1, cause="is out of order"
-            ),
+            "manifest_reuse": Expected("success", submits=1, clusters_left=1, cause=UNAVAILABLE),
+            "manual_shutdown": Expected("success", submits=2, cause=UNAVAILABLE),
+            "context_manager_shutdown": Expected("success", submits=1, cause=UNAVAILABLE),
         },
     ),
     "an outage outlasts the budget": Scenario(
@@ -504,7 +346,8 @@ SCENARIOS: Mapping[str, Scenario] = {
             always("GetQueryStatus", "grpc_error", code="UNAVAILABLE", message="down"),
         ),
         {
-            "status_check": failing(STATUS, submits=1, cancels=1, clusters_left=1, cause="down"),
+            # Canceled by each try, and by the run's callback: none learns that it has ended.
+            "status_check": failing(STATUS, submits=1, cancels=None, clusters_left=1, cause="down"),
             # Its cluster is stopped, so the next try has a query of its own.
             "context_manager_shutdown": failing(CONTEXT, submits=2, cancels=2, cause="down"),
         },
@@ -512,8 +355,8 @@ SCENARIOS: Mapping[str, Scenario] = {
     "the login expires in mid-wait": Scenario(
         meet(fault("GetQueryStatus", "tokens_expire", nth=2)),
         {
-            "status_check": Expected("success", submits=1, clusters_left=1, cause="is renewed"),
-            "manual_shutdown": Expected("success", submits=2, cause="is renewed"),
+            "status_check": Expected("success", submits=1, clusters_left=1, cause="Login expired"),
+            "manual_shutdown": Expected("success", submits=2, cause="Login expired"),
         },
     ),
     "the credentials are revoked in mid-run": Scenario(
@@ -543,29 +386,27 @@ SCENARIOS: Mapping[str, Scenario] = {
     ),
     "the manifest is for another Python": Scenario(
         outdated_manifest(python_version={"major": 3, "minor": 9, "patch": 1}),
-        {"manifest_reuse": Expected("success", submits=1, clusters_left=1, cause="is out of date")},
+        {"manifest_reuse": Expected("success", submits=1, clusters_left=1, cause=REGISTERED_ANEW)},
     ),
     "the manifest is for another Polars": Scenario(
         outdated_manifest(polars_version="1.41.2"),
-        {"manual_shutdown": Expected("success", submits=2, cause="is out of date")},
+        {"manual_shutdown": Expected("success", submits=2, cause=REGISTERED_ANEW)},
     ),
     "Polars Cloud restarts in mid-query": Scenario(
         with_running_queries({}, restart_polars_cloud),
         {
-            "status_check": Expected(
-                "success", submits=1, clusters_left=1, cause="is out of order"
-            ),
-            "context_manager_shutdown": Expected("success", submits=1, cause="is out of order"),
+            "status_check": Expected("success", submits=1, clusters_left=1, cause=UNAVAILABLE),
+            "context_manager_shutdown": Expected("success", submits=1, cause=UNAVAILABLE),
         },
     ),
     "the worker is killed after submitting": Scenario(
         with_running_queries({}, kill_worker, takes=LONG),
         {
             "status_check": Expected(
-                "success", tries=2, submits=1, clusters_left=1, cause="Going on with query"
+                "success", tries=2, submits=1, clusters_left=1, cause="Resuming query"
             ),
             "context_manager_shutdown": Expected(
-                "success", tries=2, submits=1, cause="Going on with query"
+                "success", tries=2, submits=1, cause="Resuming query"
             ),
         },
     ),
@@ -587,7 +428,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         with_running_queries({}, restart_scheduler, takes=LONG),
         {
             "status_check": Expected(
-                "success", tries=2, submits=1, clusters_left=1, cause="Going on with query"
+                "success", tries=2, submits=1, clusters_left=1, cause="Resuming query"
             )
         },
     ),
@@ -606,5 +447,151 @@ SCENARIOS: Mapping[str, Scenario] = {
     "two DAGs share a manifest": Scenario(
         beside("_beside"),
         {"parallel_single_node": Expected("success", submits=10, cause="Cluster .* stopped")},
+    ),
+    "a task with two queries is cleared and its code was changed": Scenario(
+        with_running_queries({"two_queries": 2}, clear_task_whose_code_was_changed),
+        {"two_queries": Expected("success", tries=2, submits=4, cancels=2, cause="Canceled query")},
+    ),
+    "the worker of two queries is killed": Scenario(
+        with_running_queries({"two_queries": 2}, kill_worker, takes=LONG),
+        {"two_queries": Expected("success", tries=2, submits=2, cause="Resuming query")},
+    ),
+    "a user marks the task success": Scenario(
+        with_running_queries({"two_queries": 2}, mark_task("success")),
+        {"two_queries": Expected("success", submits=2, cancels=2, cause="Canceled query")},
+    ),
+    "a user marks the task skipped": Scenario(
+        with_running_queries({"two_queries": 2}, mark_task("skipped")),
+        {"two_queries": Expected("success", submits=2, cancels=2, cause="Canceled query")},
+    ),
+    "the first of two queries fails": Scenario(
+        meet(
+            fault("SubmitQuery", "query_fails", error="SchemaError: no such type"),
+            fault("SubmitQuery", "query_hangs", nth=2),
+        ),
+        {"two_queries": Expected("success", tries=2, submits=4, cancels=1, cause="no such type")},
+    ),
+    "a frozen worker wakes up when the next try has resumed its query": Scenario(
+        with_running_queries({}, freeze_worker, takes=LONG),
+        {
+            "status_check": Expected(
+                "success", tries=2, submits=1, clusters_left=1, cause="Resuming query"
+            ),
+            "context_manager_shutdown": Expected(
+                "success", tries=2, submits=1, clusters=1, cause="Resuming query"
+            ),
+        },
+    ),
+    "the worker is shut down in mid-query": Scenario(
+        with_running_queries({}, shut_worker_down, takes=LONG),
+        {
+            "status_check": Expected(
+                "success", tries=2, submits=1, clusters_left=1, cause="nobody has ended the task"
+            ),
+            "context_manager_shutdown": Expected(
+                "success", tries=2, submits=1, clusters=1, cause="nobody has ended the task"
+            ),
+        },
+    ),
+    "Airflow's API server is away in mid-query": Scenario(
+        with_running_queries({}, take_api_server_away, takes=LONG),
+        {
+            "context_manager_shutdown_often_tried": Expected(
+                "success", tries=None, submits=1, clusters=1, cause="Resuming query"
+            )
+        },
+    ),
+    "the second try is killed before it has done anything": Scenario(
+        with_running_queries({}, kill_second_try_at_once),
+        {
+            "status_check": failing(
+                STATUS, submits=1, cancels=1, clusters_left=1, cause="Process terminated by signal"
+            ),
+            "context_manager_shutdown": failing(
+                CONTEXT, submits=1, cancels=1, cause="Process terminated by signal"
+            ),
+        },
+    ),
+    "the worker is killed while the cluster starts": Scenario(
+        kill_worker_while_the_cluster_starts,
+        {
+            "context_manager_shutdown": Expected(
+                "success", tries=2, submits=1, clusters=1, cause="Cluster .* stopped"
+            ),
+            "status_check": Expected(
+                "success", tries=2, submits=1, clusters_left=1, clusters=1, cause="wrote"
+            ),
+            "manual_shutdown": Expected(
+                "success", tries=2, submits=2, clusters=1, cause="Cluster .* stopped"
+            ),
+        },
+    ),
+    "the cluster's size was changed in the code": Scenario(
+        outdated_manifest(cluster_size=1, idle_timeout_mins=20),
+        {
+            "manifest_reuse": Expected(
+                "success",
+                submits=1,
+                clusters_left=1,
+                cause="cluster_size 1 → 2, idle_timeout_mins 20 → 10",
+            )
+        },
+    ),
+    "one task is cleared after Polars was upgraded": Scenario(
+        upgrade_and_clear_one_task,
+        {
+            # The cluster of the old version idles on beside the new one.
+            "manifest_reuse": Expected(
+                "success", tries=2, submits=2, clusters_left=2, cause=REGISTERED_ANEW
+            )
+        },
+    ),
+    "failed tasks of uneven length are cleared after the cluster was stopped": Scenario(
+        clear_only_failed_of_uneven_length,
+        {"manual_shutdown": Expected("success", tries=3, submits=6, cause="Cluster .* stopped")},
+    ),
+    "two scopes in one run, and one ends first": Scenario(
+        with_running_queries({}, open_gate, takes=LONG),
+        {
+            "two_scopes": Expected(
+                "success", tries=2, submits=2, clusters=2, cause="Cluster .* stopped"
+            )
+        },
+    ),
+    "a query is left to itself beside a scope": Scenario(
+        with_running_queries({}, leave_query, takes=LONG),
+        {
+            "left_beside_scope": Expected(
+                "success", submits=2, clusters=2, clusters_left=1, cause="Cluster .* stopped"
+            )
+        },
+    ),
+    "five days of a backfill at once": Scenario(
+        side_by_side(5),
+        {
+            "complete_pipeline": Expected(
+                "success", submits=20, clusters=1, cause="Cluster .* stopped|other users"
+            )
+        },
+    ),
+    "many mapped tasks of uneven length": Scenario(
+        meet(),
+        {"many_tasks": Expected("success", submits=24, clusters=1, cause="Cluster .* stopped")},
+    ),
+    "the DAG file is edited in mid-query": Scenario(
+        with_running_queries({}, edit_dag, takes=LONG),
+        {"multi_stage": Expected("success", submits=3, cause="Cluster .* stopped")},
+    ),
+    "the DAG is paused in mid-query": Scenario(
+        with_running_queries({}, pause_dag, takes=LONG),
+        {"multi_stage": Expected("success", submits=3, cause="Cluster .* stopped")},
+    ),
+    "the DAG file is deleted in mid-query": Scenario(
+        with_running_queries({}, delete_dag, takes=LONG),
+        {
+            "context_manager_shutdown": Expected(
+                "success", submits=1, clusters=1, cause="Cluster .* stopped"
+            )
+        },
     ),
 }

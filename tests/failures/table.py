@@ -2,7 +2,7 @@
 
 from tests.failures.scenarios import SCENARIOS, Expected
 
-IDLE_BY_DESIGN = ("single_query", "status_check", "manifest_reuse")
+IDLE_BY_DESIGN = ("single_query", "status_check", "manifest_reuse", "left_beside_scope")
 
 
 def table() -> str:

@@ -6,10 +6,10 @@ WORKSPACE = os.environ.get("POLARS_CLOUD_WORKSPACE", "playground")
 """Name of the Polars Cloud workspace."""
 
 MANIFEST = os.environ.get("POLARS_CLOUD_MANIFEST", "airflow-production")
-"""Name of the manifest, the registered description of a cluster."""
+"""Name of the manifest that `manifest_reuse` registers."""
 
 DATA = os.environ.get("POLARS_CLOUD_DATA", "s3://your-bucket").rstrip("/")
 """URI below which `sales/`, `inventory/` and `returns/` are read and results are written."""
 
-OUTAGE = float(os.environ.get("POLARS_CLOUD_OUTAGE", "120"))
-"""Seconds for which Polars Cloud may be out of order before a task gives up."""
+OUTAGE_SECONDS = float(os.environ.get("POLARS_CLOUD_OUTAGE", "120"))
+"""Seconds for which Polars Cloud may be unavailable before a task gives up."""

@@ -1,0 +1,162 @@
+"""Retry a call until an outage is over, or has lasted too long."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from typing import TypeVar
+
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential
+
+from .settings import OUTAGE_SECONDS
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+TRANSIENT_STATUS = {"408", "425", "429", "500", "502", "503", "504"}
+"""HTTP statuses after which the same request may succeed."""
+
+TRANSIENT_GRPC = (
+    "Deadline expired before operation could complete",
+    "Internal error",
+    "Some resource has been exhausted",
+    "The operation was aborted",
+    "The operation was cancelled",
+    "The service is currently unavailable",
+    "Unknown error",
+)
+"""The client's names of gRPC statuses that say nothing about the query itself."""
+
+TRANSIENT_TEXT = re.compile(
+    r"Error calling gRPC endpoint, (" + "|".join(TRANSIENT_GRPC) + r"),"
+    r"|Error setting up gRPC connection"
+    r"|Error calling REST endpoint: error sending request"
+    # The token endpoint: no answer, or one of a gateway that stands in front of it.
+    r"|Error getting access token"
+    r"|Error parsing access token JSON: (?!.*missing field `access_token`)"
+)
+
+_deadline = ContextVar[float | None]("deadline", default=None)
+
+
+def retry(function: Callable[[], T], *, call_timeout: float | None = OUTAGE_SECONDS / 4) -> T:
+    """Call the function, and again for as long as it fails in a way that may pass.
+
+    The function runs in a thread. The caller waits in Python, where Airflow's time-outs and signals
+    reach it.
+
+    Parameters
+    ----------
+    function
+        May be carried out more than once.
+    call_timeout
+        Seconds after which a call without a reply is abandoned; None: never.
+
+    Raises
+    ------
+    Exception
+        The last failure, as the function raised it, after `OUTAGE_SECONDS` or at the end of
+        `time_limit`.
+    TimeoutError
+        The last call had no reply.
+    """
+    began = time.monotonic()
+    ends = began + OUTAGE_SECONDS
+    if (limit := _deadline.get()) is not None:
+        ends = min(ends, limit)
+
+    def attempt() -> T:
+        timeout = call_timeout
+        if limit is not None:
+            left = max(limit - time.monotonic(), 0.1)
+            timeout = left if timeout is None else min(timeout, left)
+        return in_thread(function, timeout)
+
+    def log_outage(state: RetryCallState) -> None:
+        assert state.outcome is not None
+        assert state.next_action is not None
+        logger.warning(
+            "Polars Cloud is unavailable, retrying in %.1f s (try %d, up to %.0f s): %s",
+            state.next_action.sleep,
+            state.attempt_number + 1,
+            ends - began,
+            state.outcome.exception(),
+        )
+
+    retrying = Retrying(
+        retry=retry_if_exception(is_transient),
+        stop=lambda state: time.monotonic() + state.upcoming_sleep > ends,
+        wait=wait_exponential(multiplier=0.2, max=10),
+        before_sleep=log_outage,
+        reraise=True,
+    )
+    return retrying(attempt)
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Let the calls in the body take no longer than this, all together."""
+    token = _deadline.set(time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
+def time_left(seconds: float) -> float:
+    """These seconds, or as many of them as `time_limit` leaves."""
+    limit = _deadline.get()
+    return seconds if limit is None else min(seconds, limit - time.monotonic())
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may succeed a little later.
+
+    The client has no exception types for this, only texts.
+    """
+    if isinstance(error, TimeoutError | ConnectionError):
+        return True
+    text = str(error)
+    return bool(TRANSIENT_TEXT.match(text)) or http_status(text) in TRANSIENT_STATUS
+
+
+def http_status(text: str) -> str | None:
+    """The HTTP status in an error of the client's; None where the service's own words hide it."""
+    message = text
+    with suppress(ValueError, KeyError, TypeError):
+        message = json.loads(text)["message"]
+    found = re.match(r"Status (\d{3})\b", message)
+    return found[1] if found else None
+
+
+def in_thread(function: Callable[[], T], timeout: float | None = None) -> T:
+    """Run the function in a thread, so that a signal interrupts the caller and never the function.
+
+    Raises
+    ------
+    TimeoutError
+        There is no result after `timeout` seconds; the function runs on.
+    """
+    future = Future[T]()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="polars-cloud-call", daemon=True).start()
+    try:
+        return future.result(timeout)
+    except TimeoutError:
+        if future.done():
+            raise
+        raise TimeoutError(f"no reply for {timeout:.1f} s") from None

@@ -1,0 +1,52 @@
+"""A query that is left to itself, in a run that also has a shared cluster."""
+
+from datetime import datetime, timedelta
+
+from airflow.sdk import dag, task
+
+from include.auth import authenticate
+from include.polars_remote import (
+    clean_up,
+    compute_context,
+    leave,
+    run_query,
+    shared_cluster,
+    submit,
+    use_cluster,
+)
+from include.polars_remote.settings import DATA
+
+LEFT = {"name": "airflow-left", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
+SHARED = {"name": "airflow-shared", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
+
+
+@dag(
+    schedule=None,
+    start_date=datetime(2026, 1, 1),
+    on_failure_callback=clean_up,
+    default_args={"retries": 1, "retry_delay": timedelta(seconds=1)},
+)
+def left_beside_scope() -> None:
+    @task
+    @authenticate
+    def submit_and_leave() -> str:
+        import polars as pl
+
+        sales = pl.scan_parquet(f"{DATA}/sales/").select(pl.len())
+        return leave(submit(sales.remote(compute_context(LEFT)).execute))
+
+    @task
+    @authenticate
+    def count_returns() -> list[str]:
+        import polars as pl
+
+        with use_cluster(SHARED) as ctx:
+            returns = pl.scan_parquet(f"{DATA}/returns/").select(pl.len())
+            return run_query(returns.remote(ctx).execute).location
+
+    left = submit_and_leave()
+    with shared_cluster(SHARED):
+        left >> count_returns()
+
+
+left_beside_scope()

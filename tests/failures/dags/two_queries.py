@@ -1,0 +1,44 @@
+"""One task with two queries at once, on a cluster of its own."""
+
+from datetime import datetime, timedelta
+
+from airflow.sdk import dag, task
+
+from include.auth import authenticate
+from include.polars_remote import clean_up, submit, use_cluster, wait_for
+from include.polars_remote.settings import DATA
+
+RESULTS = f"{DATA}/results/two_queries"
+VERSION = "old"
+CLUSTER = {
+    "name": "airflow-two-queries",
+    "cpus": 2,
+    "memory": 4,
+    "cluster_size": 2,
+    "idle_timeout_mins": 10,
+}
+
+
+@dag(
+    schedule=None,
+    start_date=datetime(2026, 1, 1),
+    on_failure_callback=clean_up,
+    default_args={"retries": 1, "retry_delay": timedelta(seconds=1)},
+)
+def two_queries() -> None:
+    @task
+    @authenticate
+    def ask_twice() -> list[str]:
+        import polars as pl
+
+        frame = pl.LazyFrame({"version": [VERSION]})
+        with use_cluster(CLUSTER) as ctx:
+            remote = frame.remote(ctx).single_node()
+            first = submit(remote.sink_parquet, f"{RESULTS}/first.parquet")
+            second = submit(remote.sink_parquet, f"{RESULTS}/second.parquet")
+            return [*wait_for(first).location, *wait_for(second).location]
+
+    ask_twice()
+
+
+two_queries()

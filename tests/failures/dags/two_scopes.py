@@ -1,0 +1,53 @@
+"""Two shared clusters in one run; the work on the one ends while a query runs on the other."""
+
+from datetime import datetime, timedelta
+
+from airflow.sdk import dag, task
+
+from include.auth import authenticate
+from include.polars_remote import clean_up, run_query, shared_cluster, use_cluster
+from include.polars_remote.settings import DATA
+
+LONG = {"name": "airflow-long", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
+SHORT = {"name": "airflow-short", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
+
+
+@dag(
+    schedule=None,
+    start_date=datetime(2026, 1, 1),
+    on_failure_callback=clean_up,
+    default_args={"retries": 1, "retry_delay": timedelta(seconds=1)},
+)
+def two_scopes() -> None:
+    @task
+    @authenticate
+    def run_long() -> list[str]:
+        import polars as pl
+
+        with use_cluster(LONG) as ctx:
+            sales = pl.scan_parquet(f"{DATA}/sales/").select(pl.len())
+            return run_query(sales.remote(ctx).execute).location
+
+    @task.sensor(poke_interval=0.5, mode="reschedule")
+    def wait_for_long_query() -> bool:
+        from airflow.sdk import Variable
+
+        return Variable.get("gate", default="closed") == "open"
+
+    @task
+    @authenticate
+    def run_short() -> list[str]:
+        import polars as pl
+
+        with use_cluster(SHORT) as ctx:
+            returns = pl.scan_parquet(f"{DATA}/returns/").select(pl.len())
+            return run_query(returns.remote(ctx).execute).location
+
+    with shared_cluster(LONG):
+        run_long()
+    gate = wait_for_long_query()
+    with shared_cluster(SHORT):
+        gate >> run_short()
+
+
+two_scopes()

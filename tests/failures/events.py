@@ -1,0 +1,399 @@
+"""What goes wrong: each event is made to happen to a run of a DAG, which is then waited for."""
+
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import boto3
+import polars as pl
+import psutil
+
+from tests.emulator.raw_calls import CLUSTER, WORKSPACE, rest_client
+from tests.failures.deployment import API_SERVER, DAG_PROCESSOR, SCHEDULER, Deployment, Run
+
+BUCKET = "your-bucket"
+LONG = 100.0
+"""Seconds that a long query takes on the emulator's clock; less than a token lives."""
+
+COLUMNS = {"sales": "status", "inventory": "on_hand", "returns": "quantity"}
+"""A column of each table that its queries need."""
+
+Act = Callable[[Deployment, str], Run]
+"""Makes something happen to a run of the DAG, and gives that run, ended."""
+
+Fault = dict[str, Any]
+
+
+def fault(operation: str, kind: str, **fields: object) -> Fault:
+    return {"operation": operation, "kind": kind, **fields}
+
+
+def always(operation: str, kind: str, **fields: object) -> Fault:
+    return fault(operation, kind, times=1_000, **fields)
+
+
+def meet(*faults: Fault) -> Act:
+    """A run that meets these faults."""
+
+    def act(airflow: Deployment, dag_id: str) -> Run:
+        for each in faults:
+            airflow.emulator.api.add_fault(**each)
+        run = airflow.trigger(dag_id)
+        run.wait_for_end()
+        return run
+
+    return act
+
+
+def with_running_queries(
+    count: Mapping[str, int], then: Callable[[Deployment, Run], None], *, takes: float | None = None
+) -> Act:
+    """A run to whose queries something happens while they are running.
+
+    Parameters
+    ----------
+    count
+        How many of them run at the same time, by DAG; one unless given.
+    takes
+        Seconds that they take; for ever if None.
+    """
+
+    def act(airflow: Deployment, dag_id: str) -> Run:
+        emulator = airflow.emulator
+        wanted = count.get(dag_id, 1)
+        kind = (
+            {"kind": "query_hangs"} if takes is None else {"kind": "query_takes", "seconds": takes}
+        )
+        emulator.api.add_fault("SubmitQuery", times=wanted, **kind)
+        run = airflow.trigger(dag_id)
+        airflow.eventually(lambda: len(emulator.running_queries()) == wanted)
+        then(airflow, run)
+        run.wait_for_end()
+        return run
+
+    return act
+
+
+def cancel_from_elsewhere(airflow: Deployment, run: Run) -> None:
+    [query] = airflow.emulator.running_queries()
+    with rest_client(airflow.emulator.api.environment) as rest:
+        rest.post(f"{WORKSPACE}/query/{query['id']}/cancel").raise_for_status()
+
+
+def mark_task_failed(airflow: Deployment, run: Run) -> None:
+    """Mark one task failed, and let the queries of others end."""
+    emulator = airflow.emulator
+    run.mark("failed", run.running_tasks()[0])
+    airflow.eventually(lambda: any(query["cancels"] for query in emulator.queries()))
+    airflow.eventually(lambda: {q["status"] for q in emulator.running_queries()} <= {"InProgress"})
+    emulator.api.advance_clock(timedelta(seconds=LONG))
+
+
+def mark_run_failed(airflow: Deployment, run: Run) -> None:
+    run.mark("failed")
+
+
+def clear_task(airflow: Deployment, run: Run) -> None:
+    task_id = run.running_tasks()[0]
+    tries = run.tries(task_id)
+    run.clear(task_id)
+    airflow.eventually(lambda: run.tries(task_id) > tries)
+
+
+def kill_worker(airflow: Deployment, run: Run) -> None:
+    """SIGKILL for the process that runs the task, then time for the query to end."""
+    task_id = run.running_tasks()[0]
+    tries = run.tries(task_id)
+    run.process(task_id).kill()
+    airflow.eventually(lambda: run.tries(task_id) > tries)
+    airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
+
+
+def kill_worker_at_every_try(airflow: Deployment, run: Run) -> None:
+    [task_id] = run.running_tasks()
+    run.process(task_id).kill()
+    airflow.eventually(lambda: run.tries(task_id) == 2 and run.running_tasks())
+    airflow.eventually(lambda: "Resuming query" in run.log(task_id, "2"))
+    run.process(task_id).kill()
+
+
+def restart_scheduler(airflow: Deployment, run: Run) -> None:
+    with airflow.without(SCHEDULER):
+        pass
+    airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
+
+
+def restart_polars_cloud(airflow: Deployment, run: Run) -> None:
+    airflow.emulator.stop()
+    airflow.emulator.start()
+
+
+def break_data(airflow: Deployment, table: str, column: str) -> pl.DataFrame:
+    """Take a column out of a table; what was there."""
+    folder = f"s3://{BUCKET}/{table}/"
+    options = storage_options(airflow)
+    whole = pl.read_parquet(folder, storage_options=options)
+    replace(airflow, table, whole.drop(column))
+    return whole
+
+
+def replace(airflow: Deployment, table: str, frame: pl.DataFrame) -> None:
+    options = storage_options(airflow)
+    s3 = boto3.client(
+        "s3",
+        endpoint_url=options["aws_endpoint_url"],
+        aws_access_key_id=options["aws_access_key_id"],
+        aws_secret_access_key=options["aws_secret_access_key"],
+        region_name=options["aws_region"],
+    )
+    for entry in s3.list_objects_v2(Bucket=BUCKET, Prefix=f"{table}/")["Contents"]:
+        s3.delete_object(Bucket=BUCKET, Key=entry["Key"])
+    frame.write_parquet(f"s3://{BUCKET}/{table}/all.parquet", storage_options=options)
+
+
+def storage_options(airflow: Deployment) -> dict[str, str]:
+    environment = airflow.emulator.api.environment
+    return {name.lower(): environment[name] for name in environment if name.startswith("AWS_")}
+
+
+def fail_one_of_three(airflow: Deployment, dag_id: str) -> Run:
+    break_data(airflow, "returns", "quantity")
+    return meet()(airflow, dag_id)
+
+
+def fail_once(airflow: Deployment, dag_id: str, *tables: str) -> Run:
+    """A run that failed for a reason that is gone."""
+    whole = {name: break_data(airflow, name, COLUMNS[name]) for name in tables or ("sales",)}
+    run = meet()(airflow, dag_id)
+    assert run.state == "failed"
+    assert not airflow.emulator.live_clusters()
+    for name, table in whole.items():
+        replace(airflow, name, table)
+    return run
+
+
+def clear_before_the_callback(airflow: Deployment, dag_id: str) -> Run:
+    emulator = airflow.emulator
+    with airflow.without(DAG_PROCESSOR):
+        run = fail_once(airflow, dag_id)
+        emulator.api.add_fault("SubmitQuery", "query_takes", seconds=LONG)
+        run.clear(only_failed=True)
+        airflow.eventually(emulator.running_queries)
+    airflow.eventually(lambda: f"Run {run.run_id} goes on" in airflow.callback_log(dag_id))
+    emulator.api.advance_clock(timedelta(seconds=LONG))
+    run.wait_for_end()
+    return run
+
+
+def clear_only_failed(airflow: Deployment, dag_id: str) -> Run:
+    run = fail_once(airflow, dag_id)
+    run.clear(only_failed=True)
+    airflow.eventually(lambda: run.state != "failed")
+    run.wait_for_end()
+    return run
+
+
+def manifest_of(dag_id: str) -> str:
+    return {"manual_shutdown": "airflow-manual-shutdown"}.get(dag_id, "airflow-production")
+
+
+def outdated_manifest(**drift: object) -> Act:
+    def act(airflow: Deployment, dag_id: str) -> Run:
+        with rest_client(airflow.emulator.api.environment) as rest:
+            manifest = {**CLUSTER, **drift, "name": manifest_of(dag_id)}
+            rest.post(f"{WORKSPACE}/manifest", json=manifest).raise_for_status()
+        return meet()(airflow, dag_id)
+
+    return act
+
+
+def beside(suffix: str = "") -> Act:
+    """A run that ends while another, of the same or another DAG, uses the same cluster."""
+
+    def act(airflow: Deployment, dag_id: str) -> Run:
+        emulator = airflow.emulator
+        emulator.api.add_fault("SubmitQuery", "query_takes", seconds=LONG)
+        first = airflow.trigger(dag_id)
+        airflow.eventually(lambda: len(emulator.running_queries()) == 1)
+        second = airflow.trigger(dag_id + suffix)
+        second.wait_for_end()
+        assert second.state == "success"
+        assert len(emulator.running_queries()) == 1, "the first run's query was stopped"
+        emulator.api.advance_clock(timedelta(seconds=LONG))
+        first.wait_for_end()
+        return first
+
+    return act
+
+
+def mark_task(state: str) -> Callable[[Deployment, Run], None]:
+    """A user marks the task in mid-query."""
+
+    def act(airflow: Deployment, run: Run) -> None:
+        run.mark(state, run.running_tasks()[0])
+
+    return act
+
+
+def clear_task_whose_code_was_changed(airflow: Deployment, run: Run) -> None:
+    with airflow.edited(run.dag_id, lambda source: source.replace('"old"', '"new"')):
+        airflow.emulator.api.clear_faults()
+        clear_task(airflow, run)
+        run.wait_for_end()
+    files = pl.read_parquet(
+        f"s3://{BUCKET}/results/two_queries/", storage_options=storage_options(airflow)
+    )
+    assert files["version"].to_list() == ["new", "new"], "files of two code versions"
+
+
+def kill_second_try_at_once(airflow: Deployment, run: Run) -> None:
+    """SIGKILL for the second try before it has done anything."""
+    [task_id] = run.running_tasks()
+    run.process(task_id).kill()
+    airflow.eventually(lambda: run.tries(task_id) == 2 and run.running_tasks())
+    run.process(task_id).kill()
+
+
+def freeze_worker(airflow: Deployment, run: Run) -> None:
+    """Freeze the worker until the next try has resumed the query, and let it wake up then."""
+    [task_id] = run.running_tasks()
+    process = run.process(task_id)
+    supervisor = process.parent()
+    assert supervisor is not None
+    for each in (process, supervisor):
+        each.suspend()
+    try:
+        airflow.eventually(lambda: run.tries(task_id) == 2 and "Resuming query" in run.log())
+    finally:
+        for each in (process, supervisor):
+            each.resume()
+    psutil.wait_procs([process], airflow.patience)
+    assert not process.is_running(), "the frozen worker runs on"
+    airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
+
+
+def shut_worker_down(airflow: Deployment, run: Run) -> None:
+    """SIGTERM for the task's process, as when its machine is taken away."""
+    [task_id] = run.running_tasks()
+    run.process(task_id).terminate()
+    airflow.eventually(lambda: run.tries(task_id) == 2)
+    airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
+
+
+def take_api_server_away(airflow: Deployment, run: Run) -> None:
+    """Airflow's API server is away for longer than the task's heartbeats may fail."""
+    [task_id] = run.running_tasks()
+    process = run.process(task_id)
+    with airflow.without(API_SERVER):
+        psutil.wait_procs([process], airflow.patience)
+        assert not process.is_running(), "the task does not miss the API server"
+    airflow.eventually(lambda: "Resuming query" in run.log())
+    airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
+
+
+def edit_dag(airflow: Deployment, run: Run) -> None:
+    """The DAG file is edited, and parsed again, while the query runs."""
+
+    def parsed_at() -> object:
+        return airflow.call("GET", f"dags/{run.dag_id}")["last_parsed_time"]
+
+    before = parsed_at()
+    with airflow.edited(run.dag_id, lambda source: f"{source}\n# Edited.\n"):
+        airflow.eventually(lambda: parsed_at() != before)
+        airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
+        run.wait_for_end()
+
+
+def pause_dag(airflow: Deployment, run: Run) -> None:
+    """The DAG is paused in mid-query, until the query has ended."""
+    airflow.call("PATCH", f"dags/{run.dag_id}", is_paused=True)
+    airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
+    airflow.eventually(lambda: not airflow.emulator.running_queries())
+    airflow.call("PATCH", f"dags/{run.dag_id}", is_paused=False)
+
+
+def delete_dag(airflow: Deployment, run: Run) -> None:
+    """The DAG file is deleted while the query runs; Airflow ends such a run when it is back."""
+    with airflow.deleted(run.dag_id):
+        airflow.eventually(lambda: airflow.call("GET", f"dags/{run.dag_id}")["is_stale"])
+        airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
+        airflow.eventually(lambda: set(run.tasks().values()) == {"success"})
+        assert not airflow.emulator.live_clusters()
+
+
+def open_gate(airflow: Deployment, run: Run) -> None:
+    """Let the other scope begin and end, then the query."""
+    airflow.call("POST", "variables", key="gate", value="open")
+    try:
+        airflow.eventually(lambda: run.tasks().get("stop_cluster__1") == "success")
+    finally:
+        airflow.call("DELETE", "variables/gate")
+    assert [query["cancels"] for query in airflow.emulator.queries()] == [0, 0]
+    airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
+
+
+def leave_query(airflow: Deployment, run: Run) -> None:
+    """The run ends; its query, that was left, runs to its end."""
+    run.wait_for_end()
+    assert len(airflow.emulator.running_queries()) == 1
+    airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
+    airflow.eventually(lambda: not airflow.emulator.running_queries())
+    assert {query["status"] for query in airflow.emulator.queries()} == {"Success"}
+
+
+def clear_only_failed_of_uneven_length(airflow: Deployment, dag_id: str) -> Run:
+    run = fail_once(airflow, dag_id, "sales", "inventory")
+    # There is one worker: the short query comes first.
+    airflow.emulator.api.add_fault("SubmitQuery", "query_takes", nth=2, seconds=LONG)
+    run.clear(only_failed=True)
+    # The short one has ended, and left the cluster to the long one.
+    airflow.eventually(
+        lambda: (
+            len(airflow.emulator.running_queries()) == 1
+            and sorted(filter(None, run.tasks().values())).count("running") == 1
+            and sum(query["status"] == "Success" for query in airflow.emulator.queries()) == 1
+        )
+    )
+    airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
+    run.wait_for_end()
+    return run
+
+
+def kill_worker_while_the_cluster_starts(airflow: Deployment, dag_id: str) -> Run:
+    emulator = airflow.emulator
+    emulator.api.add_fault("POST manifest/start", "startup_takes", seconds=LONG)
+    run = airflow.trigger(dag_id)
+    airflow.eventually(lambda: [c["status"] for c in emulator.live_clusters()] == ["Starting"])
+    [task_id] = run.running_tasks()
+    run.process(task_id).kill()
+    airflow.eventually(lambda: run.tries(task_id) == 2 and run.running_tasks())
+    emulator.api.advance_clock(timedelta(seconds=LONG))
+    run.wait_for_end()
+    return run
+
+
+def side_by_side(runs: int) -> Act:
+    """Several runs of the DAG at once, as in a backfill; the last to end."""
+
+    def act(airflow: Deployment, dag_id: str) -> Run:
+        triggered = [airflow.trigger(dag_id) for _ in range(runs)]
+        for run in triggered:
+            run.wait_for_end()
+            assert run.state == "success"
+        return triggered[-1]
+
+    return act
+
+
+def upgrade_and_clear_one_task(airflow: Deployment, dag_id: str) -> Run:
+    """A task is cleared alone after Polars was upgraded: the manifest is for the one before."""
+    run = meet()(airflow, dag_id)
+    with rest_client(airflow.emulator.api.environment) as rest:
+        name = manifest_of(dag_id)
+        rest.delete(f"{WORKSPACE}/manifest", params={"name": name}).raise_for_status()
+        manifest = {**CLUSTER, "polars_version": "1.41.2", "name": name}
+        rest.post(f"{WORKSPACE}/manifest", json=manifest).raise_for_status()
+    run.clear("sum_refunds")
+    airflow.eventually(lambda: run.state != "success")
+    run.wait_for_end()
+    return run

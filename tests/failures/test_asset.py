@@ -1,0 +1,16 @@
+"""The daily report is announced as an Asset, and the README's DAG runs on it."""
+
+from tests.failures.deployment import Deployment, Run
+from tests.waiting import eventually
+
+
+def test_another_dag_runs_on_the_daily_report(airflow: Deployment) -> None:
+    def runs() -> list[Run]:
+        answer = airflow.call("GET", "dags/mail_report/dagRuns?state=success&limit=100")
+        return [Run(airflow, "mail_report", run["dag_run_id"]) for run in answer["dag_runs"]]
+
+    before = len(runs())
+    report = airflow.trigger("complete_pipeline")
+    report.wait_for_end()
+    eventually(lambda: len(runs()) > before, pause=0.5)
+    assert "rows in s3://your-bucket/reports/daily/" in runs()[-1].log()

@@ -1,0 +1,31 @@
+"""What a test sees of Polars Cloud and of the ledger."""
+
+import json
+from typing import Any
+
+from polars_cloud_emulator.testing import RunningEmulator
+from tests.tries import Supervisor
+
+
+def query_statuses(emulator: RunningEmulator) -> list[str]:
+    """Of all queries, oldest first."""
+    return [query["status"] for query in emulator.state()["queries"]]
+
+
+def cluster_statuses(emulator: RunningEmulator) -> list[str]:
+    """Of all clusters, oldest first."""
+    return [cluster["status"] for cluster in emulator.state()["clusters"]]
+
+
+def calls(emulator: RunningEmulator, name: str) -> int:
+    """How often Polars Cloud got the call whose path ends in this name."""
+    return sum(entry["path"].endswith(f"/{name}") for entry in emulator.journal())
+
+
+def entries(supervisor: Supervisor, kind: str) -> list[dict[str, Any]]:
+    """The ledger's entries for a `task` or a `cluster`."""
+    return [
+        json.loads(value)
+        for key, value in sorted(supervisor.variables.items())
+        if key.startswith(f"polars_cloud/{kind}/")
+    ]
