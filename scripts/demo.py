@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from local_airflow import ROOT, use_airflow, use_emulator
+from polars_cloud_emulator.object_store import TEMPORARY_BUCKET
 from polars_cloud_emulator.testing import RunningEmulator, running_emulator
 
 AIRFLOW_HOME = ROOT / ".airflow"
@@ -93,7 +94,11 @@ def main() -> int:
                 str(len(run.get_task_instances())),
                 billed(emulator, queries),
             ]
-            written = [(str(q["n_rows"]), uri) for q in queries for uri in q["destinations"]]
+            written = [
+                (str(q["n_rows"]), "a temporary result" if TEMPORARY_BUCKET in uri else uri)
+                for q in queries
+                for uri in q["destinations"]
+            ]
             for cells in written or [("", "")]:
                 table.add_row(*summary, *cells)
                 summary = [""] * len(summary)

@@ -32,7 +32,8 @@ def ensure_manifest(cluster: Cluster, owner: Owner | None = None) -> ComputeCont
 
     A manifest pins Polars and Python to the patch, and the client refuses one that does not match.
     A cluster that is in use keeps its size until its users have left; a live cluster of other
-    versions runs on, without a name, until its idle timeout.
+    versions runs on, without a name, until its idle timeout. An option that the code leaves out
+    stays as it was registered.
 
     Parameters
     ----------
