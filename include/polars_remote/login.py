@@ -81,11 +81,6 @@ def log_in(conn_id: str) -> Exception | None:
     return None
 
 
-def current_conn_id() -> str:
-    """Id of the Connection that this process has logged in with."""
-    return _conn_id
-
-
 def call_polars_cloud(
     function: Callable[..., T], *arguments: Any, call_timeout: float | None = OUTAGE_SECONDS / 4
 ) -> T:
