@@ -220,6 +220,16 @@ def test_changing_at_the_same_time_is_no_error(emulator: RunningEmulator) -> Non
 
 
 @pytest.mark.usefixtures("pc")
+def test_a_manifest_that_another_task_has_just_removed_is_registered(
+    emulator: RunningEmulator,
+) -> None:
+    # It was there when this task registered it, and is not when it looks.
+    emulator.add_fault("POST manifest", "http_error", status=409)
+    ensure_manifest(CLUSTER)
+    assert registered(emulator)["name"] == "shop"
+
+
+@pytest.mark.usefixtures("pc")
 def test_a_refused_spec_is_an_error_in_the_words_of_polars_cloud() -> None:
     with pytest.raises(ValueError, match="idle_timeout_mins must be at least 10"):
         ensure_manifest({**CLUSTER, "idle_timeout_mins": 5})

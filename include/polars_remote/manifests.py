@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+REGISTRATIONS = 5
+"""How often a refusal is taken for a moment in which other tasks are changing the manifest."""
+
 Cluster = Mapping[str, Any]
 """What a cluster is to be: a manifest's `name`, and `cpus`, `memory`, `cluster_size`, ..."""
 
@@ -112,15 +115,20 @@ def find_manifest(name: str) -> ComputeContext | None:
 
 
 def _register(wanted: ComputeContext, name: str) -> ComputeContext:
-    try:
-        call_polars_cloud(wanted.register, name)
-        logger.info("Registered manifest %s", name)
-    except ValueError:
-        # It may be there: registered by another task, or by this one when the reply was lost.
-        if found := find_manifest(name):
-            return found
-        raise
-    return wanted
+    refusal = ValueError()
+    for _ in range(REGISTRATIONS):
+        try:
+            call_polars_cloud(wanted.register, name)
+        except ValueError as error:
+            # It may be there: registered by another task, or by this one when the reply was lost.
+            if found := find_manifest(name):
+                return found
+            # Or it was there, and another task that changes it as well has just removed it.
+            refusal = error
+        else:
+            logger.info("Registered manifest %s", name)
+            return wanted
+    raise refusal
 
 
 def _unnamed(cluster: Cluster) -> ComputeContext:
