@@ -9,7 +9,7 @@ export AIRFLOW_HOME := $(CURDIR)/.airflow
 export PYTHONPATH := $(CURDIR):$(CURDIR)/emulator
 export UV_CACHE_DIR := $(CURDIR)/.venv/cache
 
-.PHONY: help demo emulator airflow test failures lint benchmark comparison lock clean
+.PHONY: help demo emulator airflow test failures lint benchmark comparison waiting lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -35,10 +35,13 @@ lint: .venv/installed ## Check style, imports and types
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
 
-benchmark comparison: PYTHONPATH := $(PYTHONPATH):$(CURDIR)/scripts
+benchmark comparison waiting: PYTHONPATH := $(PYTHONPATH):$(CURDIR)/scripts
 benchmark: .venv/installed ## Measure the emulator, and what each pattern costs
 	.venv/bin/python benchmarks/emulator_footprint.py
 	.venv/bin/python benchmarks/cluster_cost.py
+
+waiting: .venv/installed ## Measure what it costs to wait, in the worker and without it; an hour
+	.venv/bin/python benchmarks/waiting.py
 
 comparison: .venv/installed ## Put the published wiring beside ours: its bill, and the same failures
 	.venv/bin/python benchmarks/billed_beyond_queries.py

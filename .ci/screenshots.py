@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import re
 from pathlib import Path
 
 from PIL import Image
@@ -68,6 +69,17 @@ def main() -> None:
         # Waits for the graph to stand still.
         tasks.last.click(trial=True)
         save(page, arguments.folder / f"{DAG}.png")
+
+        for dag_id, task in (
+            (DAG, "build_report"),
+            ("parallel_single_node", "rank_products/mapped/0"),
+        ):
+            page.goto(f"{arguments.url}/dags/{dag_id}/runs")
+            run = page.locator(f"a[href*='/dags/{dag_id}/runs/']").first.get_attribute("href")
+            page.goto(f"{arguments.url}{str(run).rstrip('/')}/tasks/{task}/details")
+            link = page.get_by_role("link", name="Polars Cloud query")
+            expect(link).to_have_attribute("href", re.compile("/portal/.+/queries/.+"))
+        save(page, arguments.folder / "query_link.png")
         browser.close()
 
 

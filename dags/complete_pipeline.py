@@ -3,7 +3,8 @@
 
 All patterns together. A manifest registered from code, and its cluster, started once; three
 transformations in parallel, a single node each; their locations handed to the report; the cluster
-stopped whatever happens, and the run failed if a query failed.
+stopped whatever happens, and the run failed if a query failed. No task holds a worker slot while
+its query runs, or while the cluster starts.
 
 The report is one file per day, for the run's own date: the day that has just ended on schedule, or
 today when triggered by hand. Running a day again replaces exactly that day's report. The Asset
@@ -19,10 +20,10 @@ Runs at the same time, for several days say, share the cluster; the last of them
 from datetime import datetime, timedelta
 from typing import Any
 
-from airflow.sdk import Asset, CronDataIntervalTimetable, dag, task
+from airflow.sdk import Asset, CronDataIntervalTimetable, dag
 
 from include.auth import authenticate
-from include.polars_remote import clean_up, run_query, shared_cluster, use_cluster
+from include.polars_remote import Query, clean_up, query_task, shared_cluster, submit, use_cluster
 from include.polars_remote.settings import DATA
 
 REPORTS = f"{DATA}/reports/daily"
@@ -49,9 +50,9 @@ CLUSTER = {
     doc_md=__doc__,
 )
 def complete_pipeline() -> None:
-    @task(execution_timeout=timedelta(minutes=30))
+    @query_task(execution_timeout=timedelta(minutes=30))
     @authenticate
-    def transform_sales(day: str) -> list[str]:
+    def transform_sales(day: str) -> Query:
         # Here, as a DAG file is parsed every few seconds and Polars costs ten times the rest of it.
         import polars as pl
 
@@ -73,11 +74,11 @@ def complete_pipeline() -> None:
         )
         # Starts the cluster if it is gone, as when only this task was cleared.
         with use_cluster(CLUSTER) as ctx:
-            return run_query(sold.remote(ctx).single_node().execute).location
+            return submit(sold.remote(ctx).single_node().execute)
 
-    @task(execution_timeout=timedelta(minutes=30))
+    @query_task(execution_timeout=timedelta(minutes=30))
     @authenticate
-    def transform_inventory(day: str) -> list[str]:
+    def transform_inventory(day: str) -> Query:
         import polars as pl
 
         in_stock = (
@@ -90,11 +91,11 @@ def complete_pipeline() -> None:
             )
         )
         with use_cluster(CLUSTER) as ctx:
-            return run_query(in_stock.remote(ctx).single_node().execute).location
+            return submit(in_stock.remote(ctx).single_node().execute)
 
-    @task(execution_timeout=timedelta(minutes=30))
+    @query_task(execution_timeout=timedelta(minutes=30))
     @authenticate
-    def transform_returns(day: str) -> list[str]:
+    def transform_returns(day: str) -> Query:
         import polars as pl
 
         returned = (
@@ -104,13 +105,13 @@ def complete_pipeline() -> None:
             .agg(returned=pl.sum("quantity"), refunded=pl.sum("refund"))
         )
         with use_cluster(CLUSTER) as ctx:
-            return run_query(returned.remote(ctx).single_node().execute).location
+            return submit(returned.remote(ctx).single_node().execute)
 
-    @task(execution_timeout=timedelta(minutes=30), outlets=[REPORT])
+    @query_task(execution_timeout=timedelta(minutes=30), outlets=[REPORT])
     @authenticate
     def build_report(
         day: str, sales: list[str], inventory: list[str], returns: list[str], *, outlet_events: Any
-    ) -> list[str]:
+    ) -> Query:
         import polars as pl
 
         report = (
@@ -121,13 +122,11 @@ def complete_pipeline() -> None:
             .select(pl.lit(day).str.to_date().alias("date"), pl.all())
             .sort("category", "product")
         )
+        uri = f"{REPORTS}/{day}.parquet"
+        outlet_events[REPORT].extra = {"date": day}  # rows and location are added at the end
         with use_cluster(CLUSTER) as ctx:
             # A distributed query writes a directory of files unless it is told to write one.
-            sink = report.remote(ctx).sink_parquet
-            result = run_query(sink, f"{REPORTS}/{day}.parquet", sink_to_single_file=True)
-        [uri] = result.location
-        outlet_events[REPORT].extra = {"date": day, "rows": result.n_rows_total, "uri": uri}
-        return result.location
+            return submit(report.remote(ctx).sink_parquet, uri, sink_to_single_file=True)
 
     with shared_cluster(CLUSTER):
         build_report(

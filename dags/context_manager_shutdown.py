@@ -9,7 +9,9 @@ other or at once.
 to stop, and so hides the error of the body. Runs at the same time share the cluster, and the last
 of them stops it.
 
-**What it costs:** the cluster while the body runs, nothing after it; a worker slot for as long.
+**What it costs:** the cluster while the body runs, nothing after it; a worker slot for as long. The
+slot buys a stop at once: a `@query_task` is resumed some seconds after its query has ended, and the
+cluster runs on until then.
 
 **Copy along:** the folder `include/`.
 """

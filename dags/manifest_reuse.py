@@ -11,7 +11,7 @@ Polars and Python versions of the worker that registered it, and is registered a
 upgraded.
 
 **What it costs:** the cluster from the first query until ten minutes after the last. No task stops
-it: another may be using it.
+it: another may be using it. No worker slot while the cluster starts or the query runs.
 
 **Copy along:** the folder `include/`.
 """
@@ -21,7 +21,14 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.polars_remote import clean_up, compute_context, ensure_manifest, run_query
+from include.polars_remote import (
+    Query,
+    clean_up,
+    compute_context,
+    ensure_manifest,
+    query_task,
+    submit,
+)
 from include.polars_remote.settings import DATA, MANIFEST
 
 RETURNS = f"{DATA}/returns/"
@@ -44,9 +51,9 @@ def manifest_reuse() -> None:
     def register_manifest() -> None:
         ensure_manifest(CLUSTER)
 
-    @task(execution_timeout=timedelta(minutes=30))
+    @query_task(execution_timeout=timedelta(minutes=30))
     @authenticate
-    def sum_refunds() -> list[str]:
+    def sum_refunds() -> Query:
         # Here, as a DAG file is parsed every few seconds and Polars costs ten times the rest of it.
         import polars as pl
 
@@ -58,8 +65,7 @@ def manifest_reuse() -> None:
         )
         ctx = compute_context(CLUSTER)
         # A distributed query writes a directory of files unless it is told to write one.
-        result = run_query(refunds.remote(ctx).sink_parquet, RESULT, sink_to_single_file=True)
-        return result.location
+        return submit(refunds.remote(ctx).sink_parquet, RESULT, sink_to_single_file=True)
 
     register_manifest() >> sum_refunds()
 

@@ -13,17 +13,17 @@ The tasks find the cluster by its name. Runs at the same time share it, and the 
 it; tasks that are cleared after that start it for themselves, and the last of them stops it.
 
 **What it costs:** the cluster from `start_cluster` to `stop_cluster`. The idle timeout of ten
-minutes is the last resort, should nobody be left to stop it.
+minutes is the last resort, should nobody be left to stop it. No worker slot while queries run.
 
 **Copy along:** the folder `include/`.
 """
 
 from datetime import datetime, timedelta
 
-from airflow.sdk import dag, task
+from airflow.sdk import dag
 
 from include.auth import authenticate
-from include.polars_remote import clean_up, run_query, shared_cluster, use_cluster
+from include.polars_remote import Query, clean_up, query_task, shared_cluster, submit, use_cluster
 from include.polars_remote.settings import DATA
 
 SALES = f"{DATA}/sales/"
@@ -44,9 +44,9 @@ CLUSTER = {"name": "airflow-manual-shutdown", "cpus": 2, "memory": 4, "idle_time
     doc_md=__doc__,
 )
 def manual_shutdown() -> None:
-    @task(execution_timeout=timedelta(minutes=30))
+    @query_task(execution_timeout=timedelta(minutes=30))
     @authenticate
-    def find_best_customers() -> list[str]:
+    def find_best_customers() -> Query:
         # Here, as a DAG file is parsed every few seconds and Polars costs ten times the rest of it.
         import polars as pl
 
@@ -62,11 +62,11 @@ def manual_shutdown() -> None:
         with use_cluster(CLUSTER) as ctx:
             # A distributed query writes a directory of files unless it is told to write one.
             sink = best.remote(ctx).sink_parquet
-            return run_query(sink, BEST_CUSTOMERS, sink_to_single_file=True).location
+            return submit(sink, BEST_CUSTOMERS, sink_to_single_file=True)
 
-    @task(execution_timeout=timedelta(minutes=30))
+    @query_task(execution_timeout=timedelta(minutes=30))
     @authenticate
-    def find_empty_shelves() -> list[str]:
+    def find_empty_shelves() -> Query:
         import polars as pl
 
         empty = (
@@ -78,7 +78,7 @@ def manual_shutdown() -> None:
         )
         with use_cluster(CLUSTER) as ctx:
             sink = empty.remote(ctx).sink_parquet
-            return run_query(sink, EMPTY_SHELVES, sink_to_single_file=True).location
+            return submit(sink, EMPTY_SHELVES, sink_to_single_file=True)
 
     with shared_cluster(CLUSTER):
         find_best_customers()

@@ -10,17 +10,17 @@ deletes it by itself. Only the last stage has a destination of its own. A stage 
 later fails with the name of the task to clear along with it.
 
 **What it costs:** the cluster from the first stage to the last, which share it as in
-`manual_shutdown`.
+`manual_shutdown`. No worker slot while a stage runs.
 
 **Copy along:** the folder `include/`.
 """
 
 from datetime import datetime, timedelta
 
-from airflow.sdk import dag, task
+from airflow.sdk import dag
 
 from include.auth import authenticate
-from include.polars_remote import clean_up, run_query, shared_cluster, use_cluster
+from include.polars_remote import Query, clean_up, query_task, shared_cluster, submit, use_cluster
 from include.polars_remote.settings import DATA
 
 SALES = f"{DATA}/sales/"
@@ -45,9 +45,9 @@ CLUSTER = {
     doc_md=__doc__,
 )
 def multi_stage() -> None:
-    @task(execution_timeout=timedelta(minutes=30))
+    @query_task(execution_timeout=timedelta(minutes=30))
     @authenticate
-    def clean_sales() -> list[str]:
+    def clean_sales() -> Query:
         # Here, as a DAG file is parsed every few seconds and Polars costs ten times the rest of it.
         import polars as pl
 
@@ -63,11 +63,11 @@ def multi_stage() -> None:
         )
         # Starts the cluster if it is gone, as when only this task was cleared.
         with use_cluster(CLUSTER) as ctx:
-            return run_query(sales.remote(ctx).distributed().execute).location
+            return submit(sales.remote(ctx).distributed().execute)
 
-    @task(execution_timeout=timedelta(minutes=30))
+    @query_task(execution_timeout=timedelta(minutes=30))
     @authenticate
-    def sum_days(clean_sales: list[str]) -> list[str]:
+    def sum_days(clean_sales: list[str]) -> Query:
         import polars as pl
 
         sums = (
@@ -80,11 +80,11 @@ def multi_stage() -> None:
             )
         )
         with use_cluster(CLUSTER) as ctx:
-            return run_query(sums.remote(ctx).execute).location
+            return submit(sums.remote(ctx).execute)
 
-    @task(execution_timeout=timedelta(minutes=30))
+    @query_task(execution_timeout=timedelta(minutes=30))
     @authenticate
-    def find_best_days(days: list[str]) -> list[str]:
+    def find_best_days(days: list[str]) -> Query:
         import polars as pl
 
         best = (
@@ -97,7 +97,7 @@ def multi_stage() -> None:
         with use_cluster(CLUSTER) as ctx:
             # A distributed query writes a directory of files unless it is told to write one.
             sink = best.remote(ctx).sink_parquet
-            return run_query(sink, RESULT, sink_to_single_file=True).location
+            return submit(sink, RESULT, sink_to_single_file=True)
 
     with shared_cluster(CLUSTER):
         find_best_days(sum_days(clean_sales()))

@@ -8,6 +8,9 @@ machine: none pays for moving data between machines, and more nodes mean more qu
 The cluster is started once, before the queries, so that they do not race to start it, and stopped
 after the last of them, as in `manual_shutdown`.
 
+Each task returns the query that it has submitted, and holds no worker slot while the query runs:
+hundreds of them wait at the same time, whatever the number of slots.
+
 **What it costs:** three nodes from `start_cluster` to `stop_cluster`.
 
 **Copy along:** the folder `include/`.
@@ -15,10 +18,10 @@ after the last of them, as in `manual_shutdown`.
 
 from datetime import datetime, timedelta
 
-from airflow.sdk import dag, task
+from airflow.sdk import dag
 
 from include.auth import authenticate
-from include.polars_remote import clean_up, run_query, shared_cluster, use_cluster
+from include.polars_remote import Query, clean_up, query_task, shared_cluster, submit, use_cluster
 from include.polars_remote.settings import DATA
 
 SALES = f"{DATA}/sales/"
@@ -44,9 +47,11 @@ CLUSTER = {
     doc_md=__doc__,
 )
 def parallel_single_node() -> None:
-    @task(execution_timeout=timedelta(minutes=30), map_index_template="{{ task.op_kwargs.region }}")
+    @query_task(
+        execution_timeout=timedelta(minutes=30), map_index_template="{{ task.op_kwargs.region }}"
+    )
     @authenticate
-    def rank_products(region: str) -> list[str]:
+    def rank_products(region: str) -> Query:
         # Here, as a DAG file is parsed every few seconds and Polars costs ten times the rest of it.
         import polars as pl
 
@@ -62,7 +67,7 @@ def parallel_single_node() -> None:
         # Starts the cluster if it is gone, as when only this task was cleared.
         with use_cluster(CLUSTER) as ctx:
             sink = ranking.remote(ctx).single_node().sink_parquet
-            return run_query(sink, f"{RESULTS}/{region}.parquet").location
+            return submit(sink, f"{RESULTS}/{region}.parquet")
 
     with shared_cluster(CLUSTER):
         rank_products.expand(region=REGIONS)

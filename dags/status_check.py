@@ -10,7 +10,8 @@ exception, for example `ColumnNotFoundError`; one that was canceled, or that nam
 fails the task too. A task whose worker died resumes its query at the next try.
 
 **What it costs:** a worker slot while the query runs, and the cluster until ten minutes after the
-query has ended. `context_manager_shutdown` saves the latter.
+query has ended. `context_manager_shutdown` saves the latter. The slot buys what comes after the
+query in the same task; a task that only waits is better a `@query_task`, as in `manifest_reuse`.
 
 **Copy along:** the folder `include/`.
 """

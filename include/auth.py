@@ -17,7 +17,10 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, ParamSpec, TypeVar, get_type_hints, overload
 
+from airflow.sdk import get_current_context
+
 from include.polars_remote.login import log_in
+from include.polars_remote.query_tasks import settle
 from include.polars_remote.task_scope import logged_in, task_scope
 
 P = ParamSpec("P")
@@ -69,14 +72,15 @@ def authenticate(
                     if error := await asyncio.to_thread(log_in, conn_id):
                         raise error
                     await asyncio.to_thread(scope.end_stale_queries)
-                    return await function(*args, **kwargs)
+                    returned = await function(*args, **kwargs)
+                    return await asyncio.to_thread(settle, returned, get_current_context())
 
         else:
 
             @functools.wraps(function)
             def wrapper(*args: Any, **kwargs: Any) -> Any:
                 with logged_in(conn_id):
-                    return function(*args, **kwargs)
+                    return settle(function(*args, **kwargs), get_current_context())
 
         # TaskFlow looks names in a postponed annotation up in the wrapper's module, which is not
         # the DAG file: resolve the one it reads, the return type.

@@ -362,22 +362,38 @@ def test_wrong_secret_of_a_known_client_is_refused(monkeypatch: pytest.MonkeyPat
     assert "was refused by Polars Cloud" in refusal(lambda: run_query("north"))
 
 
+@pytest.mark.parametrize("login", ["an-account", f"{EMULATOR}2"])
 def test_an_accounts_credentials_are_never_sent_to_the_emulator(
-    emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
+    emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch, login: str
 ) -> None:
-    monkeypatch.setenv("AIRFLOW_CONN_POLARS_CLOUD", connection("an-account", WRONG_SECRET))
+    monkeypatch.setenv("AIRFLOW_CONN_POLARS_CLOUD", connection(login, WRONG_SECRET))
     sentence = refusal(lambda: run_query("north"))
     assert "its login is an account's, but this worker talks to the emulator" in sentence
     assert "set POLARS_CLOUD_EMULATOR=0 in .env" in sentence
     assert emulator.journal() == []
 
 
-def test_the_emulators_credentials_are_never_sent_to_an_account(
+def test_each_account_of_the_emulator_logs_in(
     emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client_id, secret = emulator.add_service_account("second")
+    monkeypatch.setenv("AIRFLOW_CONN_POLARS_CLOUD", connection(client_id, secret))
+    run_long_query(lambda: None)
+    assert emulator.journal()[-1]["account"] == client_id
+
+
+@pytest.mark.parametrize("login", [EMULATOR, f"{EMULATOR}-second"])
+def test_the_emulators_credentials_are_never_sent_to_an_account(
+    emulator: RunningEmulator, login: str
 ) -> None:
     # The same place under another name: what is sent there would be in the journal.
     place = emulator.environment["POLARS_CLOUD_DOMAIN"].removeprefix("emulator")
-    ran = run_python("-c", LOG_IN, POLARS_CLOUD_DOMAIN=f"account{place}")
+    ran = run_python(
+        "-c",
+        LOG_IN,
+        POLARS_CLOUD_DOMAIN=f"account{place}",
+        AIRFLOW_CONN_POLARS_CLOUD=connection(login, WRONG_SECRET),
+    )
     assert "AirflowFailException: The Airflow Connection 'polars_cloud' was not used" in ran.stderr
     assert "its login is the emulator's, but this worker talks to Polars Cloud" in ran.stderr
     assert emulator.journal() == []

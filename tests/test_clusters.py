@@ -12,12 +12,13 @@ import polars as pl
 import pytest
 from airflow.sdk import DAG, task
 
-from include.polars_remote import clusters, ledger
+from include.polars_remote import clusters, ledger, releases
 from include.polars_remote.client_internals import get_cluster_id
-from include.polars_remote.clusters import compute_context, shared_cluster, use_cluster
+from include.polars_remote.clusters import compute_context, use_cluster
 from include.polars_remote.ledger import Owner
 from include.polars_remote.manifests import ensure_manifest
 from include.polars_remote.queries import leave, run_query, submit, wait_for
+from include.polars_remote.shared_clusters import shared_cluster, start_cluster, stop_cluster
 from polars_cloud_emulator.testing import RunningEmulator
 from tests.emulator.blocking_query import BlockingQuery
 from tests.emulator.raw_calls import CLUSTER as RAW_CLUSTER
@@ -50,7 +51,7 @@ def told(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.fixture
 def short_wind_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster that is running is soon taken for one on which somebody else's query runs."""
-    monkeypatch.setattr(clusters, "WIND_UP_SECONDS", 0.1)
+    monkeypatch.setattr(releases, "WIND_UP_SECONDS", 0.1)
 
 
 @pytest.fixture
@@ -71,11 +72,11 @@ class Run:
 
     def start_cluster(self, cluster: dict[str, Any] = CLUSTER) -> None:
         with self._start_try(task_id="start_cluster", run_id=self.run_id, scope=False):
-            clusters.start_cluster.function(cluster, "polars_cloud")
+            start_cluster.function(cluster, "polars_cloud")
 
     def stop_cluster(self, cluster: dict[str, Any] = CLUSTER) -> None:
         with self._start_try(task_id="stop_cluster", run_id=self.run_id, scope=False):
-            clusters.stop_cluster.function(cluster["name"], "start_cluster", "polars_cloud")
+            stop_cluster.function(cluster["name"], "start_cluster", "polars_cloud")
 
     def query(self) -> None:
         with self._start_try(run_id=self.run_id), use_cluster(CLUSTER) as ctx:
@@ -470,7 +471,7 @@ def test_two_users_who_leave_at_the_same_time_stop_the_cluster(
 
     monkeypatch.setattr(ledger, "erase", erase_together)
     with ThreadPoolExecutor() as workers:
-        for released in [workers.submit(clusters.release, "shop", owner) for owner in owners]:
+        for released in [workers.submit(releases.release, "shop", owner) for owner in owners]:
             released.result()
     assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}

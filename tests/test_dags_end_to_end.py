@@ -16,6 +16,7 @@ from airflow.utils.session import create_session
 from polars.testing import assert_frame_equal
 from sqlalchemy import select
 
+from include.polars_remote import deferral
 from local_airflow import ROOT
 from polars_cloud_emulator.testing import RunningEmulator
 from tests.waiting import eventually
@@ -300,7 +301,7 @@ def test_a_run_without_a_logical_date_reports_the_day_of_its_start(
     assert report["date"].unique().to_list() == [run.run_after.date()]
 
 
-def test_the_report_is_announced_as_an_asset_with_date_rows_and_uri(
+def test_the_report_is_announced_as_an_asset_with_date_rows_and_location(
     dags: dict[str, DAG], emulator: RunningEmulator
 ) -> None:
     run = dags["complete_pipeline"].test(logical_date=datetime.now(UTC))
@@ -312,8 +313,39 @@ def test_the_report_is_announced_as_an_asset_with_date_rows_and_uri(
     rows = pl.read_parquet(report).height
     assert (event.source_run_id, event.extra) == (
         run.run_id,
-        {"date": str(day), "rows": rows, "uri": report},
+        {"date": str(day), "rows": rows, "location": [report]},
     )
+
+
+def test_tasks_that_are_deferred_hand_over_and_announce_the_same(
+    dags: dict[str, DAG],
+    emulator: RunningEmulator,
+    tables: Tables,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "include")
+    monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.0)
+    monkeypatch.setattr(deferral, "RACE_SECONDS", 0.0)
+    emulator.add_fault("SubmitQuery", "query_takes", seconds=2, times=4)
+    run = dags["complete_pipeline"].test(logical_date=datetime.now(UTC))
+    assert run.state == DagRunState.SUCCESS
+    assert caplog.text.count("waits without a worker slot, for query") == 4
+    day = run.logical_date.date()
+    file = f"reports/daily/{day}.parquet"
+    report = pl.read_parquet(f"{DATA}/{file}")
+    expected = complete_pipeline(tables, day)[file]
+    assert_frame_equal(report, expected, check_row_order=False, check_column_order=False)
+    with create_session() as session:
+        event = session.scalars(select(AssetEvent).order_by(AssetEvent.id.desc())).first()
+    assert event is not None
+    assert event.extra == {
+        "date": str(day),
+        "rows": report.height,
+        "location": [f"{DATA}/{file}"],
+    }
+    assert variables() == []
+    assert live_clusters(emulator) == 0
 
 
 def test_running_a_day_again_replaces_exactly_that_days_report(

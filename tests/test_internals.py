@@ -3,6 +3,7 @@
 import ast
 import inspect
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -171,6 +172,9 @@ def clients_objects(pc: ModuleType) -> dict[str, tuple[Any, ...]]:
         "_requirements_txt": (pc.ComputeContext(workspace="playground", cpus=2, memory=4),),
         "_get_direct_client": (ctx,),
         "_query_id": (query,),
+        "_client": (query,),
+        "_from_api_model": (pc.ComputeContextStatus,),
+        "SchedulerClient": (polars_cloud,),
         "_cluster": (query,),
         "_labels": (remote, remote.single_node()),
         "_pl_partition_by": (pl.PartitionBy("s3://your-bucket/x/", key="x"),),
@@ -196,7 +200,8 @@ def test_each_private_name_of_the_client_is_still_there(
 
 
 def test_each_private_name_of_airflow_is_still_there(supervisor: object) -> None:
-    from airflow.sdk.api.datamodels._generated import DagRun
+    from airflow.sdk.api.datamodels._generated import DagRun, TIRunContext
+    from airflow.sdk.bases import operator
 
     looked_up = {
         "task_runner.SUPERVISOR_COMMS": hasattr(task_runner, "SUPERVISOR_COMMS"),
@@ -204,6 +209,11 @@ def test_each_private_name_of_airflow_is_still_there(supervisor: object) -> None
             task_runner.RuntimeTaskInstance, "get_task_states"
         ),
         "dag_run.clear_number": "clear_number" in DagRun.model_fields,
+        "RuntimeTaskInstance._ti_context_from_server.next_method": "next_method"
+        in TIRunContext.model_fields
+        and "_ti_context_from_server" in task_runner.RuntimeTaskInstance.__private_attributes__,
+        "airflow.sdk.bases.operator.TRIGGER_FAIL_REPR": hasattr(operator, "TRIGGER_FAIL_REPR"),
+        "airflow.sdk.serde": find_spec("airflow.sdk.serde") is not None,
     }
     vanished = [name for name, is_there in looked_up.items() if not is_there]
     assert vanished == [], f"Airflow has no {', '.join(vanished)} any more"

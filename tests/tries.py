@@ -1,5 +1,6 @@
 """A try of a task in Airflow's own context, without a scheduler, API server or database."""
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -7,16 +8,19 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any, Generic, TypeVar
+from uuid import UUID
 
 import pytest
 from airflow.sdk import DAG, BaseOperator, get_current_context
-from airflow.sdk.exceptions import ErrorType
+from airflow.sdk.exceptions import ErrorType, TaskDeferred
 from airflow.sdk.execution_time import comms
 from airflow.sdk.execution_time.context import set_current_context
 from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+from airflow.sdk.serde import deserialize, serialize
 from uuid6 import uuid7
 
-from include.polars_remote import task_scope
+from include.auth import authenticate
+from include.polars_remote import query_task, task_scope
 
 T = TypeVar("T")
 
@@ -93,6 +97,8 @@ def start_try(
     map_index: int = -1,
     clear_number: int = 0,
     upstream: str | None = None,
+    task: BaseOperator | None = None,
+    resumes: UUID | None = None,
     scope: bool = True,
     conn_id: str = "polars_cloud",
     raises: type[BaseException] | None = None,
@@ -106,6 +112,10 @@ def start_try(
     ----------
     upstream
         Id of the task before this one.
+    task
+        The operator; one that does nothing unless given.
+    resumes
+        Id of the try, if this is one that was deferred and goes on.
     scope
         Whether the body is logged in, as below `@authenticate`.
     raises, match
@@ -113,14 +123,15 @@ def start_try(
     """
     from airflow.sdk.execution_time.task_runner import SUPERVISOR_COMMS
 
-    with DAG(dag_id, schedule=None):
-        task = BaseOperator(task_id=task_id)
-        if upstream:
-            task.set_upstream(BaseOperator(task_id=upstream))
+    if task is None:
+        with DAG(dag_id, schedule=None):
+            task = BaseOperator(task_id=task_id)
+            if upstream:
+                task.set_upstream(BaseOperator(task_id=upstream))
     ti = RuntimeTaskInstance.model_construct(
-        id=uuid7(),
+        id=resumes or uuid7(),
         dag_id=dag_id,
-        task_id=task_id,
+        task_id=task.task_id,
         run_id=run_id,
         try_number=try_number,
         map_index=map_index,
@@ -128,7 +139,9 @@ def start_try(
     )
     context: Any = ti.get_template_context()
     context["dag_run"] = SimpleNamespace(clear_number=clear_number)
-    states, name = SUPERVISOR_COMMS.states[run_id], _name(task_id, map_index)  # type: ignore[attr-defined]
+    if resumes:  # not before there is a context, which would be made from it
+        ti._ti_context_from_server = SimpleNamespace(next_method="resume")  # type: ignore[assignment]
+    states, name = SUPERVISOR_COMMS.states[run_id], _name(task.task_id, map_index)  # type: ignore[attr-defined]
     states[name] = "running"
     other_worker = task_scope._current
     with pytest.raises(raises, match=match) if raises else nullcontext():
@@ -140,6 +153,9 @@ def start_try(
             states[name] = "success"
         except task_scope.TaskKilled:
             raise  # whoever killed it has set the state
+        except TaskDeferred:
+            states[name] = "deferred"
+            raise
         except BaseException:
             states[name] = "failed"
             raise
@@ -211,3 +227,57 @@ def freeze(
 def kill(body: Callable[[], Iterator[T]], try_number: int = 1, **options: Any) -> T:
     """Run the body as a try, and kill its worker where it yields; what it yielded."""
     return freeze(body, try_number, **options).result
+
+
+class TriedTask:
+    """A `@query_task`, whose tries run on workers that parse its DAG anew each time.
+
+    Attributes
+    ----------
+    operator, ti, context
+        Of the latest try.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], *, conn_id: str = "polars_cloud", **options: Any
+    ) -> None:
+        logged_in = authenticate(conn_id=conn_id)(function)
+        self._decorated: Any = query_task(task_id="run_query", **options)(logged_in)
+        self.operator: Any = None
+        self.ti: Any = None
+        self.context: Any = None
+        self._number = 1
+
+    def run(self, try_number: int = 1, **options: Any) -> Any:
+        """Start a try; what the task returns."""
+        self._number = try_number
+        return self._run(lambda context: self.operator.execute(context), **options)
+
+    def resume(self, event: dict[str, Any] | None = None) -> Any:
+        """Let the latest try go on with what its trigger has seen; nothing unless given."""
+        return self._resume("resume", {"event": event or {}})
+
+    def resume_without_trigger(self, error: str = "Trigger timeout", **more: Any) -> Any:
+        """Let the latest try go on although its trigger has not fired."""
+        return self._resume("__fail__", {"error": error, **more})
+
+    def _resume(self, next_method: str, next_kwargs: dict[str, Any]) -> Any:
+        stored: Any = deserialize(json.loads(json.dumps(serialize(next_kwargs))))
+        return self._run(
+            lambda context: self.operator.resume_execution(next_method, stored, context),
+            resumes=self.ti.id,
+        )
+
+    def _run(self, execute: Callable[[Any], Any], **options: Any) -> Any:
+        with DAG("shop", schedule=None):
+            self.operator = self._decorated().operator
+        with start_try(self._number, task=self.operator, scope=False, **options) as self.ti:
+            self.context = get_current_context()
+            return execute(self.context)
+
+
+def deferral_of(run: Callable[..., Any], *args: Any, **options: Any) -> TaskDeferred:
+    """Run a try that is to end in a deferral."""
+    with pytest.raises(TaskDeferred) as raised:
+        run(*args, **options)
+    return raised.value

@@ -1,4 +1,4 @@
-"""The service account, and the short-lived access tokens that it is given."""
+"""The service accounts, and the short-lived access tokens that they are given."""
 
 import secrets
 from datetime import UTC, datetime, timedelta
@@ -7,7 +7,7 @@ from uuid import UUID
 import jwt
 
 from polars_cloud_emulator.clock import Clock
-from polars_cloud_emulator.errors import Unauthenticated
+from polars_cloud_emulator.errors import Conflict, Unauthenticated
 
 CLIENT_ID = "polars-cloud-emulator"
 ACCOUNT_ID = UUID("5e41ce00-acc0-4000-8000-000000000001")
@@ -19,7 +19,7 @@ class AccessTokens:
     Parameters
     ----------
     client_secret
-        The secret of the only service account, ``CLIENT_ID``. It also signs the tokens, so that
+        The secret of the first service account, ``CLIENT_ID``. It also signs all tokens, so that
         those of an emulator before a restart stay good and those of anyone else are refused.
     lifetime
         How long a token is good. The client fetches a new one when less than 10 s are left.
@@ -27,14 +27,33 @@ class AccessTokens:
 
     def __init__(self, clock: Clock, client_secret: str, lifetime: timedelta) -> None:
         self._clock = clock
-        self._client_secret = client_secret
+        self._signing_key = client_secret
+        self._secrets = {CLIENT_ID: client_secret}
         self._lifetime = lifetime
         self._generation = 0
         self.revoked = False
-        """Whether the secret is refused, too."""
+        """Whether the secrets are refused, too."""
+
+    def add_account(self, name: str) -> tuple[str, str]:
+        """Id and secret of a new service account, which lasts until the accounts are forgotten.
+
+        Raises
+        ------
+        Conflict
+            The name is taken.
+        """
+        client_id = f"{CLIENT_ID}-{name}"
+        if client_id in self._secrets:
+            raise Conflict(f"service account '{client_id}' exists; reset the emulator to forget it")
+        self._secrets[client_id] = secrets.token_urlsafe(32)
+        return client_id, self._secrets[client_id]
+
+    def forget_added_accounts(self) -> None:
+        """Leave the first service account alone; the tokens of the others are refused, too."""
+        self._secrets = {CLIENT_ID: self._signing_key}
 
     def issue(self, client_id: str, client_secret: str) -> str:
-        """A token for the service account.
+        """A token for a service account.
 
         Raises
         ------
@@ -43,41 +62,41 @@ class AccessTokens:
         """
         if self.revoked:
             raise Unauthenticated("the client secret is revoked")
-        known = client_id == CLIENT_ID
-        if not (
-            secrets.compare_digest(client_secret.encode(), self._client_secret.encode()) and known
+        expected = self._secrets.get(client_id)
+        if expected is None or not secrets.compare_digest(
+            client_secret.encode(), expected.encode()
         ):
             raise Unauthenticated("unknown client id or wrong client secret")
         # The client decodes the payload with the standard alphabet and without padding:
         # ASCII text never needs the two letters in which the alphabets differ.
         claims = {
-            "sub": CLIENT_ID,
+            "sub": client_id,
             # What the client goes by: the system's time, which is its own.
             "exp": int((datetime.now(UTC) + self._lifetime).timestamp()),
             # What counts here.
             "good_until": int((self._clock.now() + self._lifetime).timestamp()),
             "generation": self._generation,
         }
-        return jwt.encode(claims, self._client_secret)
+        return jwt.encode(claims, self._signing_key)
 
     def expire(self) -> None:
         """From now on only tokens of new logins are good."""
         self._generation += 1
 
-    def check(self, authorization: str | None) -> None:
-        """Accept ``Bearer <token>``.
+    def check(self, authorization: str | None) -> str:
+        """Accept ``Bearer <token>``; the client id of the account that it was issued to.
 
         Raises
         ------
         Unauthenticated
-            There is no token, it is another issuer's, or it has expired.
+            There is no token, it is another issuer's, its account is forgotten, or it has expired.
         """
         if authorization is None or not authorization.startswith("Bearer "):
             raise Unauthenticated("no access token")
         try:
             claims = jwt.decode(
                 authorization.removeprefix("Bearer "),
-                self._client_secret,
+                self._signing_key,
                 algorithms=["HS256"],
                 # By the emulator's clock below, not by the system's.
                 options={"verify_exp": False},
@@ -89,3 +108,7 @@ class AccessTokens:
             or claims["generation"] < self._generation
         ):
             raise Unauthenticated("the access token has expired")
+        client_id: str = claims["sub"]
+        if client_id not in self._secrets:
+            raise Unauthenticated(f"service account '{client_id}' is forgotten")
+        return client_id

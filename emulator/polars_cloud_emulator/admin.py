@@ -9,9 +9,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from polars_cloud_emulator.access_tokens import AccessTokens
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.compute import Compute
-from polars_cloud_emulator.errors import InvalidRequest
+from polars_cloud_emulator.errors import EmulatorError, InvalidRequest
 from polars_cloud_emulator.faults import Faults
 from polars_cloud_emulator.journal import ADMIN_PREFIX, Journal
 from polars_cloud_emulator.rest_transport import decode_body, json_response, refusal
@@ -22,8 +23,12 @@ class Advance(msgspec.Struct, forbid_unknown_fields=True):
     advance_seconds: Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
 
+class NewAccount(msgspec.Struct, forbid_unknown_fields=True):
+    name: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]+\Z")]
+
+
 class Admin:
-    """No login: what it shows holds no secret, and the emulator listens on loopback by default.
+    """No login: it tells no secret but a new account's, and is on loopback by default.
 
     Parameters
     ----------
@@ -38,6 +43,7 @@ class Admin:
         journal: Journal,
         faults: Faults,
         clock: Clock,
+        access_tokens: AccessTokens,
         reset: Callable[[], Awaitable[None]],
     ) -> None:
         self._state = state
@@ -45,6 +51,7 @@ class Admin:
         self._journal = journal
         self._faults = faults
         self._clock = clock
+        self._access_tokens = access_tokens
         self._reset = reset
 
     def routes(self) -> list[BaseRoute]:
@@ -55,6 +62,7 @@ class Admin:
             Route(f"{ADMIN_PREFIX}faults", self.post_fault, methods=["POST"]),
             Route(f"{ADMIN_PREFIX}faults", self.delete_faults, methods=["DELETE"]),
             Route(f"{ADMIN_PREFIX}clock", self.post_clock, methods=["POST"]),
+            Route(f"{ADMIN_PREFIX}service-accounts", self.post_account, methods=["POST"]),
             Route(f"{ADMIN_PREFIX}reset", self.post_reset, methods=["POST"]),
         ]
 
@@ -93,6 +101,14 @@ class Admin:
             return refusal(error)
         self._clock.advance(timedelta(seconds=by.advance_seconds))
         return json_response({"now": self._clock.now()})
+
+    async def post_account(self, request: Request) -> Response:
+        try:
+            account = await decode_body(request, NewAccount)
+            client_id, client_secret = self._access_tokens.add_account(account.name)
+        except EmulatorError as error:
+            return refusal(error)
+        return json_response({"client_id": client_id, "client_secret": client_secret})
 
     async def post_reset(self, request: Request) -> Response:
         await self._reset()

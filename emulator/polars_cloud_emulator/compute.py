@@ -16,6 +16,7 @@ from polars_cloud_emulator.faults import (
     QueryFault,
     QueryHangs,
     QueryTakes,
+    QueryWaits,
     StartupFails,
     StartupFault,
     StartupTakes,
@@ -110,7 +111,9 @@ class Compute:
     def queue(self, query: Query, fault: QueryFault | None = None) -> None:
         """Let a submitted query run when its turn comes."""
         self._ended[query.id] = asyncio.Event()
-        if fault is not None:
+        if isinstance(fault, QueryWaits):
+            self._state.hold_back(query, timedelta(seconds=fault.seconds))
+        elif fault is not None:
             self._faults[query.id] = fault
         self._start_queries(query.cluster_id)
 
@@ -145,9 +148,9 @@ class Compute:
                 self.queue(query)
 
     async def watch_clock(self) -> None:
-        """Start-ups and idle timeouts, until cancelled."""
+        """Start-ups, waits and idle timeouts, until cancelled."""
         while True:
-            for cluster_id in self._state.become_ready():
+            for cluster_id in (*self._state.become_ready(), *self._state.end_waits()):
                 self._start_queries(cluster_id)
             for cluster_id in self._state.idle_too_long():
                 await self.stop(cluster_id, TerminationReason.STOPPED_INACTIVE, "idle timeout")

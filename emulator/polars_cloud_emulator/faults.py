@@ -109,6 +109,13 @@ class QueryTakes(Fault):
     seconds: Seconds
 
 
+class QueryWaits(Fault):
+    """Is scheduled, and holds no worker, for seconds of the emulator's clock."""
+
+    operations = SUBMIT
+    seconds: Seconds
+
+
 class WorkerKilled(Fault):
     """SIGKILL for the process that runs the query."""
 
@@ -134,7 +141,7 @@ class StartupTakes(Fault):
     seconds: Seconds
 
 
-QueryFault = QueryFails | QueryHangs | QueryTakes | WorkerKilled | ClusterLost
+QueryFault = QueryFails | QueryHangs | QueryTakes | QueryWaits | WorkerKilled | ClusterLost
 StartupFault = StartupFails | StartupTakes
 AnyFault = (
     HttpError

@@ -1,14 +1,16 @@
 """What was called: the journal of every call, and the calls nobody here understands."""
 
 from collections import deque
+from contextlib import suppress
 from datetime import datetime
 
 import msgspec
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from polars_cloud_emulator.access_tokens import AccessTokens
 from polars_cloud_emulator.clock import Clock
-from polars_cloud_emulator.errors import UnknownCall
+from polars_cloud_emulator.errors import Unauthenticated, UnknownCall
 
 MAX_ENTRIES = 2_000
 ADMIN_PREFIX = "/_emulator/"
@@ -17,6 +19,7 @@ ADMIN_PREFIX = "/_emulator/"
 class Entry(msgspec.Struct):
     """One call. Query strings, headers and bodies are left out: they may hold secrets.
 
+    ``account`` is the client id behind the access token, None if none was good when the call came.
     ``status`` is None as long as there is no answer, and for ever if it was lost.
     """
 
@@ -24,6 +27,7 @@ class Entry(msgspec.Struct):
     method: str
     path: str
     client: str
+    account: str | None = None
     status: int | None = None
     grpc_status: int | None = None
 
@@ -53,15 +57,18 @@ class Journal:
 class JournalMiddleware:
     """Writes down every call except those of the admin API itself."""
 
-    def __init__(self, app: ASGIApp, journal: Journal) -> None:
+    def __init__(self, app: ASGIApp, journal: Journal, access_tokens: AccessTokens) -> None:
         self._app = app
         self._journal = journal
+        self._access_tokens = access_tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"].startswith(ADMIN_PREFIX):
             await self._app(scope, receive, send)
             return
         entry = self._journal.record(scope)
+        with suppress(Unauthenticated):
+            entry.account = self._access_tokens.check(Headers(scope=scope).get("authorization"))
 
         async def observe(message: Message) -> None:
             if message["type"] == "http.response.start":

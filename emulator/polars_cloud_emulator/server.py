@@ -185,24 +185,32 @@ class Emulator:
             temporary_uri=self._object_store.temporary_uri,
             delete_result=self._object_store.delete_result,
         )
-        access_tokens = AccessTokens(self.clock, self._files.client_secret(), self._token_lifetime)
-        check_client = ClientCheck(access_tokens)
+        self._access_tokens = AccessTokens(
+            self.clock, self._files.client_secret(), self._token_lifetime
+        )
+        check_client = ClientCheck(self._access_tokens)
         ip, port = self._tls_listener.getsockname()[:2]
         control_plane = ControlPlane(
             self._state,
             self._compute,
-            access_tokens,
+            self._access_tokens,
             check_client,
             certificate_authority=authority.cert_pem.bytes().decode(),
             # By its number: the client takes no name beside the one that it checks in TLS.
             compute_plane_address=f"{ip}:{port}",
         )
-        compute_plane = ComputePlane(self._state, self._compute, access_tokens, check_client)
+        compute_plane = ComputePlane(self._state, self._compute, self._access_tokens, check_client)
         self._journal = Journal(self.clock)
         calls = [*control_plane.routes(), *compute_plane.routes()]
-        self._faults = Faults(calls, access_tokens)
+        self._faults = Faults(calls, self._access_tokens)
         admin = Admin(
-            self._state, self._compute, self._journal, self._faults, self.clock, self._reset
+            self._state,
+            self._compute,
+            self._journal,
+            self._faults,
+            self.clock,
+            self._access_tokens,
+            self._reset,
         )
         application = Starlette(
             routes=[
@@ -214,7 +222,9 @@ class Emulator:
         )
         await hypercorn.asyncio.serve(
             JournalMiddleware(  # type: ignore[arg-type]
-                FaultMiddleware(application, self._faults, access_tokens), self._journal
+                FaultMiddleware(application, self._faults, self._access_tokens),
+                self._journal,
+                self._access_tokens,
             ),
             self._hypercorn_config(),
             shutdown_trigger=self._released,
@@ -263,6 +273,7 @@ class Emulator:
         self._state.clear()
         self._journal.entries.clear()
         self._faults.clear()
+        self._access_tokens.forget_added_accounts()
         self.clock.reset()
         await asyncio.to_thread(self._object_store.clear)
         await self._open_the_shop()

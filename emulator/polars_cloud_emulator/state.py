@@ -131,6 +131,8 @@ class Query(msgspec.Struct, kw_only=True):
     plan: bytes
     """Serialized LazyFrame; dropped when the query has ended."""
     submitted_at: datetime
+    waits_until: datetime | None = None
+    """When its turn may come, at the earliest."""
     output_location: str | None = None
     """Of the plan's sink; None for a temporary result."""
     status: QueryStatus = QueryStatus.SCHEDULED
@@ -341,7 +343,11 @@ class State:
         cluster = self.clusters[cluster_id]
         if cluster.status not in {ClusterStatus.IDLE, ClusterStatus.RUNNING}:
             return None
-        waiting = [q for q in self._active_queries(cluster_id) if q.status is QueryStatus.SCHEDULED]
+        waiting = [
+            q
+            for q in self._active_queries(cluster_id)
+            if q.status is QueryStatus.SCHEDULED and q.waits_until is None
+        ]
         if not waiting:
             return None
         query = max(waiting, key=lambda q: q.priority)
@@ -351,6 +357,18 @@ class State:
         query.started_at = self._clock.now()
         cluster.status = ClusterStatus.RUNNING
         return query
+
+    def hold_back(self, query: Query, wait: timedelta) -> None:
+        """Let a query that was just submitted wait for so long before its turn may come."""
+        query.waits_until = query.submitted_at + wait
+
+    def end_waits(self) -> set[UUID]:
+        """Clusters that have a query whose turn may come from now on."""
+        now = self._clock.now()
+        waited = [q for q in self.queries.values() if q.waits_until and q.waits_until <= now]
+        for query in waited:
+            query.waits_until = None
+        return {query.cluster_id for query in waited}
 
     def workers_for(self, query: Query) -> int:
         return self.clusters[query.cluster_id].spec.cluster_size if query.distributed else 1

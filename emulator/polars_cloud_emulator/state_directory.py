@@ -1,4 +1,4 @@
-"""What outlives one run of the emulator: certificates, the service account's secret, the state."""
+"""What outlives one run of the emulator: certificates, the first account's secret, the state."""
 
 import secrets
 from pathlib import Path

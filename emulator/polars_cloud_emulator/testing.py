@@ -73,6 +73,22 @@ class RunningEmulator:
         """Forget the faults that have not come yet, and take the client's secret again."""
         self._ask("DELETE", "faults")
 
+    def add_service_account(self, name: str) -> tuple[str, str]:
+        """Let one more service account log in, until the next reset; its client id and secret.
+
+        Parameters
+        ----------
+        name
+            What its client id ends in: lower-case letters, digits and hyphens.
+
+        Raises
+        ------
+        ValueError
+            The name is taken, or of other letters.
+        """
+        answer = self._ask("POST", "service-accounts", {"name": name})
+        return answer["client_id"], answer["client_secret"]
+
     def advance_clock(self, by: timedelta) -> datetime:
         """Move the time of everything that bills, expires or times out; the new time.
 

@@ -1,6 +1,9 @@
 """All that this folder takes from Airflow and that is not part of its public interface."""
 
+from typing import Any, cast
+
 from airflow.sdk import Context
+from airflow.sdk.bases.operator import TRIGGER_FAIL_REPR
 from airflow.sdk.execution_time import task_runner
 
 TASK_ENDS = {"success", "failed", "skipped", "upstream_failed", "removed"}
@@ -28,3 +31,28 @@ def get_task_states(
 def get_clear_number(context: Context) -> int:
     """How often tasks of the run were cleared before this try of the task began."""
     return context["dag_run"].clear_number or 0
+
+
+def is_resumed(context: Context) -> bool:
+    """Whether this try of the task has been deferred before."""
+    from_server = cast("task_runner.RuntimeTaskInstance", context["ti"])._ti_context_from_server
+    return from_server is not None and from_server.next_method is not None
+
+
+def has_lost_its_trigger(next_method: str) -> bool:
+    """Whether a task is resumed because its trigger has failed, or has not fired in time."""
+    return next_method == TRIGGER_FAIL_REPR
+
+
+def to_json(value: Any) -> Any:
+    """What a task returns, as Airflow stores it in an XCom."""
+    from airflow.sdk.serde import serialize
+
+    return serialize(value)
+
+
+def from_json(value: Any) -> Any:
+    """Counterpart of `to_json`."""
+    from airflow.sdk.serde import deserialize
+
+    return deserialize(value)

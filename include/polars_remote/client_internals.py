@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from uuid import UUID
@@ -67,6 +67,28 @@ def forget_cluster(ctx: ComputeContext) -> None:
     ctx._last_known_status = ComputeContextStatus.UNINITIALIZED
 
 
+def start_without_waiting(ctx: ComputeContext) -> None:
+    """Start the cluster of the context's manifest: `ctx.start()` blocks until it is running."""
+    from polars_cloud import ComputeContextStatus
+    from polars_cloud.constants import API_CLIENT
+
+    name = get_manifest_name(ctx)
+    assert name is not None, "each of our clusters has a manifest"
+    cluster = API_CLIENT.start_compute_cluster_manifest(workspace_id=ctx.workspace.id, name=name)
+    ctx._compute_id = cluster.id
+    ctx._last_known_status = ComputeContextStatus.STARTING
+
+
+def look_at_cluster(cluster_id: str, workspace: str) -> tuple[str, str]:
+    """Status of a cluster, such as `STARTING`, and why it has ended; that is empty if it lives."""
+    from polars_cloud import ComputeContextStatus, Workspace
+    from polars_cloud.constants import API_CLIENT
+
+    cluster = API_CLIENT.get_compute_cluster(Workspace(workspace).id, UUID(cluster_id))
+    message = cluster.termination.termination_message if cluster.termination else None
+    return ComputeContextStatus._from_api_model(cluster.status).name, message or ""
+
+
 def get_spec(ctx: ComputeContext) -> dict[str, Any]:
     """What a cluster of this context is, in the words of `ComputeContext`; calls Polars Cloud."""
     from polars_cloud.constants import API_CLIENT
@@ -108,6 +130,36 @@ def connect_query(query_id: str, ctx: ComputeContext) -> DirectQuery:
     client = ctx._get_direct_client()
     assert client is not None, "only in proxy mode, which has no such queries"
     return DirectQuery(UUID(query_id), client, ctx)
+
+
+def get_stages(query: DirectQuery) -> tuple[int, int | None]:
+    """How many of a query's stages are done, and of how many if that is known yet."""
+    details = query._client.get_query_details(query._query_id)
+    return len(details.finished_stages), details.total_num_stages
+
+
+def connect_queries(ctx: ComputeContext) -> Callable[[str], DirectQuery]:
+    """Take up queries of a cluster by their ids, with the login of now.
+
+    The client has one login for its whole process. These queries keep theirs, whoever logs in
+    later, until it expires.
+    """
+    from polars_cloud import ClientOptions, DirectQuery, TLSOptions
+    from polars_cloud.constants import API_CLIENT
+    from polars_cloud.polars_cloud import SchedulerClient
+
+    info = API_CLIENT.get_compute_server_info(ctx.workspace.id, UUID(get_cluster_id(ctx)))
+    scheduler, observatory = (
+        ClientOptions(
+            uri=f"https://{endpoint.address}",
+            domain_name=endpoint.tls_server_name,
+            extra_headers={"authorization": API_CLIENT.get_auth_header()},
+            tls_options=TLSOptions(ca_cert=info.public_server_key.encode()),
+        )
+        for endpoint in (info.scheduler, info.observatory)
+    )
+    client = SchedulerClient.without_default_auth(scheduler=scheduler, observatory=observatory)
+    return lambda query_id: DirectQuery(UUID(query_id), client, ctx)
 
 
 def list_queries(ctx: ComputeContext) -> Iterator[tuple[str, str | None]]:

@@ -22,6 +22,8 @@ from .outages import in_thread
 
 PREFIX = "polars_cloud"
 TASK, CLUSTER = "task", "cluster"
+TASKS = f"{PREFIX}/{TASK}/"
+"""What the keys of all tasks begin with."""
 
 Value = dict[str, Any]
 

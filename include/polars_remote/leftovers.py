@@ -10,11 +10,11 @@ from airflow.sdk import Context
 
 from . import ledger
 from .airflow_internals import TASK_ENDS, get_task_states, has_supervisor
-from .clusters import release
 from .ledger import Owner, Value
 from .login import log_in
 from .outages import time_limit
 from .recorded_queries import end_recorded_query
+from .releases import release, release_entry
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,25 @@ def end_entry(key: str, owner: Owner, value: Value) -> None:
         if not end_recorded_query(destination, record):
             raise TimeoutError(f"the query for {destination} is still running")
     ledger.erase(key)
+
+
+def end_task_entry(key: str) -> None:
+    """End what a task has started that was killed while it was deferred.
+
+    Raises
+    ------
+    TimeoutError
+        A query could not be canceled.
+    """
+    if (entry := ledger.get(key)) is None:
+        return
+    owner, value = entry
+    if max(ledger.keys(ledger.task_key(owner)), default="") != key:
+        logger.info("A later try has taken over: its queries are left alone")
+        return
+    end_entry(key, owner, value)
+    for cluster in value["kept"]:
+        release_entry(cluster)
 
 
 def describe_entry(value: Value) -> str:

@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 # The Connection that this process has logged in with. The client's own login is process-wide, too.
 _conn_id = "polars_cloud"
+_is_due = False
 
 # Client ID of the emulator, and the user name in front of its address: neither is ever to meet the
 # other side's counterpart.
@@ -36,8 +37,8 @@ def log_in(conn_id: str) -> Exception | None:
 
     The frames in here hold the secret, and an exception that was raised in one shows its locals.
     """
-    global _conn_id
-    _conn_id = conn_id
+    global _conn_id, _is_due
+    _conn_id, _is_due = conn_id, False
     try:
         connection = BaseHook.get_connection(conn_id)
     except AirflowNotFoundException:
@@ -46,11 +47,12 @@ def log_in(conn_id: str) -> Exception | None:
         return _settings_error(conn_id, "has no login")
     if not connection.password:
         return _settings_error(conn_id, "has no password")
-    if (connection.login == EMULATOR) != _talks_to_emulator():
+    is_emulators = connection.login == EMULATOR or connection.login.startswith(f"{EMULATOR}-")
+    if is_emulators != _talks_to_emulator():
         return AirflowFailException(
             f"The Airflow Connection {conn_id!r} was not used: its login is the emulator's, but "
             "this worker talks to Polars Cloud. Set the client ID of a service account."
-            if connection.login == EMULATOR
+            if is_emulators
             else f"The Airflow Connection {conn_id!r} was not used: its login is an account's, but "
             "this worker talks to the emulator. Unset POLARS_CLOUD_DOMAIN and "
             "POLARS_CLOUD_API_ADDR, or with Docker Compose set POLARS_CLOUD_EMULATOR=0 in .env."
@@ -81,6 +83,12 @@ def log_in(conn_id: str) -> Exception | None:
     return None
 
 
+def log_in_when_called(conn_id: str) -> None:
+    """Log in with the Connection as soon as Polars Cloud is called, and not before."""
+    global _conn_id, _is_due
+    _conn_id, _is_due = conn_id, True
+
+
 def call_polars_cloud(
     function: Callable[..., T], *arguments: Any, call_timeout: float | None = OUTAGE_SECONDS / 4
 ) -> T:
@@ -94,16 +102,23 @@ def call_polars_cloud(
         As `retry`.
     """
     bound = functools.partial(function, *arguments)
+    if _is_due and (error := log_in(_conn_id)):
+        raise error
     try:
         return retry(bound, call_timeout=call_timeout)
     except Exception as error:
-        text = str(error)
-        if LOGGED_OUT not in text and http_status(text) != "401":
+        if not is_logged_out(error):
             raise
         logger.warning("Login expired, logging in again: %s", error)
     if refused := log_in(_conn_id):
         raise refused
     return retry(bound, call_timeout=call_timeout)
+
+
+def is_logged_out(error: BaseException) -> bool:
+    """Whether Polars Cloud does not accept the login any more."""
+    text = str(error)
+    return LOGGED_OUT in text or http_status(text) == "401"
 
 
 def _talks_to_emulator() -> bool:

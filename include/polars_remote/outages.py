@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential
@@ -145,18 +145,26 @@ def in_thread(function: Callable[[], T], timeout: float | None = None) -> T:
     TimeoutError
         There is no result after `timeout` seconds; the function runs on.
     """
-    future = Future[T]()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="polars-cloud-call", daemon=True).start()
+    future = start_thread(function)
     try:
         return future.result(timeout)
     except TimeoutError:
         if future.done():
             raise
         raise TimeoutError(f"no reply for {timeout:.1f} s") from None
+
+
+def start_thread(function: Callable[[], T]) -> Future[T]:
+    """Run the function in a thread that nobody has to wait for, not even the end of the process."""
+    future = Future[T]()
+    future.set_running_or_notify_cancel()  # whoever gives it up cannot cancel it any more
+    context = copy_context()  # tells Airflow whose log it is
+
+    def run() -> None:
+        try:
+            future.set_result(context.run(function))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="polars-cloud-call", daemon=True).start()
+    return future

@@ -5,13 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec
-
-from airflow.sdk import get_current_context
-from airflow.sdk.exceptions import AirflowFailException
 
 from .client_internals import (
     connect_query,
@@ -31,8 +27,10 @@ from .recorded_queries import (
     find_query,
     find_query_ids,
     find_status,
+    get_page,
 )
 from .task_scope import TaskScope, current_scope
+from .waiting import get_result, wait_until_ended
 
 if TYPE_CHECKING:
     from polars_cloud import ComputeContext, DirectQuery, QueryResult
@@ -41,9 +39,13 @@ logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 
+if TYPE_CHECKING:
+    Query = DirectQuery
+else:
+    Query = object  # importing it costs as much as Polars
+"""What `submit` returns: a `polars_cloud.DirectQuery`."""
+
 METHODS = ("execute", "sink_csv", "sink_ipc", "sink_parquet")
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
-"""Seconds between two looks at a query, at first and when it has been running for a while."""
 
 
 def run_query(method: Callable[P, Any], *args: P.args, **kwargs: P.kwargs) -> QueryResult:
@@ -149,28 +151,8 @@ def wait_for(query: DirectQuery) -> QueryResult:
     RuntimeError
         It succeeded without saying where its result is.
     """
-    from polars_cloud import QueryStatus
-
-    scope = current_scope()
-    pause = FIRST_PAUSE
-    with _told_of_end(query) as has_news:
-        while not call_polars_cloud(query.get_status).is_done():
-            has_news.wait(pause)
-            has_news.clear()
-            pause = min(pause * 1.5, LONGEST_PAUSE)
-
-    name = describe(query)
-    result = call_polars_cloud(lambda: query.await_result(raise_on_failure=False))
-    scope.set_awaited(get_query_id(query))
-    if result.status is QueryStatus.FAILED:
-        logger.error("Query %s failed", name)
-        _raise(result)
-    if result.status is QueryStatus.CANCELED:
-        raise AirflowFailException(f"Query {name} was canceled: nothing was written")
-    if not result.location:
-        raise RuntimeError(f"Query {name} succeeded but names no location of its result")
-    logger.info("Query %s wrote %s rows to %s", name, result.n_rows_total, result.location)
-    return result
+    wait_until_ended([query])
+    return get_result(query)
 
 
 def leave(query: DirectQuery) -> str:
@@ -178,31 +160,6 @@ def leave(query: DirectQuery) -> str:
     query_id = get_query_id(query)
     current_scope().release(query_id)
     return query_id
-
-
-@contextmanager
-def _told_of_end(query: DirectQuery) -> Iterator[threading.Event]:
-    """Have an event set when the query ends, so that nobody pays for the pause between two looks.
-
-    Polars Cloud holds the reply to `await_result` until then. A connection that is held for hours
-    is cut at times: the reply is a hint, and the looks go on.
-    """
-    has_news, is_over = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        while not is_over.is_set():
-            try:
-                query.await_result(raise_on_failure=False)
-                is_over.set()
-            except Exception:
-                is_over.wait(LONGEST_PAUSE)
-        has_news.set()
-
-    threading.Thread(target=hold, name="polars-cloud-wait", daemon=True).start()
-    try:
-        yield has_news
-    finally:
-        is_over.set()
 
 
 def _name_temporary_result(scope: TaskScope, plan: bytes) -> str:
@@ -226,7 +183,7 @@ def _resume(scope: TaskScope, destination: str) -> DirectQuery | None:
     if status is None or (status.is_done() and status.name != "SUCCESS"):
         return None
     logger.info("Resuming query %s, submitted by try %d", describe(query), record["try_number"])
-    scope.claim(destination, {**record, "query_id": get_query_id(query)}, query)
+    _claim_submitted(scope, destination, record, query)
     return query
 
 
@@ -274,17 +231,12 @@ def _submit_once(
             logger.warning("Cluster %s has stopped: starting it again", get_cluster_id(ctx))
             forget_cluster(ctx)
             tried = False
-    scope.claim(destination, {**record, "query_id": get_query_id(query)}, query)
+    _claim_submitted(scope, destination, record, query)
     return query
 
 
-def _raise(result: QueryResult) -> None:
-    try:
-        result.raise_err()
-    except FileNotFoundError as error:
-        if tasks := sorted(get_current_context()["ti"].task.upstream_task_ids):
-            error.add_note(
-                "If this was the temporary result of another task, it has expired: "
-                f"clear {' or '.join(tasks)}, which runs this task again as well"
-            )
-        raise
+def _claim_submitted(
+    scope: TaskScope, destination: str, record: dict[str, Any], query: DirectQuery
+) -> None:
+    found = {"query_id": get_query_id(query), "page": get_page(query)}
+    scope.claim(destination, {"submitted_at": time.time(), **record, **found}, query)

@@ -111,6 +111,11 @@ def end_recorded_query(destination: str, record: dict[str, Any]) -> bool:
 
 def describe(query: DirectQuery) -> str:
     """Return the query's id and the link to its page."""
+    return f"{get_query_id(query)} ({get_page(query)})"
+
+
+def get_page(query: DirectQuery) -> str:
+    """The address of the query's page on Polars Cloud."""
     ctx = get_context(query)
     page = f"portal/{ctx.workspace.id}/{get_cluster_id(ctx)}/queries/{get_query_id(query)}"
-    return f"{get_query_id(query)} (https://{frontend_domain()}/{page})"
+    return f"https://{frontend_domain()}/{page}"

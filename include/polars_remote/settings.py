@@ -13,3 +13,6 @@ DATA = os.environ.get("POLARS_CLOUD_DATA", "s3://your-bucket").rstrip("/")
 
 OUTAGE_SECONDS = float(os.environ.get("POLARS_CLOUD_OUTAGE", "120"))
 """Seconds for which Polars Cloud may be unavailable before a task gives up."""
+
+DEFERS = os.environ.get("POLARS_CLOUD_DEFER", "1") != "0"
+"""Whether a `@query_task` gives its worker slot back while it waits, which takes a triggerer."""

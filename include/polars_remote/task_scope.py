@@ -12,21 +12,22 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from airflow.sdk import get_current_context
-from airflow.sdk.exceptions import AirflowTaskTimeout
+from airflow.sdk.exceptions import AirflowTaskTimeout, TaskDeferred
 
 from . import ledger
-from .airflow_internals import get_clear_number, get_task_states
+from .airflow_internals import get_clear_number, get_task_states, is_resumed
 from .ledger import Owner, Value
 from .login import log_in
 from .outages import in_thread, time_limit
 from .recorded_queries import end_query, end_recorded_query
+from .releases import release_entry
 
 if TYPE_CHECKING:
     from polars_cloud import DirectQuery
@@ -70,7 +71,16 @@ class TaskScope:
         """By destination: the cluster's id, the try, and the query's id once it is known."""
         self.clusters = Counter[str]()
         """How many blocks of the task use the cluster of a manifest just now."""
+        self.kept: set[str] = set()
+        """Keys of the entries about clusters whose use ends with the task at the latest."""
+        self.task: Any = self._ti.task
+        self.waits_for: Value = {}
+        """What the task needs again when it is resumed after a deferral."""
+        limit = self.task.execution_timeout
+        self.deadline = None if limit is None else time.time() + limit.total_seconds()
+        """When the task's `execution_timeout` is over, in seconds since the epoch."""
         self._submitted: dict[str, DirectQuery] = {}
+        self._claimed: set[str] = set()
         self._ended: set[str] = set()
         self._tried_to_end: set[str] = set()
 
@@ -87,6 +97,7 @@ class TaskScope:
         self.claim_task()
         with self._lock:
             self.queries[destination] = {**record, "try_number": self.try_number}
+            self._claimed.add(destination)
             self._ended.discard(destination)  # by the query of an earlier try
             self._tried_to_end.discard(destination)
             if query is not None:
@@ -94,9 +105,15 @@ class TaskScope:
             self._save()
 
     def is_claimed(self, destination: str) -> bool:
-        """Whether this try has a query with this destination already."""
-        record = self.queries.get(destination)
-        return record is not None and record["try_number"] == self.try_number
+        """Whether this worker has a query with this destination already."""
+        return destination in self._claimed
+
+    def find_destination(self, query_id: str) -> str | None:
+        """The destination of a query that is on record, or None if it is not."""
+        for destination, record in self.queries.items():
+            if record.get("query_id") == query_id:
+                return destination
+        return None
 
     def set_awaited(self, query_id: str) -> None:
         """Note that the task knows how the query ended."""
@@ -169,12 +186,27 @@ class TaskScope:
         """
         return max(ledger.keys(ledger.task_key(self.owner)), default="") == self.key
 
+    def go_on(self) -> None:
+        """Take up what this try has recorded before it was deferred."""
+        if entry := ledger.get(self.key):
+            _, value = entry
+            self._is_on_record = True
+            self.queries, self.kept = value["queries"], set(value["kept"])
+            self.waits_for, self.deadline = value["waits_for"], value["deadline"]
+
+    def defer(self, waits_for: Value, deferral: TaskDeferred) -> NoReturn:
+        """Leave the worker, and everything as it is, until the deferral's trigger fires."""
+        self.waits_for = waits_for
+        self._save()
+        raise deferral
+
     def take_over(self) -> None:
         """Take over what earlier tries have recorded."""
         for key in sorted(ledger.keys(ledger.task_key(self.owner))):
             if key != self.key and (entry := ledger.get(key)):
                 earlier = entry[1]
                 self.queries |= earlier["queries"]
+                self.kept |= set(earlier["kept"])
                 was_cleared = earlier["clear_number"] != self._clear_number
                 self._is_stale = self._is_stale or earlier["over"] or was_cleared
                 self._save()
@@ -199,15 +231,53 @@ class TaskScope:
 
     # The end
 
-    def check_that_all_were_awaited(self, cluster_id: str | None = None) -> None:
+    @property
+    def returns_queries(self) -> bool:
+        """Whether the task may return queries instead of waiting for them: a `@query_task`."""
+        return hasattr(self.task, "defers")
+
+    def use(self, manifest: str, owner: Owner) -> str:
+        """Record a use of the manifest's cluster, which ends with the task at the latest; its key.
+
+        Raises
+        ------
+        RuntimeError
+            A later try has taken over.
+        """
+        key = ledger.cluster_key(manifest, owner)
+        self.kept.add(key)
+        if self._is_on_record:
+            self._save()
+        self.claim_task()
+        ledger.put(key, owner, {"manifest": manifest, "conn_id": self.conn_id})
+        return key
+
+    def has_unended(self, cluster_id: str) -> bool:
+        """Whether a query of this worker's on the cluster may still be running."""
+        return any(map(self.is_claimed, self._unended(cluster_id)))
+
+    def check_that_all_were_awaited(
+        self, cluster_id: str | None = None, *, besides: Collection[str] = ()
+    ) -> None:
         """Refuse to forget a query that this try has submitted.
+
+        Parameters
+        ----------
+        cluster_id
+            Look at the queries on this cluster alone.
+        besides
+            Destinations of queries that are going to be awaited.
 
         Raises
         ------
         RuntimeError
             The task knows nothing of the end of a query, of all or of those on one cluster.
         """
-        forgotten = [name for name in self._unended(cluster_id) if self.is_claimed(name)]
+        forgotten = [
+            name
+            for name in self._unended(cluster_id)
+            if self.is_claimed(name) and name not in besides
+        ]
         if forgotten:
             raise RuntimeError(
                 f"The query for {', '.join(forgotten)} is canceled, as nobody has waited for it: "
@@ -222,11 +292,14 @@ class TaskScope:
             logger.warning("A later try has taken over: its queries are left alone")
             return
         self.end_queries()
+        for key in sorted(self.kept):
+            release_entry(key)
         if self._unended():
             self._is_stale = True
             self._save()
         else:
             ledger.erase(self.key)
+            self._is_on_record = False
 
     def is_over(self, error: BaseException) -> bool:
         """Whether the task itself has ended, and not just the worker that runs this try.
@@ -235,7 +308,7 @@ class TaskScope:
         Airflow's API server. Only Airflow knows, and where it does not answer the queries run on.
         """
         if not isinstance(error, TaskKilled):
-            return True
+            return not isinstance(error, TaskDeferred)
         if self._is_over is None:
             self._is_over = self._ask_airflow()
         return self._is_over
@@ -272,6 +345,9 @@ class TaskScope:
                 "clear_number": self._clear_number,
                 "over": self._is_stale,
                 "queries": self.queries,
+                "kept": sorted(self.kept),
+                "waits_for": self.waits_for,
+                "deadline": self.deadline,
             },
         )
 
@@ -286,10 +362,14 @@ def task_scope(conn_id: str) -> Iterator[TaskScope]:
     scope = _current = TaskScope(conn_id)
     _unwind_when_killed(scope)
     try:
-        if scope.try_number > 1:
+        if is_resumed(get_current_context()):
+            scope.go_on()
+        elif scope.try_number > 1:
             scope.take_over()
         yield scope
         scope.check_that_all_were_awaited()
+    except TaskDeferred:
+        raise  # no end: whatever the task has started goes on
     except BaseException as error:
         if scope.is_over(error):
             with grace(error), log_errors():
@@ -315,6 +395,11 @@ def logged_in(conn_id: str) -> Iterator[TaskScope]:
             raise error
         scope.end_stale_queries()
         yield scope
+
+
+def find_scope() -> TaskScope | None:
+    """The scope of the task that is running, or None if it is not authenticated."""
+    return _current
 
 
 def current_scope() -> TaskScope:
@@ -358,7 +443,13 @@ def _unwind_when_killed(scope: TaskScope) -> None:
 
     def on_kill() -> None:
         # Airflow calls this for a time-out as well, which needs no second exception.
-        if not isinstance(sys.exc_info()[1], AirflowTaskTimeout):
-            raise TaskKilled
+        if isinstance(sys.exc_info()[1], AirflowTaskTimeout):
+            return
+        error = TaskKilled()
+        # Killed while it is being deferred: no trigger is there yet to end what it has started.
+        if _current is None and scope.waits_for and scope.is_over(error):
+            with grace(error), log_errors():
+                scope.close()
+        raise error
 
     scope._ti.task.on_kill = on_kill  # type: ignore[method-assign]

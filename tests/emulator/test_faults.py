@@ -244,6 +244,17 @@ def test_query_that_takes_long_ends_when_the_clock_has_come_to_its_time(
     assert query.await_result().n_rows_total == 2
 
 
+def test_query_that_waits_lets_others_run_and_ends_when_the_clock_has_come_to_its_time(
+    emulator: RunningEmulator, remote: Any
+) -> None:
+    emulator.add_fault("SubmitQuery", "query_waits", seconds=60)
+    waiting = remote.execute(blocking=False)
+    assert remote.execute().n_rows_total == 2
+    assert emulator.state()["queries"][0]["status"] == "Scheduled"
+    emulator.advance_clock(timedelta(seconds=60))
+    assert waiting.await_result().n_rows_total == 2
+
+
 def test_query_that_takes_long_frees_its_worker_when_it_is_cancelled(
     emulator: RunningEmulator, remote: Any
 ) -> None:

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ OUTAGE = 8.0
 READY_IN = 240.0
 API_SERVER = "api-server"
 SCHEDULER = "scheduler --skip-serve-logs"
+TRIGGERER = "triggerer --skip-serve-logs"
 DAG_PROCESSOR = "dag-processor"
 TASK_ENDS = {"success", "failed", "skipped", "upstream_failed", "removed"}
 
@@ -196,9 +198,24 @@ class Run:
 
     def running_tasks(self) -> list[str]:
         """Ids of its tasks that are running, in the order of the alphabet; one at least."""
-        return self.deployment.eventually(
-            lambda: sorted(task for task, state in self.tasks().items() if state == "running")
+        return self.deployment.eventually(lambda: self.tasks_in("running"))
+
+    def waiting_tasks(self) -> list[str]:
+        """Ids of its tasks that are running or deferred; one at least."""
+        return self.deployment.eventually(lambda: self.tasks_in("running", "deferred"))
+
+    def is_deferred(self) -> bool:
+        """Whether no task runs, and each one that is deferred is looked after by a triggerer."""
+        deferred = len(self.tasks_in("deferred"))
+        return (
+            bool(deferred)
+            and not self.tasks_in("running")
+            and (self.log().count(' starting"') >= deferred)
         )
+
+    def tasks_in(self, *states: str) -> list[str]:
+        """Ids of its tasks in these states, in the order of the alphabet."""
+        return sorted(task for task, state in self.tasks().items() if state in states)
 
     def wait_for_end(self) -> None:
         """Wait until the run, and each of its tasks, has ended."""
@@ -210,10 +227,34 @@ class Run:
         self.deployment.eventually(ended)
 
     def log(self, task_id: str = "*", attempt: str = "*") -> str:
-        """What the tasks logged, all tries one after the other."""
+        """What the tasks and their triggers logged, all tries one after the other."""
+        return "".join(path.read_text() for path in self.logs(task_id, attempt))
+
+    def logs(self, task_id: str = "*", attempt: str = "*") -> list[Path]:
+        """The files of these logs."""
         folder = self.deployment.logs / f"dag_id={self.dag_id}" / f"run_id={self.run_id}"
-        paths = folder.glob(f"task_id={task_id}/**/attempt={attempt}.log")
-        return "".join(path.read_text() for path in sorted(paths))
+        paths = folder.glob(f"task_id={task_id}/**/attempt={attempt}.log*")
+        return sorted(path for path in paths if path.suffix == ".log")
+
+    def ends(self, task_id: str) -> dict[int, datetime]:
+        """When each of a mapped task's instances has ended, by its index."""
+        ends = {}
+        offset = 0
+        while True:
+            path = f"{self.path}/taskInstances?limit=100&offset={offset}&order_by=map_index"
+            answer = self.deployment.call("GET", path)
+            for task in answer["task_instances"]:
+                if task["task_id"] == task_id:
+                    ends[task["map_index"]] = datetime.fromisoformat(task["end_date"])
+            offset += 100
+            if offset >= answer["total_entries"]:
+                return ends
+
+    def seconds(self) -> float:
+        """From its start to its end."""
+        run = self.deployment.call("GET", self.path)
+        start, end = (datetime.fromisoformat(run[f"{each}_date"]) for each in ("start", "end"))
+        return (end - start).total_seconds()
 
     def mark(self, state: str, task_id: str | None = None) -> None:
         """Mark the run, or one of its tasks, as a user does."""
@@ -246,6 +287,7 @@ class Deployment:
         self._dags = home.parent / "dags"
         self._url = f"http://127.0.0.1:{port}"
         self._parts: dict[str, contextlib.ExitStack] = {}
+        self.processes: dict[str, psutil.Process] = {}
         self._log_path = home / "airflow.log"
 
     def call(self, method: str, path: str, **body: object) -> Any:
@@ -313,6 +355,13 @@ class Deployment:
         finally:
             self._start(part)
 
+    def kill(self, part: str) -> None:
+        """SIGKILL for a part and all that it has started; `without` starts it again."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                if os.getsid(process.pid) == self.processes[part].pid:
+                    process.kill()
+
     @contextlib.contextmanager
     def edited(self, dag_id: str, edit: Callable[[str], str]) -> Iterator[None]:
         """Change the source of a DAG file while the context is open."""
@@ -339,14 +388,23 @@ class Deployment:
     def _start(self, part: str) -> None:
         self._parts[part] = stack = contextlib.ExitStack()
         log = stack.enter_context(self._log_path.open("a"))
-        stack.enter_context(airflow(part, log=log))
+        processes = stack.enter_context(airflow(part, log=log))
+        self.processes[part] = psutil.Process(processes[part].pid)
 
 
 @contextlib.contextmanager
 def running_deployment(
-    folder: Path, sources: Mapping[str, str] | None = None
+    folder: Path, sources: Mapping[str, str] | None = None, *, slots: int = 6
 ) -> Iterator[Deployment]:
-    """Run Airflow while the context is open."""
+    """Run Airflow while the context is open.
+
+    Parameters
+    ----------
+    sources
+        As `write_dags` takes it.
+    slots
+        How many tasks may run at once.
+    """
     home = folder / "airflow"
     home.mkdir()
     write_dags(folder / "dags", sources)
@@ -357,7 +415,7 @@ def running_deployment(
         os.environ |= settings(port) | {
             "AIRFLOW_HOME": str(home),
             "AIRFLOW__CORE__DAGS_FOLDER": str(folder / "dags"),
-            "AIRFLOW__CORE__PARALLELISM": "6",
+            "AIRFLOW__CORE__PARALLELISM": str(slots),
             "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
             # An edit is noticed in seconds,
             "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "5",
@@ -371,6 +429,9 @@ def running_deployment(
             # and a scheduler, by the next one.
             "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "10",
             "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "3",
+            # and a triggerer, by another one.
+            "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "10",
+            "AIRFLOW__SCHEDULER__TRIGGER_TIMEOUT_CHECK_INTERVAL": "2",
             "POLARS_CLOUD_OUTAGE": str(OUTAGE),
         }
         use_emulator(emulator.api.environment)
@@ -384,7 +445,7 @@ def running_deployment(
         deployment = Deployment(home, port, emulator)
         with deployment.running(API_SERVER, DAG_PROCESSOR):
             eventually(lambda: health(port), READY_IN, pause=0.5)
-            with deployment.running(SCHEDULER):
+            with deployment.running(TRIGGERER, SCHEDULER):
                 dag_ids = {path.stem for path in (folder / "dags").glob("*.py")}
 
                 def known() -> bool:

@@ -9,9 +9,17 @@ import polars as pl
 import psutil
 
 from tests.emulator.raw_calls import CLUSTER, WORKSPACE, rest_client
-from tests.failures.deployment import API_SERVER, DAG_PROCESSOR, SCHEDULER, Deployment, Run
+from tests.failures.deployment import (
+    API_SERVER,
+    DAG_PROCESSOR,
+    SCHEDULER,
+    TRIGGERER,
+    Deployment,
+    Run,
+)
 
 BUCKET = "your-bucket"
+SECOND_TRIGGERER = f"{TRIGGERER} --capacity 999"
 LONG = 100.0
 """Seconds that a long query takes on the emulator's clock; less than a token lives."""
 
@@ -46,7 +54,11 @@ def meet(*faults: Fault) -> Act:
 
 
 def with_running_queries(
-    count: Mapping[str, int], then: Callable[[Deployment, Run], None], *, takes: float | None = None
+    count: Mapping[str, int],
+    then: Callable[[Deployment, Run], None],
+    *,
+    takes: float | None = None,
+    deferred: bool = False,
 ) -> Act:
     """A run to whose queries something happens while they are running.
 
@@ -56,6 +68,8 @@ def with_running_queries(
         How many of them run at the same time, by DAG; one unless given.
     takes
         Seconds that they take; for ever if None.
+    deferred
+        Whether their tasks are deferred already.
     """
 
     def act(airflow: Deployment, dag_id: str) -> Run:
@@ -67,6 +81,78 @@ def with_running_queries(
         emulator.api.add_fault("SubmitQuery", times=wanted, **kind)
         run = airflow.trigger(dag_id)
         airflow.eventually(lambda: len(emulator.running_queries()) == wanted)
+        if deferred:
+            airflow.eventually(run.is_deferred)
+        then(airflow, run)
+        run.wait_for_end()
+        return run
+
+    return act
+
+
+def let_queries_end(airflow: Deployment, run: Run) -> None:
+    """Let those that take long end, one after the other where they wait for each other."""
+
+    def have_ended() -> bool:
+        airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
+        return not airflow.emulator.running_queries()
+
+    airflow.eventually(have_ended)
+
+
+def stop_triggerer_for_a_while(airflow: Deployment, run: Run) -> None:
+    """The triggerer is stopped, and started when the queries have ended."""
+    with airflow.without(TRIGGERER):
+        let_queries_end(airflow, run)
+        assert run.tasks_in("deferred")
+
+
+def kill_triggerer(airflow: Deployment, run: Run) -> None:
+    """SIGKILL for the triggerer; a new one finds the tasks of the dead one."""
+    airflow.kill(TRIGGERER)
+    with airflow.without(TRIGGERER):
+        let_queries_end(airflow, run)
+
+
+def kill_one_of_two_triggerers(airflow: Deployment, run: Run) -> None:
+    """Another triggerer takes the tasks of a dead one over."""
+    with airflow.running(SECOND_TRIGGERER):
+        airflow.kill(TRIGGERER)
+        let_queries_end(airflow, run)
+        run.wait_for_end()
+    with airflow.without(TRIGGERER):
+        pass
+
+
+def end_without_triggerer(airflow: Deployment, run: Run) -> None:
+    """A user marks the task while there is no triggerer; the next one finds what it has left."""
+    with airflow.without(TRIGGERER):
+        run.mark("success", run.waiting_tasks()[0])
+        run.wait_for_end()
+    assert [query["cancels"] for query in airflow.emulator.queries()] == [0]
+    airflow.emulator.api.add_fault("SubmitQuery", "query_takes", seconds=LONG)
+    after = airflow.trigger(run.dag_id)
+    airflow.eventually(after.is_deferred)
+    airflow.eventually(lambda: airflow.emulator.queries()[0]["cancels"])
+    let_queries_end(airflow, after)
+    after.wait_for_end()
+
+
+def wait_without_triggerer(airflow: Deployment, run: Run) -> None:
+    """There is no triggerer; the task waits in its worker after a while."""
+    with airflow.without(TRIGGERER):
+        airflow.eventually(lambda: "waits in its worker from now on" in run.log())
+        let_queries_end(airflow, run)
+        run.wait_for_end()
+
+
+def while_the_cluster_starts(then: Callable[[Deployment, Run], None]) -> Act:
+    """Something happens to a task that is deferred until its cluster is running."""
+
+    def act(airflow: Deployment, dag_id: str) -> Run:
+        airflow.emulator.api.add_fault("POST manifest/start", "startup_takes", seconds=LONG)
+        run = airflow.trigger(dag_id)
+        airflow.eventually(run.is_deferred)
         then(airflow, run)
         run.wait_for_end()
         return run
@@ -83,7 +169,7 @@ def cancel_from_elsewhere(airflow: Deployment, run: Run) -> None:
 def mark_task_failed(airflow: Deployment, run: Run) -> None:
     """Mark one task failed, and let the queries of others end."""
     emulator = airflow.emulator
-    run.mark("failed", run.running_tasks()[0])
+    run.mark("failed", run.waiting_tasks()[0])
     airflow.eventually(lambda: any(query["cancels"] for query in emulator.queries()))
     airflow.eventually(lambda: {q["status"] for q in emulator.running_queries()} <= {"InProgress"})
     emulator.api.advance_clock(timedelta(seconds=LONG))
@@ -94,7 +180,7 @@ def mark_run_failed(airflow: Deployment, run: Run) -> None:
 
 
 def clear_task(airflow: Deployment, run: Run) -> None:
-    task_id = run.running_tasks()[0]
+    task_id = run.waiting_tasks()[0]
     tries = run.tries(task_id)
     run.clear(task_id)
     airflow.eventually(lambda: run.tries(task_id) > tries)
@@ -230,7 +316,7 @@ def mark_task(state: str) -> Callable[[Deployment, Run], None]:
     """A user marks the task in mid-query."""
 
     def act(airflow: Deployment, run: Run) -> None:
-        run.mark(state, run.running_tasks()[0])
+        run.mark(state, run.waiting_tasks()[0])
 
     return act
 

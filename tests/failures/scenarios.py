@@ -19,14 +19,18 @@ from tests.failures.events import (
     clear_task_whose_code_was_changed,
     delete_dag,
     edit_dag,
+    end_without_triggerer,
     fail_one_of_three,
     fault,
     freeze_worker,
+    kill_one_of_two_triggerers,
     kill_second_try_at_once,
+    kill_triggerer,
     kill_worker,
     kill_worker_at_every_try,
     kill_worker_while_the_cluster_starts,
     leave_query,
+    let_queries_end,
     mark_run_failed,
     mark_task,
     mark_task_failed,
@@ -38,8 +42,11 @@ from tests.failures.events import (
     restart_scheduler,
     shut_worker_down,
     side_by_side,
+    stop_triggerer_for_a_while,
     take_api_server_away,
     upgrade_and_clear_one_task,
+    wait_without_triggerer,
+    while_the_cluster_starts,
     with_running_queries,
 )
 
@@ -104,6 +111,9 @@ def failing(*tasks: str, tries: int = 2, **fields: Any) -> Expected:
 
 CANCELED = "Canceled query|was canceled"
 """By the task that was killed, or by the failed run's callback if that is faster."""
+
+KILLED = "Canceled query|cancelled by user action"
+"""By the trigger, by the next try, or by the failed run's callback if that is faster."""
 
 UNAVAILABLE = "is unavailable, retrying"
 REPLY_LOST = "accepted although the reply was lost"
@@ -408,6 +418,8 @@ SCENARIOS: Mapping[str, Scenario] = {
             "context_manager_shutdown": Expected(
                 "success", tries=2, submits=1, cause="Resuming query"
             ),
+            # In the seconds between its submission and its deferral.
+            "multi_stage": Expected("success", tries=2, submits=3, cause="Resuming query"),
         },
     ),
     "the worker is killed at every try": Scenario(
@@ -574,12 +586,121 @@ SCENARIOS: Mapping[str, Scenario] = {
             )
         },
     ),
+    "a user marks the deferred task failed": Scenario(
+        with_running_queries({"manual_shutdown": 2}, mark_task_failed, takes=LONG, deferred=True),
+        {
+            "manual_shutdown": failing(MANUAL, tries=1, submits=2, cancels=1, cause=KILLED),
+            "manifest_reuse": failing(
+                REFUNDS, tries=1, submits=1, cancels=1, clusters_left=1, cause=KILLED
+            ),
+        },
+    ),
+    "a user marks the deferred task success": Scenario(
+        with_running_queries({}, mark_task("success"), deferred=True),
+        {
+            "manifest_reuse": Expected(
+                "success", submits=1, cancels=1, clusters_left=1, cause=KILLED
+            ),
+        },
+    ),
+    "a user marks the deferred task skipped": Scenario(
+        with_running_queries({}, mark_task("skipped"), deferred=True),
+        {
+            "multi_stage": Expected("success", submits=1, cancels=1, cause=KILLED),
+            "manifest_reuse": Expected(
+                "success", submits=1, cancels=1, clusters_left=1, cause=KILLED
+            ),
+        },
+    ),
+    "a user clears the deferred task": Scenario(
+        with_running_queries({}, clear_task, deferred=True),
+        {
+            "multi_stage": Expected("success", tries=2, submits=4, cancels=1, cause=KILLED),
+            "manifest_reuse": Expected(
+                "success", tries=2, submits=2, cancels=1, clusters_left=1, cause=KILLED
+            ),
+        },
+    ),
+    "a user marks the run failed while its tasks are deferred": Scenario(
+        with_running_queries({"manual_shutdown": 2}, mark_run_failed, deferred=True),
+        {
+            "manual_shutdown": failing(
+                MANUAL, SHELVES, tries=1, submits=2, cancels=2, cause=KILLED
+            ),
+            "manifest_reuse": failing(
+                REFUNDS, tries=1, submits=1, cancels=1, clusters_left=1, cause=KILLED
+            ),
+        },
+    ),
+    "tasks that return several queries are deferred": Scenario(
+        with_running_queries({"returned_queries": 5}, let_queries_end, takes=LONG, deferred=True),
+        {
+            "returned_queries": Expected(
+                "success", submits=5, clusters=2, cause="without a worker slot"
+            )
+        },
+    ),
+    "the triggerer is stopped for a while": Scenario(
+        with_running_queries(
+            {"manual_shutdown": 2}, stop_triggerer_for_a_while, takes=LONG, deferred=True
+        ),
+        {"manual_shutdown": Expected("success", submits=2, clusters=1, cause="Cluster .* stopped")},
+    ),
+    "the triggerer is killed": Scenario(
+        with_running_queries({}, kill_triggerer, takes=LONG, deferred=True),
+        {"multi_stage": Expected("success", submits=3, clusters=1, cause="Cluster .* stopped")},
+    ),
+    "one of two triggerers is killed": Scenario(
+        with_running_queries(
+            {"manual_shutdown": 2}, kill_one_of_two_triggerers, takes=LONG, deferred=True
+        ),
+        {"manual_shutdown": Expected("success", submits=2, clusters=1, cause="Cluster .* stopped")},
+    ),
+    "a user marks the deferred task while there is no triggerer": Scenario(
+        with_running_queries({}, end_without_triggerer, deferred=True),
+        {
+            "manifest_reuse": Expected(
+                "success", submits=2, cancels=1, clusters_left=1, cause="without a worker slot"
+            )
+        },
+    ),
+    "no triggerer looks after a deferred task": Scenario(
+        with_running_queries({}, wait_without_triggerer, takes=LONG, deferred=True),
+        {
+            "without_triggerer": Expected(
+                "success", submits=1, cause="waits in its worker from now on"
+            )
+        },
+    ),
+    "the cluster takes minutes to start": Scenario(
+        while_the_cluster_starts(let_queries_end),
+        {
+            "manual_shutdown": Expected(
+                "success", submits=2, clusters=1, cause="waits without a worker slot"
+            ),
+            "manifest_reuse": Expected(
+                "success",
+                submits=1,
+                clusters=1,
+                clusters_left=1,
+                cause="waits without a worker slot",
+            ),
+        },
+    ),
+    "a user marks the task failed while its cluster starts": Scenario(
+        while_the_cluster_starts(mark_task("failed")),
+        {
+            "manual_shutdown": failing(
+                "start_cluster", tries=1, submits=0, clusters=1, cause="cancelled by user action"
+            ),
+        },
+    ),
     "many mapped tasks of uneven length": Scenario(
         meet(),
         {"many_tasks": Expected("success", submits=24, clusters=1, cause="Cluster .* stopped")},
     ),
     "the DAG file is edited in mid-query": Scenario(
-        with_running_queries({}, edit_dag, takes=LONG),
+        with_running_queries({}, edit_dag, takes=LONG, deferred=True),
         {"multi_stage": Expected("success", submits=3, cause="Cluster .* stopped")},
     ),
     "the DAG is paused in mid-query": Scenario(

@@ -13,4 +13,4 @@ def test_another_dag_runs_on_the_daily_report(airflow: Deployment) -> None:
     report = airflow.trigger("complete_pipeline")
     report.wait_for_end()
     eventually(lambda: len(runs()) > before, pause=0.5)
-    assert "rows in s3://your-bucket/reports/daily/" in runs()[-1].log()
+    assert "rows in ['s3://your-bucket/reports/daily/" in runs()[-1].log()

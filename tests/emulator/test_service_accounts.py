@@ -1,0 +1,136 @@
+"""Several service accounts: each logs in by itself, and the journal tells whose call was whose."""
+
+import json
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import grpc
+import httpx
+import polars as pl
+import pytest
+
+from polars_cloud_emulator.testing import RunningEmulator
+from tests.emulator.raw_calls import (
+    COMPUTE_PLANE,
+    CONTROL_PLANE,
+    VERSIONS,
+    access_token,
+    call_grpc,
+    rest_client,
+)
+
+FIRST = "polars-cloud-emulator"
+SECOND = "polars-cloud-emulator-second"
+ME = "/api/v1/user/me"
+
+
+def environment_of_second(emulator: RunningEmulator) -> dict[str, str]:
+    """What a client needs that logs in as an account that was added just now."""
+    client_id, secret = emulator.add_service_account("second")
+    account = {"POLARS_CLOUD_CLIENT_ID": client_id, "POLARS_CLOUD_CLIENT_SECRET": secret}
+    return emulator.environment | account
+
+
+def accounts(emulator: RunningEmulator, path: str) -> list[str | None]:
+    """Who made the calls of this path, oldest first."""
+    return [entry["account"] for entry in emulator.journal() if entry["path"] == path]
+
+
+def test_rest_calls_of_two_accounts_are_told_apart(emulator: RunningEmulator) -> None:
+    with (
+        rest_client(emulator.environment) as first,
+        rest_client(environment_of_second(emulator)) as second,
+    ):
+        statuses = [rest.get(ME).status_code for rest in (first, second, second, first)]
+    assert statuses == [200] * 4
+    assert accounts(emulator, ME) == [FIRST, SECOND, SECOND, FIRST]
+
+
+@pytest.mark.parametrize("plane", [COMPUTE_PLANE, CONTROL_PLANE])
+def test_grpc_calls_of_two_accounts_are_told_apart(emulator: RunningEmulator, plane: str) -> None:
+    first, second = (
+        {"authorization": f"Bearer {access_token(environment)}", **VERSIONS}
+        for environment in (emulator.environment, environment_of_second(emulator))
+    )
+    for headers in (first, second, second, first):
+        status, _ = call_grpc(emulator.environment, f"{plane}/GetQueryResult", headers)
+        assert status is not grpc.StatusCode.UNAUTHENTICATED
+    assert accounts(emulator, f"{plane}/GetQueryResult") == [FIRST, SECOND, SECOND, FIRST]
+
+
+def test_the_client_runs_a_query_as_another_account(
+    pc: ModuleType, emulator: RunningEmulator, start_cluster: Callable[..., Any]
+) -> None:
+    client_id, secret = emulator.add_service_account("second")
+    pc.authenticate(client_id=client_id, client_secret=secret, interactive=False)
+    assert pl.LazyFrame({"x": [1]}).remote(start_cluster()).execute().n_rows_total == 1
+    by_second = [entry["path"] for entry in emulator.journal() if entry["account"] == SECOND]
+    assert by_second[0] == ME
+    assert by_second[-2:] == [f"{COMPUTE_PLANE}/SubmitQuery", f"{COMPUTE_PLANE}/GetQueryResult"]
+
+
+def test_call_without_a_good_token_is_nobodys(emulator: RunningEmulator) -> None:
+    environment = environment_of_second(emulator)
+    with rest_client(environment) as second:
+        second.get(ME)
+        emulator.add_fault("GET user/me", "tokens_expire")
+        assert [second.get(ME).status_code for _ in range(2)] == [401, 401]
+    httpx.get(f"{emulator.rest_url}{ME}", headers=VERSIONS, trust_env=False)
+    # The token was still good when the call came with which it expired.
+    assert accounts(emulator, ME) == [SECOND, SECOND, None, None]
+    assert accounts(emulator, "/realms/Polars/protocol/openid-connect/token") == [None]
+
+
+def test_no_secret_of_an_added_account_is_shown(emulator: RunningEmulator) -> None:
+    environment = environment_of_second(emulator)
+    with rest_client(environment) as second:
+        second.get(ME)
+        token = second.headers["authorization"].removeprefix("Bearer ")
+    shown = json.dumps([emulator.journal(), emulator.state()])
+    assert SECOND in shown
+    for secret in (environment["POLARS_CLOUD_CLIENT_SECRET"], *token.split(".")):
+        assert secret not in shown
+
+
+def test_an_account_logs_in_with_no_secret_but_its_own(emulator: RunningEmulator) -> None:
+    first, second = emulator.environment, environment_of_second(emulator)
+    secrets = [each["POLARS_CLOUD_CLIENT_SECRET"] for each in (first, second)]
+    for environment, secret in zip((first, second), reversed(secrets), strict=True):
+        with pytest.raises(httpx.HTTPStatusError, match="401"):
+            access_token(environment | {"POLARS_CLOUD_CLIENT_SECRET": secret})
+
+
+def test_an_account_that_exists_is_refused(emulator: RunningEmulator) -> None:
+    environment = environment_of_second(emulator)
+    with pytest.raises(ValueError, match=f"service account '{SECOND}' exists"):
+        emulator.add_service_account("second")
+    assert access_token(environment)
+
+
+@pytest.mark.parametrize(
+    "body", [{}, *({"name": name} for name in ("", "Second", "a b", "second\n", 2))]
+)
+def test_a_name_of_other_letters_is_refused(
+    emulator: RunningEmulator, body: dict[str, object]
+) -> None:
+    url = f"{emulator.rest_url}/_emulator/service-accounts"
+    answer = httpx.post(url, json=body, trust_env=False)
+    assert answer.status_code == 400
+    assert "the body of /_emulator/service-accounts is not understood" in answer.json()["message"]
+
+
+def test_reset_forgets_added_accounts_and_their_tokens(emulator: RunningEmulator) -> None:
+    environment = environment_of_second(emulator)
+    with rest_client(emulator.environment) as first, rest_client(environment) as second:
+        emulator.reset()
+        assert first.get(ME).status_code == 200
+        refused = second.get(ME)
+    assert (refused.status_code, refused.json()["message"]) == (
+        401,
+        f"service account '{SECOND}' is forgotten",
+    )
+    assert accounts(emulator, ME) == [FIRST, None]
+    with pytest.raises(httpx.HTTPStatusError, match="401"):
+        access_token(environment)
+    assert emulator.add_service_account("second")[0] == SECOND

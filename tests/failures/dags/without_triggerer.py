@@ -1,0 +1,32 @@
+"""A task that is deferred where no triggerer looks after it."""
+
+from datetime import datetime, timedelta
+
+from airflow.sdk import dag
+
+from include.auth import authenticate
+from include.polars_remote import Query, clean_up, deferral, query_task, submit, use_cluster
+
+CLUSTER = {"name": "airflow-without-triggerer", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
+
+
+@dag(
+    schedule=None,
+    start_date=datetime(2026, 1, 1),
+    on_failure_callback=clean_up,
+    default_args={"retries": 1, "retry_delay": timedelta(seconds=1)},
+)
+def without_triggerer() -> None:
+    @query_task
+    @authenticate
+    def ask() -> Query:
+        import polars as pl
+
+        deferral.SHORTEST_ROUND = deferral.MARGIN_SECONDS = 2.0  # minutes else
+        with use_cluster(CLUSTER) as ctx:
+            return submit(pl.LazyFrame({"number": [1]}).remote(ctx).execute)
+
+    ask()
+
+
+without_triggerer()

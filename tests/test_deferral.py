@@ -1,0 +1,748 @@
+"""`deferral.py`: what a deferred task is waiting for, for how long, and how it goes on."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pkgutil import resolve_name
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import polars as pl
+import pytest
+from airflow.sdk import DAG, get_current_context
+from airflow.sdk.exceptions import AirflowTaskTimeout, TaskDeferred
+from airflow.sdk.serde import deserialize, serialize
+
+from include.polars_remote import clusters, deferral
+from include.polars_remote.client_internals import get_cluster_id
+from include.polars_remote.clusters import compute_context, use_cluster
+from include.polars_remote.queries import submit
+from include.polars_remote.shared_clusters import shared_cluster
+from include.polars_remote.task_scope import TaskKilled
+from include.polars_remote.triggers import ClusterTrigger, QueryTrigger
+from polars_cloud_emulator.testing import RunningEmulator
+from tests.emulator.raw_calls import WORKSPACE, rest_client
+from tests.observed import calls, cluster_statuses, entries, query_statuses
+from tests.tries import StartTry, Supervisor, TriedTask, deferral_of, kill
+from tests.waiting import eventually
+
+FILE = "s3://your-bucket/results/two.parquet"
+OTHER_FILE = "s3://your-bucket/results/other.parquet"
+TWO_ROWS = pl.LazyFrame({"x": [1, 2]})
+CLUSTER = {"name": "shop", "cpus": 2, "memory": 4}
+OTHER_CLUSTER = {**CLUSTER, "name": "warehouse"}
+HELD = timedelta(minutes=1)
+STARTUP = timedelta(minutes=5)
+HOUR = timedelta(hours=1)
+
+
+class Clock:
+    """The time as a task sees it that looks at its deadline, or is deferred."""
+
+    def __init__(self) -> None:
+        self._ahead = 0.0
+
+    def time(self) -> float:
+        return time.time() + self._ahead
+
+    def advance(self, by: timedelta) -> None:
+        self._ahead += by.total_seconds()
+
+
+@pytest.fixture(autouse=True)
+def told(
+    pc: ModuleType,
+    supervisor: Supervisor,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The log tells what it tells in Airflow, and a task that has to wait is deferred at once."""
+    caplog.set_level("INFO", "include")
+    monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(deferral, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def hold(emulator: RunningEmulator) -> Callable[[], None]:
+    """Let the next query take until `end_held` lets it end."""
+    return lambda: emulator.add_fault("SubmitQuery", "query_takes", seconds=HELD.total_seconds())
+
+
+@pytest.fixture
+def end_held(emulator: RunningEmulator) -> Callable[[], None]:
+    def end() -> None:
+        emulator.advance_clock(HELD)
+        eventually(lambda: not {"Scheduled", "InProgress"} & set(query_statuses(emulator)))
+
+    return end
+
+
+@pytest.fixture
+def start_slowly(emulator: RunningEmulator) -> Callable[[], None]:
+    """Let the next cluster take until `end_start_up` to start."""
+    return lambda: emulator.add_fault(
+        "POST manifest/start", "startup_takes", seconds=STARTUP.total_seconds()
+    )
+
+
+@pytest.fixture
+def end_start_up(emulator: RunningEmulator) -> Callable[[], None]:
+    def end() -> None:
+        emulator.advance_clock(STARTUP)
+        eventually(lambda: "Starting" not in cluster_statuses(emulator))
+
+    return end
+
+
+def sink(ctx: Any, uri: str = FILE) -> Any:
+    return submit(TWO_ROWS.remote(ctx).single_node().sink_parquet, uri)
+
+
+def ask() -> Any:
+    with use_cluster(CLUSTER) as ctx:
+        return sink(ctx)
+
+
+def trigger_of(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """The trigger of a try that is to end in a deferral."""
+    return deferral_of(run, *args, **options).trigger
+
+
+def find(emulator: RunningEmulator, manifest: str) -> list[str]:
+    """Statuses of the manifest's clusters."""
+    clusters = emulator.state()["clusters"]
+    return [each["status"] for each in clusters if each["manifest"] == manifest]
+
+
+def stop(emulator: RunningEmulator, cluster_id: str) -> None:
+    with rest_client(emulator.environment) as rest:
+        rest.post(f"{WORKSPACE}/compute/{cluster_id}/stop").raise_for_status()
+
+
+def stop_all(emulator: RunningEmulator) -> None:
+    for cluster in emulator.state()["clusters"]:
+        stop(emulator, cluster["id"])
+
+
+# Triggers
+
+
+def defer_for_query(emulator: RunningEmulator) -> tuple[TriedTask, TaskDeferred]:
+    emulator.add_fault("SubmitQuery", "query_takes", seconds=HELD.total_seconds())
+    task = TriedTask(ask, execution_timeout=HOUR)
+    return task, deferral_of(task.run)
+
+
+def defer_for_cluster(emulator: RunningEmulator) -> tuple[TriedTask, TaskDeferred]:
+    emulator.add_fault("POST manifest/start", "startup_takes", seconds=STARTUP.total_seconds())
+    task = TriedTask(ask, execution_timeout=HOUR)
+    return task, deferral_of(task.run)
+
+
+@pytest.mark.parametrize(
+    ("defer", "trigger_class"),
+    [(defer_for_query, QueryTrigger), (defer_for_cluster, ClusterTrigger)],
+)
+def test_a_trigger_is_stored_and_found_again_and_holds_no_secret(
+    pc: ModuleType,
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    defer: Callable[[RunningEmulator], tuple[TriedTask, TaskDeferred]],
+    trigger_class: type,
+) -> None:
+    from polars_cloud.constants import API_CLIENT
+
+    _, deferred = defer(emulator)
+    assert deferred.method_name == "resume"
+    class_path, kwargs = deferred.trigger.serialize()
+    module, _, name = class_path.rpartition(".")
+    assert resolve_name(f"{module}:{name}") is trigger_class
+    stored: Any = json.dumps(serialize(kwargs))
+    again: Any = trigger_class(**deserialize(json.loads(stored)))  # type: ignore[arg-type]
+    assert again.serialize() == (class_path, kwargs)
+
+    secret = emulator.environment["POLARS_CLOUD_CLIENT_SECRET"]
+    token = API_CLIENT.get_auth_header().removeprefix("Bearer ")
+    assert len(token) > len(secret) > 10
+    for text in (stored, *supervisor.variables.values()):
+        assert secret not in text
+        assert token not in text
+        assert "eyJ" not in text  # as each token begins
+
+
+def test_a_trigger_is_told_the_query_and_where_it_runs(
+    emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    task, deferred = defer_for_query(emulator)
+    _, kwargs = deferred.trigger.serialize()
+    [query] = emulator.state()["queries"]
+    [told] = kwargs["queries"]
+    assert (told["destination"], told["query_id"]) == (FILE, query["id"])
+    assert told["cluster_id"] == emulator.state()["clusters"][0]["id"]
+    assert told["page"].endswith(query["id"])
+    assert kwargs["conn_id"] == "polars_cloud"
+    assert kwargs["task_key"] in supervisor.variables
+    assert kwargs["task_key"].endswith(str(task.ti.id))
+
+
+def test_a_trigger_is_told_which_cluster_starts(
+    emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    _, deferred = defer_for_cluster(emulator)
+    _, kwargs = deferred.trigger.serialize()
+    assert kwargs["cluster_id"] == emulator.state()["clusters"][0]["id"]
+    assert kwargs["task_key"] in supervisor.variables
+
+
+def test_the_cluster_that_starts_and_the_deferred_task_are_on_record(
+    emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    defer_for_cluster(emulator)
+    assert cluster_statuses(emulator) == ["Starting"]
+    assert [entry["manifest"] for entry in entries(supervisor, "cluster")] == ["shop"]
+    assert len(entries(supervisor, "task")) == 1
+    assert supervisor.states["manual__1"]["run_query"] == "deferred"
+
+
+def test_a_resumed_task_logs_in_with_its_own_connection(
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    monkeypatch: pytest.MonkeyPatch,
+    hold: Callable[[], None],
+    end_held: Callable[[], None],
+) -> None:
+    monkeypatch.setenv("AIRFLOW_CONN_NIGHTLY", os.environ["AIRFLOW_CONN_POLARS_CLOUD"])
+    monkeypatch.delenv("AIRFLOW_CONN_POLARS_CLOUD")
+    task = TriedTask(ask, conn_id="nightly")
+    hold()
+    assert trigger_of(task.run).conn_id == "nightly"
+    end_held()
+    emulator.add_fault("GET workspace", "tokens_expire")
+    assert task.resume() == [FILE]
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+# How long
+
+
+def test_airflow_gives_a_trigger_more_time_than_it_takes(
+    emulator: RunningEmulator, clock: Clock
+) -> None:
+    before = clock.time()
+    _, deferred = defer_for_query(emulator)
+    after = clock.time()
+    trigger: Any = deferred.trigger
+    assert before < trigger.fires_from < trigger.hand_back_at < trigger.deadline
+    assert before + deferral.SHORTEST_ROUND <= trigger.hand_back_at
+    assert trigger.hand_back_at <= after + deferral.SHORTEST_ROUND
+    gives_up_at = before + deferred.timeout.total_seconds()
+    assert trigger.hand_back_at < gives_up_at < after + deferral.SHORTEST_ROUND + 2 * 60
+
+
+def test_a_query_that_runs_on_is_deferred_again_for_as_long_as_it_has_run(
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    clock: Clock,
+    hold: Callable[[], None],
+) -> None:
+    task = TriedTask(ask)
+    hold()
+    first = trigger_of(task.run)
+    [entry] = entries(supervisor, "task")
+    since = entry["waits_for"]["since"]
+    assert first.deadline is None
+
+    rounds = [first.hand_back_at - clock.time()]
+    for _ in range(5):
+        clock.advance(timedelta(seconds=rounds[-1]))
+        trigger = trigger_of(task.resume)
+        assert trigger.what == first.what
+        assert trigger.hand_back_at >= first.hand_back_at
+        rounds.append(trigger.hand_back_at - clock.time())
+        [entry] = entries(supervisor, "task")
+        assert entry["waits_for"]["since"] == since
+    # Each as long as all before it, within bounds; some seconds have passed on the wall.
+    assert rounds == pytest.approx([300, 300, 600, 1200, 1800, 1800], abs=60)
+    eventually(lambda: query_statuses(emulator) == ["InProgress"])
+    assert [query["cancels"] for query in emulator.state()["queries"]] == [0]
+    assert calls(emulator, "SubmitQuery") == 1
+
+
+def test_no_trigger_outlasts_the_deadline(
+    emulator: RunningEmulator, clock: Clock, hold: Callable[[], None]
+) -> None:
+    task = TriedTask(ask, execution_timeout=timedelta(minutes=4))
+    hold()
+    trigger = trigger_of(task.run)
+    assert trigger.hand_back_at == trigger.deadline
+    assert trigger.deadline == pytest.approx(clock.time() + 4 * 60, abs=60)
+
+
+def test_the_deadline_is_that_of_the_first_start_however_often_the_task_is_deferred(
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    clock: Clock,
+    hold: Callable[[], None],
+) -> None:
+    task = TriedTask(ask, execution_timeout=HOUR)
+    hold()
+    deadlines = {trigger_of(task.run).deadline}
+    for _ in range(2):
+        clock.advance(0.4 * HOUR)
+        deadlines.add(trigger_of(task.resume).deadline)
+    assert len(deadlines) == 1
+    eventually(lambda: query_statuses(emulator) == ["InProgress"])
+    clock.advance(0.4 * HOUR)
+    with pytest.raises(AirflowTaskTimeout, match="1:00:00 are over"):
+        task.resume()
+    assert query_statuses(emulator) == ["Canceled"]
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+def test_a_task_that_is_out_of_time_while_no_trigger_runs_cancels_its_query(
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    clock: Clock,
+    hold: Callable[[], None],
+) -> None:
+    task = TriedTask(ask, execution_timeout=HOUR)
+    hold()
+    deferral_of(task.run)
+    clock.advance(2 * HOUR)
+    with pytest.raises(AirflowTaskTimeout):
+        task.resume_without_trigger()
+    assert query_statuses(emulator) == ["Canceled"]
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+def test_results_that_came_in_time_are_taken_after_the_deadline(
+    clock: Clock, hold: Callable[[], None], end_held: Callable[[], None]
+) -> None:
+    task = TriedTask(ask, execution_timeout=HOUR)
+    hold()
+    deferral_of(task.run)
+    end_held()
+    clock.advance(2 * HOUR)
+    assert task.resume({"results": {FILE: {"location": [FILE], "rows": 2}}}) == [FILE]
+
+
+def test_a_task_that_is_out_of_time_while_its_cluster_starts_stops_the_cluster(
+    emulator: RunningEmulator, supervisor: Supervisor, clock: Clock
+) -> None:
+    task, _ = defer_for_cluster(emulator)
+    clock.advance(2 * HOUR)
+    with pytest.raises(AirflowTaskTimeout):
+        task.resume()
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert query_statuses(emulator) == []
+    assert supervisor.variables == {}
+
+
+# A cluster that starts
+
+
+def test_a_task_whose_cluster_has_started_runs_from_its_beginning_and_submits_once(
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    start_slowly: Callable[[], None],
+    end_start_up: Callable[[], None],
+    hold: Callable[[], None],
+    end_held: Callable[[], None],
+) -> None:
+    begun: list[int] = []
+
+    def ask_and_count() -> Any:
+        begun.append(len(query_statuses(emulator)))
+        return ask()
+
+    task = TriedTask(ask_and_count)
+    start_slowly()
+    assert isinstance(trigger_of(task.run), ClusterTrigger)
+    end_start_up()
+    hold()
+    assert isinstance(trigger_of(task.resume), QueryTrigger)
+    end_held()
+    assert task.resume() == [FILE]
+    assert begun == [0, 0]
+    assert query_statuses(emulator) == ["Success"]
+    assert calls(emulator, "start") == 1
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+def test_a_task_whose_cluster_is_still_starting_is_deferred_again(
+    emulator: RunningEmulator,
+    clock: Clock,
+    supervisor: Supervisor,
+) -> None:
+    task, deferred = defer_for_cluster(emulator)
+    first: Any = deferred.trigger
+    [entry] = entries(supervisor, "task")
+    clock.advance(timedelta(minutes=10))
+    second = trigger_of(task.resume)
+    assert second.what == first.what
+    assert second.deadline == first.deadline
+    assert second.hand_back_at > first.hand_back_at
+    [later_entry] = entries(supervisor, "task")
+    assert later_entry["waits_for"] == entry["waits_for"]
+    assert calls(emulator, "start") == 1
+
+
+def test_a_cluster_that_has_not_started_is_an_error_with_its_reason_and_used_no_longer(
+    emulator: RunningEmulator, supervisor: Supervisor, start_slowly: Callable[[], None]
+) -> None:
+    task, _ = defer_for_cluster(emulator)
+    stop_all(emulator)
+    start_slowly()
+    with pytest.raises(RuntimeError, match="did not start: no machines left"):
+        task.resume({"failed": "no machines left"})
+    assert query_statuses(emulator) == []
+    assert set(cluster_statuses(emulator)) == {"Stopped"}
+    assert supervisor.variables == {}
+
+
+@pytest.mark.parametrize("use", [use_cluster, compute_context])
+def test_a_cluster_that_has_not_started_is_named_and_not_started_a_second_time(
+    emulator: RunningEmulator, start_slowly: Callable[[], None], use: Callable[[Any], Any]
+) -> None:
+    task = TriedTask(ask if use is use_cluster else lambda: sink(compute_context(CLUSTER)))
+    start_slowly()
+    cluster_id = trigger_of(task.run).what["cluster_id"]
+    stop_all(emulator)
+    start_slowly()
+    with pytest.raises(RuntimeError, match="did not start: no machines left") as raised:
+        task.resume({"failed": "no machines left"})
+    assert cluster_id in str(raised.value)
+    assert calls(emulator, "start") == 1
+
+
+def test_a_query_on_another_cluster_is_canceled_when_the_next_does_not_start(
+    emulator: RunningEmulator, supervisor: Supervisor, start_slowly: Callable[[], None]
+) -> None:
+    def ask_then_start() -> Any:
+        with use_cluster(CLUSTER) as shop:
+            first = sink(shop)
+            with use_cluster(OTHER_CLUSTER) as warehouse:
+                return [first, sink(warehouse, OTHER_FILE)]
+
+    compute_context(CLUSTER)  # is running
+    emulator.add_fault("SubmitQuery", "query_hangs")
+    task = TriedTask(ask_then_start)
+    start_slowly()
+    deferral_of(task.run)
+    eventually(lambda: query_statuses(emulator) == ["InProgress"])
+    [warehouse] = (each for each in emulator.state()["clusters"] if each["manifest"] == "warehouse")
+    stop(emulator, warehouse["id"])
+    start_slowly()
+    with pytest.raises(RuntimeError, match="did not start: no machines left"):
+        task.resume({"failed": "no machines left"})
+    assert query_statuses(emulator) == ["Canceled"]
+    assert set(cluster_statuses(emulator)) == {"Stopped"}
+    assert supervisor.variables == {}
+
+
+def test_the_next_try_starts_a_cluster_that_has_not_started(
+    emulator: RunningEmulator, supervisor: Supervisor, start_slowly: Callable[[], None]
+) -> None:
+    task, _ = defer_for_cluster(emulator)
+    stop_all(emulator)
+    start_slowly()
+    with pytest.raises(RuntimeError, match="no machines left"):
+        task.resume({"failed": "no machines left"})
+    start_slowly()
+    assert isinstance(trigger_of(task.run, 2), ClusterTrigger)
+    assert cluster_statuses(emulator)[-1] == "Starting"
+
+
+def test_a_query_that_was_submitted_before_another_cluster_started_is_not_submitted_twice(
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    start_slowly: Callable[[], None],
+    end_start_up: Callable[[], None],
+) -> None:
+    def ask_two_clusters() -> Any:
+        with use_cluster(CLUSTER) as shop:
+            first = [sink(shop), submit(TWO_ROWS.remote(shop).single_node().execute)]
+        with use_cluster(OTHER_CLUSTER) as warehouse:
+            return [*first, sink(warehouse, OTHER_FILE)]
+
+    compute_context({**CLUSTER, "cluster_size": 2})  # is running
+    task = TriedTask(ask_two_clusters)
+    emulator.add_fault("SubmitQuery", "query_takes", times=2, seconds=STARTUP.total_seconds())
+    start_slowly()
+    trigger = trigger_of(task.run)
+    assert isinstance(trigger, ClusterTrigger)
+    assert find(emulator, "warehouse") == ["Starting"]
+    assert len(query_statuses(emulator)) == 2
+    eventually(lambda: find(emulator, "shop") == ["Running"])
+
+    end_start_up()
+    eventually(lambda: query_statuses(emulator) == ["Success"] * 2)
+    emulator.add_fault("SubmitQuery", "query_takes", seconds=HELD.total_seconds())
+    assert isinstance(trigger_of(task.resume), QueryTrigger)
+    emulator.advance_clock(HELD)
+    eventually(lambda: query_statuses(emulator) == ["Success"] * 3)
+    first, temporary, other = task.resume()
+    assert (first, other) == ([FILE], [OTHER_FILE])
+    assert len(temporary) == 1
+    assert calls(emulator, "SubmitQuery") == 3
+    assert set(cluster_statuses(emulator)) == {"Stopped"}
+    assert supervisor.variables == {}
+
+
+def test_a_task_that_loses_its_trigger_waits_for_its_cluster_in_its_worker(
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    start_slowly: Callable[[], None],
+) -> None:
+    looks = []
+
+    def sleep(_: float) -> None:
+        """The cluster is looked at, and does not run yet."""
+        looks.append(cluster_statuses(emulator))
+        if len(looks) == 2:
+            emulator.advance_clock(STARTUP)
+            eventually(lambda: cluster_statuses(emulator) == ["Idle"])
+
+    monkeypatch.setattr(clusters, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+    task = TriedTask(ask)
+    start_slowly()
+    deferral_of(task.run)
+    assert task.resume_without_trigger() == [FILE]
+    assert looks == [["Starting"]] * 2
+    assert "No triggerer looks after this task (Trigger timeout)" in caplog.text
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+def test_a_plain_task_waits_for_its_cluster_in_its_worker(
+    emulator: RunningEmulator,
+    start_try: StartTry,
+    monkeypatch: pytest.MonkeyPatch,
+    start_slowly: Callable[[], None],
+) -> None:
+    def sleep(_: float) -> None:
+        emulator.advance_clock(STARTUP)
+        eventually(lambda: cluster_statuses(emulator) == ["Idle"])
+
+    monkeypatch.setattr(clusters, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+    start_slowly()
+    with start_try(), use_cluster(CLUSTER) as ctx:
+        assert get_cluster_id(ctx) == emulator.state()["clusters"][0]["id"]
+    assert cluster_statuses(emulator) == ["Stopped"]
+
+
+# start_cluster
+
+
+class StartCluster:
+    """The setup task of a shared cluster."""
+
+    def __init__(self, start_try: StartTry) -> None:
+        self._start_try = start_try
+        self._ti: Any = None
+
+    def run(self, event: dict[str, Any] | None = None) -> Any:
+        """Start it, or with an event resume it."""
+        with DAG("shop", schedule=None) as dag, shared_cluster(CLUSTER):
+            pass
+        operator: Any = dag.get_task("start_cluster")
+        resumes = None if event is None else self._ti.id
+        with self._start_try(task=operator, resumes=resumes, scope=False) as self._ti:
+            context = get_current_context()
+            if event is None:
+                return operator.execute(context)
+            return operator.resume_execution("resume", {"event": event}, context)
+
+
+def test_a_shared_cluster_is_started_without_a_worker_slot(
+    emulator: RunningEmulator,
+    start_try: StartTry,
+    supervisor: Supervisor,
+    start_slowly: Callable[[], None],
+    end_start_up: Callable[[], None],
+) -> None:
+    task = StartCluster(start_try)
+    start_slowly()
+    trigger = trigger_of(task.run)
+    assert isinstance(trigger, ClusterTrigger)
+    [entry] = entries(supervisor, "task")
+    assert len(entry["kept"]) == 1
+    end_start_up()
+    assert task.run({}) is None
+    assert cluster_statuses(emulator) == ["Idle"]
+    assert calls(emulator, "start") == 1
+    # The use of the run stays, and nothing of the task's own.
+    [use] = entries(supervisor, "cluster")
+    assert use["manifest"] == "shop"
+    assert entries(supervisor, "task") == []
+
+
+def test_a_shared_cluster_that_does_not_start_is_used_by_nobody(
+    emulator: RunningEmulator,
+    start_try: StartTry,
+    supervisor: Supervisor,
+    start_slowly: Callable[[], None],
+) -> None:
+    task = StartCluster(start_try)
+    start_slowly()
+    deferral_of(task.run)
+    stop_all(emulator)
+    start_slowly()
+    with pytest.raises(RuntimeError, match="did not start: no machines left"):
+        task.run({"failed": "no machines left"})
+    assert set(cluster_statuses(emulator)) == {"Stopped"}
+    assert supervisor.variables == {}
+
+
+# SIGTERM
+
+
+@pytest.mark.parametrize("defer", [defer_for_query, defer_for_cluster])
+def test_a_user_who_ends_a_task_while_it_is_being_deferred_ends_all_that_it_has_started(
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    defer: Callable[[RunningEmulator], tuple[TriedTask, TaskDeferred]],
+) -> None:
+    task, _ = defer(emulator)
+    supervisor.states["manual__1"]["run_query"] = "failed"
+    with pytest.raises(TaskKilled):
+        task.operator.on_kill()
+    assert query_statuses(emulator) == (["Canceled"] if defer is defer_for_query else [])
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+@pytest.mark.parametrize("defer", [defer_for_query, defer_for_cluster])
+@pytest.mark.parametrize("state", ["running", "deferred", None])
+def test_a_worker_that_is_shut_down_while_it_defers_a_task_ends_nothing(
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    defer: Callable[[RunningEmulator], tuple[TriedTask, TaskDeferred]],
+    state: str | None,
+) -> None:
+    task, _ = defer(emulator)
+    supervisor.states["manual__1"]["run_query"] = state
+    with pytest.raises(TaskKilled):
+        task.operator.on_kill()
+    assert [query["cancels"] for query in emulator.state()["queries"]] in ([0], [])
+    assert cluster_statuses(emulator) != ["Stopped"]
+    assert len(supervisor.variables) == 2
+
+
+# The next try
+
+
+@pytest.mark.parametrize("next_cluster", [CLUSTER, OTHER_CLUSTER])
+def test_a_deferred_task_that_is_cleared_asks_anew_and_the_first_cluster_is_stopped_in_the_end(
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    hold: Callable[[], None],
+    end_held: Callable[[], None],
+    next_cluster: dict[str, Any],
+) -> None:
+    cluster = CLUSTER
+
+    def ask_of_the_cluster() -> Any:
+        with use_cluster(cluster) as ctx:
+            return sink(ctx)
+
+    task = TriedTask(ask_of_the_cluster)
+    hold()
+    deferral_of(task.run)
+    cluster = next_cluster
+    hold()
+    deferral_of(task.run, 2, clear_number=1)
+    eventually(lambda: query_statuses(emulator) == ["Canceled", "InProgress"])
+    assert len(entries(supervisor, "task")) == 1
+    end_held()
+    assert task.resume() == [FILE]
+    assert query_statuses(emulator) == ["Canceled", "Success"]
+    assert set(cluster_statuses(emulator)) == {"Stopped"}
+    assert supervisor.variables == {}
+
+
+def test_a_deferred_task_whose_cluster_was_starting_when_it_was_cleared_leaves_no_cluster_behind(
+    emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    defer_for_cluster(emulator)
+    assert TriedTask(lambda: None).run(2, clear_number=1) is None
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+@pytest.mark.parametrize("crashed", ["deferred", "resumed"])
+def test_the_try_after_a_crash_resumes_the_query_of_a_deferred_task(
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    hold: Callable[[], None],
+    end_held: Callable[[], None],
+    crashed: str,
+) -> None:
+    task = TriedTask(ask, execution_timeout=HOUR)
+    hold()
+    first = trigger_of(task.run)
+    if crashed == "resumed":
+        deferral_of(task.resume)
+    second = trigger_of(task.run, 2)
+    assert [each["query_id"] for each in second.what["queries"]] == [
+        each["query_id"] for each in first.what["queries"]
+    ]
+    assert second.deadline > first.deadline
+    assert second.task_key != first.task_key
+    assert [query["cancels"] for query in emulator.state()["queries"]] == [0]
+    assert len(entries(supervisor, "task")) == 1
+    end_held()
+    assert task.resume() == [FILE]
+    assert calls(emulator, "SubmitQuery") == 1
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+def test_the_query_of_a_killed_worker_is_taken_up_and_deferred_by_the_next_try(
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    hold: Callable[[], None],
+    end_held: Callable[[], None],
+) -> None:
+    def body() -> Iterator[None]:
+        with use_cluster(CLUSTER) as ctx:
+            yield sink(ctx)
+
+    hold()
+    kill(body)
+    task = TriedTask(ask)
+    deferral_of(task.run, 2)
+    end_held()
+    assert task.resume() == [FILE]
+    assert calls(emulator, "SubmitQuery") == 1
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+def test_a_try_that_was_deferred_owns_nothing_once_the_next_one_has_taken_over(
+    emulator: RunningEmulator,
+    hold: Callable[[], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    late, task = TriedTask(ask), TriedTask(ask)
+    hold()
+    deferral_of(late.run)
+    deferral_of(task.run, 2)
+    with pytest.raises(RuntimeError, match="not on record any more"):
+        late.resume()
+    eventually(lambda: query_statuses(emulator) == ["InProgress"])
+    eventually(lambda: cluster_statuses(emulator) == ["Running"])

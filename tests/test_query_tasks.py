@@ -1,0 +1,813 @@
+"""`query_tasks.py`: a task succeeds when the queries that it returns have succeeded."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import date, timedelta
+from types import ModuleType
+from typing import Any
+
+import polars as pl
+import pytest
+from airflow.sdk import DAG, Asset, get_current_context, task, task_group
+from airflow.sdk.exceptions import AirflowFailException, TaskDeferred
+from airflow.serialization.serialized_objects import DagSerialization
+
+from include.auth import authenticate
+from include.polars_remote import deferral, query_task, query_tasks
+from include.polars_remote.client_internals import get_query_id
+from include.polars_remote.clusters import compute_context, use_cluster
+from include.polars_remote.queries import Query, run_query, submit
+from include.polars_remote.query_tasks import QueryLink
+from polars_cloud_emulator.testing import RunningEmulator
+from tests.emulator.raw_calls import WORKSPACE, rest_client
+from tests.observed import calls, cluster_statuses, entries, query_statuses
+from tests.tries import StartTry, Supervisor, TriedTask, deferral_of
+from tests.waiting import eventually
+
+FILE = "s3://your-bucket/results/two.parquet"
+OTHER_FILE = "s3://your-bucket/results/other.parquet"
+TWO_ROWS = pl.LazyFrame({"x": [1, 2]})
+ONE_ROW = TWO_ROWS.head(1)
+CLUSTER = {"name": "shop", "cpus": 2, "memory": 4}
+OTHER_CLUSTER = {**CLUSTER, "name": "warehouse"}
+PAIR = {**CLUSTER, "cluster_size": 2}
+HELD = 60.0
+REPORTS = Asset("reports", "s3://your-bucket/reports")
+
+RESULTS = {
+    FILE: {"location": [FILE], "rows": 2},
+    OTHER_FILE: {"location": [OTHER_FILE], "rows": 1},
+}
+RESULT = {FILE: RESULTS[FILE]}
+
+
+@pytest.fixture(autouse=True)
+def told(
+    pc: ModuleType,
+    supervisor: Supervisor,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The log tells what it tells in Airflow, and a slow machine defers no short query."""
+    caplog.set_level("INFO", "include")
+    monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 300.0)
+
+
+@pytest.fixture
+def deferring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task is deferred at once if its queries have not ended."""
+    monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.0)
+
+
+@pytest.fixture
+def hold(emulator: RunningEmulator) -> Callable[[], None]:
+    """Let the next query take until `end_held` lets it end."""
+    return lambda: emulator.add_fault("SubmitQuery", "query_takes", seconds=HELD)
+
+
+@pytest.fixture
+def end_held(emulator: RunningEmulator) -> Callable[[], None]:
+    def end() -> None:
+        emulator.advance_clock(timedelta(seconds=HELD))
+        eventually(lambda: not {"Scheduled", "InProgress"} & set(query_statuses(emulator)))
+
+    return end
+
+
+def sink(ctx: Any, uri: str = FILE, frame: pl.LazyFrame = TWO_ROWS) -> Any:
+    return submit(frame.remote(ctx).single_node().sink_parquet, uri)
+
+
+def ask() -> Any:
+    return sink(compute_context(CLUSTER))
+
+
+def ask_on_a_cluster_of_its_own() -> Any:
+    with use_cluster(CLUSTER) as ctx:
+        return sink(ctx)
+
+
+@contextmanager
+def once_it_is_looked_at(emulator: RunningEmulator, act: Callable[[], None]) -> Iterator[None]:
+    """Act when the worker has looked at its query and is waiting for it."""
+    looks = calls(emulator, "GetQueryStatus")
+
+    def wait_and_act() -> None:
+        eventually(lambda: calls(emulator, "GetQueryStatus") > looks + 1)
+        act()
+
+    with ThreadPoolExecutor() as background:
+        acted = background.submit(wait_and_act)
+        yield
+        acted.result()
+
+
+# What a task returns
+
+
+def ask_for_one(ctx: Any) -> Any:
+    return sink(ctx)
+
+
+def ask_for_a_list(ctx: Any) -> Any:
+    return [sink(ctx), sink(ctx, OTHER_FILE, ONE_ROW)]
+
+
+def ask_for_a_dict(ctx: Any) -> Any:
+    return {"all": sink(ctx), "first": sink(ctx, OTHER_FILE, ONE_ROW)}
+
+
+def ask_for_a_mix(ctx: Any) -> Any:
+    query = sink(ctx)
+    return {
+        "day": date(2026, 1, 2),
+        "size": (1, "two"),
+        "all": {"parquet": [query, None]},
+        "first": sink(ctx, OTHER_FILE, ONE_ROW),
+        "all again": query,
+        "numbers": {"pi": 3.14, "none": []},
+    }
+
+
+def ask_for_a_tuple(ctx: Any) -> Any:
+    return sink(ctx), "two rows"
+
+
+SHAPES: list[tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = [
+    # What is returned for it, made of what stands for the one query and for the other.
+    (ask_for_one, lambda one, other: one),
+    (ask_for_a_list, lambda one, other: [one, other]),
+    (ask_for_a_dict, lambda one, other: {"all": one, "first": other}),
+    (
+        ask_for_a_mix,
+        lambda one, other: {
+            "day": date(2026, 1, 2),
+            "size": (1, "two"),
+            "all": {"parquet": [one, None]},
+            "first": other,
+            "all again": one,
+            "numbers": {"pi": 3.14, "none": []},
+        },
+    ),
+    (ask_for_a_tuple, lambda one, other: (one, "two rows")),
+]
+in_each_shape = pytest.mark.parametrize(
+    ("function", "shape"), SHAPES, ids=[function.__name__ for function, _ in SHAPES]
+)
+
+
+def extra(task: TriedTask, asset: Asset = REPORTS) -> Any:
+    """What the task tells of an asset with its event."""
+    return task.context["outlet_events"][asset].extra
+
+
+@in_each_shape
+def test_a_short_query_gives_its_location_and_an_event_of_the_outlet(
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    function: Callable[[Any], Any],
+    shape: Callable[[Any, Any], Any],
+) -> None:
+    task = TriedTask(lambda: function(compute_context(CLUSTER)), outlets=[REPORTS])
+    assert task.run() == shape([FILE], [OTHER_FILE])
+    assert extra(task) == {"location": shape([FILE], [OTHER_FILE]), "rows": shape(2, 1)}
+    assert set(query_statuses(emulator)) == {"Success"}
+    assert pl.read_parquet(FILE).to_dict(as_series=False) == {"x": [1, 2]}
+    assert supervisor.variables == {}
+
+
+@pytest.mark.usefixtures("deferring")
+@in_each_shape
+def test_a_long_query_gives_the_same(
+    hold: Callable[[], None],
+    supervisor: Supervisor,
+    function: Callable[[Any], Any],
+    shape: Callable[[Any, Any], Any],
+) -> None:
+    task = TriedTask(lambda: function(compute_context(PAIR)), outlets=[REPORTS])
+    hold()
+    kwargs = deferral_of(task.run).trigger.serialize()[1]
+    event = {
+        "results": {each["destination"]: RESULTS[each["destination"]] for each in kwargs["queries"]}
+    }
+    assert task.resume(event) == shape([FILE], [OTHER_FILE])
+    assert extra(task) == {"location": shape([FILE], [OTHER_FILE]), "rows": shape(2, 1)}
+    assert supervisor.variables == {}
+
+
+@pytest.mark.parametrize(
+    "value", [None, [FILE, "two"], {"rows": 2}, (date(2026, 1, 2), "two"), "two", 0]
+)
+def test_a_value_without_queries_comes_back_as_it_is(
+    emulator: RunningEmulator, supervisor: Supervisor, value: Any
+) -> None:
+    assert TriedTask(lambda: value).run() is value
+    assert supervisor.variables == {}
+    assert query_statuses(emulator) == []
+
+
+def test_a_query_that_was_waited_for_needs_no_return() -> None:
+    def ask() -> Any:
+        ctx = compute_context(CLUSTER)
+        first = run_query(TWO_ROWS.remote(ctx).single_node().sink_parquet, FILE)
+        return first.location, first.n_rows_total
+
+    assert TriedTask(ask).run() == ([FILE], 2)
+
+
+def test_a_temporary_result_is_returned_as_any_other() -> None:
+    def ask() -> Any:
+        return submit(TWO_ROWS.remote(compute_context(CLUSTER)).single_node().execute)
+
+    [location] = TriedTask(ask).run()
+    assert pl.read_parquet(location).to_dict(as_series=False) == {"x": [1, 2]}
+
+
+def test_the_cluster_of_a_short_query_is_stopped(
+    emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    assert TriedTask(ask_on_a_cluster_of_its_own).run() == [FILE]
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+def test_an_async_function_is_waited_for_as_any_other(
+    hold: Callable[[], None],
+    end_held: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    supervisor: Supervisor,
+) -> None:
+    async def ask() -> Any:
+        return sink(compute_context(CLUSTER))
+
+    task = TriedTask(ask)
+    assert task.run() == [FILE]
+    monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.0)
+    hold()
+    deferral_of(task.run)
+    end_held()
+    assert task.resume() == [FILE]
+    assert supervisor.variables == {}
+
+
+# A long query
+
+
+@pytest.mark.usefixtures("deferring")
+def test_a_task_with_a_long_query_is_deferred_and_everything_goes_on(
+    hold: Callable[[], None], emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    hold()
+    deferral = deferral_of(TriedTask(ask_on_a_cluster_of_its_own).run)
+    assert deferral.method_name == "resume"
+    assert deferral.timeout > timedelta(0)
+    assert [query["cancels"] for query in emulator.state()["queries"]] == [0]
+    eventually(lambda: query_statuses(emulator) == ["InProgress"])
+    eventually(lambda: cluster_statuses(emulator) == ["Running"])
+    [entry] = entries(supervisor, "task")
+    assert list(entry["queries"]) == [FILE]
+    assert [entry["manifest"] for entry in entries(supervisor, "cluster")] == ["shop"]
+
+
+@pytest.mark.usefixtures("deferring")
+def test_a_deferred_task_is_a_user_of_its_cluster(
+    hold: Callable[[], None], emulator: RunningEmulator, start_try: StartTry
+) -> None:
+    hold()
+    deferral_of(TriedTask(ask_on_a_cluster_of_its_own).run)
+    with start_try(task_id="other"), use_cluster(CLUSTER):
+        pass
+    eventually(lambda: cluster_statuses(emulator) == ["Running"])
+
+
+@pytest.mark.usefixtures("deferring")
+def test_a_task_that_is_resumed_with_results_stops_its_cluster_and_tells_of_them(
+    hold: Callable[[], None],
+    end_held: Callable[[], None],
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    task = TriedTask(ask_on_a_cluster_of_its_own)
+    hold()
+    deferral_of(task.run)
+    [entry] = entries(supervisor, "task")
+    end_held()
+    caplog.clear()
+    assert task.resume({"results": RESULT}) == [FILE]
+    query_id = entry["queries"][FILE]["query_id"]
+    assert f"Query {query_id} wrote 2 rows to {FILE} in " in caplog.text
+    assert calls(emulator, "CancelQuery") == 0
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+@pytest.mark.usefixtures("deferring")
+def test_polars_cloud_is_not_called_for_results_from_a_cluster_that_nobody_stops(
+    hold: Callable[[], None], emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    task = TriedTask(ask)
+    hold()
+    deferral_of(task.run)
+    before = len(emulator.journal())
+    assert task.resume({"results": RESULT}) == [FILE]
+    assert [entry["path"] for entry in emulator.journal()[before:]] == []  # no login either
+    assert supervisor.variables == {}
+
+
+@pytest.mark.usefixtures("deferring")
+def test_a_task_that_is_resumed_without_results_looks_for_itself(
+    hold: Callable[[], None],
+    end_held: Callable[[], None],
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    task = TriedTask(ask_on_a_cluster_of_its_own)
+    hold()
+    deferral_of(task.run)
+    end_held()
+    caplog.clear()
+    assert task.resume() == [FILE]
+    assert f"wrote 2 rows to {FILE} in " in caplog.text
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+def test_a_query_that_ends_within_the_time_in_the_worker_defers_nothing(
+    hold: Callable[[], None], end_held: Callable[[], None], emulator: RunningEmulator
+) -> None:
+    hold()
+    with once_it_is_looked_at(emulator, end_held):
+        assert TriedTask(ask).run() == [FILE]
+
+
+@pytest.mark.usefixtures("deferring")
+def test_a_task_waits_in_its_worker_where_deferring_is_switched_off(
+    hold: Callable[[], None],
+    end_held: Callable[[], None],
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(query_tasks, "DEFERS", False)
+    hold()
+    with once_it_is_looked_at(emulator, end_held):
+        assert TriedTask(ask_on_a_cluster_of_its_own).run() == [FILE]
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+# What goes wrong with a query
+
+
+def fail_first(ctx: Any) -> Any:
+    return [sink(ctx, FILE, TWO_ROWS.select("y")), sink(ctx, OTHER_FILE)]
+
+
+def fail_last(ctx: Any) -> Any:
+    sibling = sink(ctx, OTHER_FILE)
+    return [sibling, sink(ctx, FILE, TWO_ROWS.select("y"))]
+
+
+@pytest.mark.usefixtures("short_outages")
+@pytest.mark.parametrize("where", ["in the worker", "deferred"])
+@pytest.mark.parametrize("function", [fail_first, fail_last])
+def test_a_query_that_fails_raises_its_own_exception_and_its_sibling_is_canceled(
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    function: Callable[[Any], Any],
+    where: str,
+) -> None:
+    def ask() -> Any:
+        with use_cluster(PAIR) as ctx:
+            return function(ctx)
+
+    hanging, failing = (2, 1) if function is fail_first else (1, 2)
+    emulator.add_fault("SubmitQuery", "query_hangs", nth=hanging)
+    task = TriedTask(ask)
+    if where == "deferred":
+        monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.0)
+        emulator.add_fault("SubmitQuery", "query_takes", nth=failing, seconds=HELD)
+        deferral_of(task.run)
+        eventually(lambda: query_statuses(emulator) == ["InProgress", "InProgress"])
+        emulator.advance_clock(timedelta(seconds=HELD))
+        eventually(lambda: "Failed" in query_statuses(emulator))
+    with pytest.raises(pl.exceptions.ColumnNotFoundError, match="y"):
+        task.resume() if where == "deferred" else task.run()
+    assert sorted(query_statuses(emulator)) == ["Canceled", "Failed"]
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert "failed" in caplog.text
+    assert supervisor.variables == {}
+
+
+def test_an_error_that_polars_does_not_know_comes_through(emulator: RunningEmulator) -> None:
+    emulator.add_fault("SubmitQuery", "query_fails", error="SchemaError: no such type")
+    with pytest.raises(pl.exceptions.SchemaError, match="no such type"):
+        TriedTask(ask).run()
+
+
+@pytest.mark.usefixtures("deferring")
+def test_a_query_that_is_canceled_from_elsewhere_fails_the_task_for_good(
+    hold: Callable[[], None], emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    task = TriedTask(ask_on_a_cluster_of_its_own)
+    hold()
+    deferral_of(task.run)
+    [query] = emulator.state()["queries"]
+    with rest_client(emulator.environment) as rest:
+        rest.post(f"{WORKSPACE}/query/{query['id']}/cancel").raise_for_status()
+    with pytest.raises(AirflowFailException, match=f"{query['id']} .* was canceled"):
+        task.resume()
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+@pytest.mark.usefixtures("deferring")
+def test_a_cluster_that_has_stopped_before_the_query_ended_is_an_error(
+    hold: Callable[[], None], emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    task = TriedTask(ask)
+    hold()
+    deferral_of(task.run)
+    [cluster] = emulator.state()["clusters"]
+    with rest_client(emulator.environment) as rest:
+        rest.post(f"{WORKSPACE}/compute/{cluster['id']}/stop").raise_for_status()
+    with pytest.raises(RuntimeError, match=f"{cluster['id']} has stopped before query .* ended"):
+        task.resume()
+    assert supervisor.variables == {}
+
+
+@pytest.mark.usefixtures("deferring")
+def test_what_is_not_on_record_any_more_is_not_waited_for(
+    hold: Callable[[], None], emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    task = TriedTask(ask)
+    hold()
+    deferral_of(task.run)
+    supervisor.variables.clear()
+    before = len(emulator.journal())
+    with pytest.raises(RuntimeError, match="has been ended, and is not on record any more"):
+        task.resume({"results": RESULT})
+    assert len(emulator.journal()) == before
+    assert supervisor.variables == {}
+
+
+def test_a_query_that_was_not_submitted_with_submit_is_refused_and_canceled(
+    emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    def ask() -> Any:
+        return TWO_ROWS.remote(compute_context(CLUSTER)).single_node().sink_parquet(FILE)
+
+    emulator.add_fault("SubmitQuery", "query_hangs")
+    with pytest.raises(TypeError, match=r"return submit\(remote.sink_parquet, uri\)") as raised:
+        TriedTask(ask).run()
+    [query] = emulator.state()["queries"]
+    assert query["id"] in str(raised.value)
+    assert query["status"] == "Canceled"
+    assert supervisor.variables == {}
+
+
+def test_a_query_that_is_refused_takes_the_others_with_it(
+    emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    def ask() -> Any:
+        ctx = compute_context(PAIR)
+        query = sink(ctx)
+        return [TWO_ROWS.remote(ctx).single_node().sink_parquet(OTHER_FILE), query]
+
+    emulator.add_fault("SubmitQuery", "query_hangs", times=2)
+    with pytest.raises(TypeError, match="was not submitted with submit"):
+        TriedTask(ask).run()
+    assert query_statuses(emulator) == ["Canceled", "Canceled"]
+    assert supervisor.variables == {}
+
+
+@pytest.mark.parametrize("returned", ["nothing", "another"])
+def test_a_query_that_is_neither_returned_nor_waited_for_is_an_error_and_canceled(
+    emulator: RunningEmulator, supervisor: Supervisor, returned: str
+) -> None:
+    def ask() -> Any:
+        with use_cluster(PAIR) as ctx:
+            sink(ctx)
+            return [sink(ctx, OTHER_FILE)] if returned == "another" else None
+
+    emulator.add_fault("SubmitQuery", "query_hangs", times=2)
+    with pytest.raises(RuntimeError, match=f"The query for {FILE} is canceled"):
+        TriedTask(ask).run()
+    assert set(query_statuses(emulator)) == {"Canceled"}
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+def test_a_plain_task_may_not_return_a_query(
+    emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
+) -> None:
+    emulator.add_fault("SubmitQuery", "query_hangs")
+    with DAG("shop", schedule=None):
+        made: Any = task(task_id="run_query")(authenticate(ask))()
+        operator = made.operator
+    with start_try(
+        task=operator, scope=False, raises=RuntimeError, match="nobody has waited for it"
+    ):
+        operator.execute(get_current_context())
+    assert query_statuses(emulator) == ["Canceled"]
+    assert supervisor.variables == {}
+
+
+# A cluster that stops by itself while another query is running
+
+
+def ask_two_clusters() -> Any:
+    """Of two queries the first ends at once, and the other one is held."""
+    with use_cluster(CLUSTER) as shop, use_cluster(OTHER_CLUSTER) as warehouse:
+        return [sink(shop), sink(warehouse, OTHER_FILE, ONE_ROW)]
+
+
+def stop_the_first_cluster(emulator: RunningEmulator) -> None:
+    """As its idle timeout does."""
+    eventually(lambda: query_statuses(emulator)[0] == "Success")
+    [cluster_id] = (
+        each["id"] for each in emulator.state()["clusters"] if each["manifest"] == "shop"
+    )
+    with rest_client(emulator.environment) as rest:
+        rest.post(f"{WORKSPACE}/compute/{cluster_id}/stop").raise_for_status()
+
+
+def test_a_result_outlives_its_cluster_while_the_task_is_deferred_for_another_query(
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    end_held: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def ask_and_see_the_first_end() -> Any:
+        queries = ask_two_clusters()
+        eventually(lambda: query_statuses(emulator)[0] == "Success")
+        return queries
+
+    monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.0)
+    emulator.add_fault("SubmitQuery", "query_takes", nth=2, seconds=HELD)
+    task = TriedTask(ask_and_see_the_first_end)
+    deferral_of(task.run)
+    stop_the_first_cluster(emulator)
+    deferral_of(task.resume)  # handed back, as it is from time to time
+    end_held()
+    assert task.resume() == [[FILE], [OTHER_FILE]]
+    assert supervisor.variables == {}
+
+
+# Without a triggerer
+
+
+@pytest.mark.usefixtures("deferring")
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_a_task_whose_trigger_has_not_fired_waits_in_its_worker(
+    hold: Callable[[], None],
+    end_held: Callable[[], None],
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    caplog: pytest.LogCaptureFixture,
+    has_ended: bool,
+) -> None:
+    task = TriedTask(ask_on_a_cluster_of_its_own)
+    hold()
+    deferral_of(task.run)
+    if has_ended:
+        end_held()
+        assert task.resume_without_trigger() == [FILE]
+    else:
+        with once_it_is_looked_at(emulator, end_held):
+            assert task.resume_without_trigger() == [FILE]
+    [warning] = [each.message for each in caplog.records if each.levelname == "WARNING"]
+    assert "No triggerer looks after this task (Trigger timeout)" in warning
+    assert "POLARS_CLOUD_DEFER=0" in warning
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+@pytest.mark.usefixtures("deferring")
+def test_why_a_trigger_has_failed_is_logged(
+    hold: Callable[[], None], end_held: Callable[[], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    task = TriedTask(ask)
+    hold()
+    deferral_of(task.run)
+    end_held()
+    lines = ["Traceback (most recent call last):\n", "ModuleNotFoundError: No module 'include'\n"]
+    assert task.resume_without_trigger("Trigger failure", traceback=lines) == [FILE]
+    told = [each.message for each in caplog.records if each.levelname == "WARNING"]
+    assert told[:2] == [line.rstrip() for line in lines]
+    assert "(Trigger failure)" in told[2]
+
+
+# Outlets
+
+
+@pytest.mark.parametrize("where", ["in the worker", "deferred"])
+def test_what_the_function_tells_of_an_asset_survives(
+    hold: Callable[[], None], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    stock = Asset("stock", "s3://your-bucket/stock")
+
+    def ask_and_tell() -> Any:
+        events = get_current_context()["outlet_events"]
+        events[REPORTS].extra = {"day": "2026-01-02", "rows": "many"}
+        events[stock].extra["checked"] = True
+        return ask()
+
+    task = TriedTask(ask_and_tell, outlets=[REPORTS, stock])
+    if where == "deferred":
+        monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.0)
+        hold()
+        deferral_of(task.run)
+        task.resume({"results": RESULT})
+    else:
+        task.run()
+    assert extra(task) == {"day": "2026-01-02", "location": [FILE], "rows": "many"}
+    assert extra(task, stock) == {"checked": True, "location": [FILE], "rows": 2}
+
+
+@pytest.mark.usefixtures("deferring")
+def test_what_airflow_can_store_of_an_asset_survives(hold: Callable[[], None]) -> None:
+    def ask_and_tell() -> Any:
+        told: Any = {"day": date(2026, 1, 2)}
+        get_current_context()["outlet_events"][REPORTS].extra = told
+        return ask()
+
+    task = TriedTask(ask_and_tell, outlets=[REPORTS])
+    hold()
+    deferral_of(task.run)
+    task.resume({"results": RESULT})
+    assert extra(task)["day"] == date(2026, 1, 2)
+
+
+def test_a_task_without_outlets_has_no_events() -> None:
+    task = TriedTask(ask)
+    task.run()
+    assert list(task.context["outlet_events"]) == []
+
+
+# The link in the UI
+
+
+def link(task: TriedTask) -> str:
+    [link] = task.operator.operator_extra_links
+    return str(link.get_link(task.operator, ti_key=task.ti))
+
+
+def test_the_link_leads_to_the_query_after_a_success(emulator: RunningEmulator) -> None:
+    task = TriedTask(ask)
+    task.run()
+    [query] = emulator.state()["queries"]
+    assert link(task).startswith("https://")
+    assert link(task).endswith(f"/queries/{query['id']}")
+
+
+@pytest.mark.usefixtures("deferring")
+@pytest.mark.parametrize("has_results", [True, False])
+def test_the_link_leads_to_the_query_while_the_task_is_deferred_and_afterwards(
+    hold: Callable[[], None],
+    end_held: Callable[[], None],
+    emulator: RunningEmulator,
+    has_results: bool,
+) -> None:
+    task = TriedTask(ask)
+    hold()
+    deferral_of(task.run)
+    [query] = emulator.state()["queries"]
+    page = link(task)
+    assert page.endswith(f"/queries/{query['id']}")
+    end_held()
+    task.resume({"results": RESULT} if has_results else {})
+    assert link(task) == page
+
+
+def test_the_link_leads_to_a_query_that_has_failed(emulator: RunningEmulator) -> None:
+    task = TriedTask(ask)
+    emulator.add_fault("SubmitQuery", "query_fails", error="SchemaError: no such type")
+    with pytest.raises(pl.exceptions.SchemaError):
+        task.run()
+    [query] = emulator.state()["queries"]
+    assert link(task).endswith(f"/queries/{query['id']}")
+
+
+def test_the_link_of_several_queries_leads_to_the_first() -> None:
+    ids = []
+
+    def ask() -> Any:
+        ctx = compute_context(CLUSTER)
+        first, second = sink(ctx), sink(ctx, OTHER_FILE)
+        ids.extend([get_query_id(second), get_query_id(first)])
+        return [second, first]
+
+    task = TriedTask(ask)
+    task.run()
+    assert link(task).endswith(f"/queries/{ids[0]}")
+
+
+# DAG files
+
+
+@query_task
+@authenticate
+def query_once() -> Query:
+    raise NotImplementedError
+
+
+@query_task(multiple_outputs=True, retries=3)
+@authenticate(conn_id="nightly")
+def query_region(region: str, *, factor: int = 1) -> dict[str, Any]:
+    raise NotImplementedError
+
+
+@pytest.fixture
+def dag() -> DAG:
+    """Each way to use the decorator."""
+    with DAG("shop", schedule=None) as dag:
+        query_region("North").set_upstream(query_once())
+        query_once.override(task_id="overridden", retries=7, outlets=[REPORTS])()
+        query_region.partial(factor=2).expand(region=["North", "South"])
+
+        @task_group
+        def regions() -> None:
+            query_once()
+            query_region.expand(region=["North", "South"])
+
+        regions()
+
+        @task_group
+        def each_region(region: str) -> None:
+            query_region(region)
+
+        each_region.expand(region=["North", "South"])
+    return dag
+
+
+TASKS = {
+    "query_once": False,
+    "query_region": False,
+    "overridden": False,
+    "query_region__1": True,
+    "regions.query_once": False,
+    "regions.query_region": True,
+    "each_region.query_region": False,
+}
+
+
+def test_each_way_to_use_the_decorator_keeps_the_link(dag: DAG) -> None:
+    assert {each.task_id: each.is_mapped for each in dag.tasks} == TASKS
+    for made in dag.tasks:
+        assert [type(each) for each in made.operator_extra_links] == [QueryLink], made.task_id
+        assert made.task_type == "QueryTask"
+    tasks: dict[str, Any] = dict(dag.task_dict)
+    assert (tasks["overridden"].retries, tasks["overridden"].outlets) == (7, [REPORTS])
+    assert (tasks["query_region"].retries, tasks["query_region"].multiple_outputs) == (3, True)
+    assert not tasks["query_once"].multiple_outputs
+
+
+def test_each_way_to_use_the_decorator_reaches_the_ui_with_its_link(dag: DAG) -> None:
+    in_ui = DagSerialization.from_dict(DagSerialization.to_dict(dag))
+    assert {each.task_id: each.is_mapped for each in in_ui.tasks} == TASKS
+    for made in in_ui.tasks:
+        assert [each.name for each in made.operator_extra_links] == ["Polars Cloud query"]
+        assert made.operator_name == "@query_task"
+
+
+@pytest.mark.usefixtures("deferring")
+def test_a_mapped_task_is_deferred_and_resumed_by_its_own_index(
+    hold: Callable[[], None],
+    start_try: StartTry,
+    supervisor: Supervisor,
+) -> None:
+    destinations = [FILE, OTHER_FILE]
+
+    @query_task(task_id="run_query")
+    @authenticate
+    def ask_for(uri: str) -> Any:
+        return sink(compute_context(PAIR), uri)
+
+    def make(index: int) -> Any:
+        with DAG("shop", schedule=None) as dag:
+            ask_for.expand(uri=destinations)
+        return dag.get_task("run_query").unmap({"op_kwargs": {"uri": destinations[index]}})
+
+    tries, pages = [], []
+    for index in (0, 1):
+        hold()
+        operator = make(index)
+        with start_try(task=operator, map_index=index, scope=False, raises=TaskDeferred) as ti:
+            tries.append(ti.id)
+            operator.execute(get_current_context())
+        pages.append(operator.page)
+    assert len(entries(supervisor, "task")) == len(set(pages)) == 2
+    for index, uri in enumerate(destinations):
+        operator = make(index)
+        event = {"results": {uri: {"location": [uri], "rows": 2}}}
+        with start_try(task=operator, map_index=index, scope=False, resumes=tries[index]):
+            resumed = operator.resume_execution("resume", {"event": event}, get_current_context())
+        assert resumed == [uri]
+        assert operator.page == pages[index]
+    assert supervisor.variables == {}
