@@ -49,14 +49,19 @@ TOO_LONG = [
 ]
 
 SOURCE = """
-from datetime import datetime
+from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 from include.auth import authenticate
 from include.polars_remote import query_task, run_query, shared_cluster, submit, use_cluster
 
 CLUSTER = {{"name": "airflow-{dag_id}", "cpus": 2, "memory": 4, "idle_timeout_mins": 60}}
 
-@dag(schedule=None, start_date=datetime(2026, 1, 1), max_active_tasks=1000)
+@dag(
+    schedule=None,
+    start_date=datetime(2026, 1, 1),
+    max_active_tasks=1000,
+    default_args={{"retries": 2, "retry_delay": timedelta(seconds=1)}},
+)
 def {dag_id}():
     @{decorator}
     @authenticate
@@ -200,6 +205,7 @@ def measure(airflow: Deployment, way: str, count: int, seconds: float) -> tuple[
     own = watch.triggerer_memory - base_of_triggerer
     beyond = own if way == DEFERRED and watch.held_without_process else watch.memory - base
     took = run.seconds() / 60
+    retried = sum(number - 1 for number in run.try_numbers("ask"))
     return (
         way,
         str(count),
@@ -213,6 +219,7 @@ def measure(airflow: Deployment, way: str, count: int, seconds: float) -> tuple[
         f"{median(notice):.1f}, {notice[-1]:.1f}" if notice else "in the worker",
         f"{median(lags):.1f}, {lags[-1]:.1f}",
         f"{took:.1f}",
+        str(retried),
     )
 
 
@@ -234,6 +241,7 @@ def main(at_most: int) -> None:
                 "noticed after s: median, worst",
                 "ended after s: median, worst",
                 "run min",
+                "retried",
             )
         ),
         title=f"Waiting under Airflow's scheduler with {SLOTS} slots",
@@ -252,7 +260,7 @@ def main(at_most: int) -> None:
                 table.add_row(*row)
     for way, count, seconds in TOO_LONG:
         least = count / SLOTS * seconds / 60
-        table.add_row(way, str(count), str(seconds), *[""] * 8, f"at least {least:.0f}")
+        table.add_row(way, str(count), str(seconds), *[""] * 8, f"at least {least:.0f}", "")
     console = Console(width=150)
     console.print(table)
     print(NOTE)

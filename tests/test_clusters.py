@@ -410,7 +410,7 @@ def test_a_cluster_that_stops_while_it_is_waited_for_is_an_error(
     start_slowly(emulator)
     with ThreadPoolExecutor() as background:
         stopped = background.submit(stop)
-        with start_try(2, raises=RuntimeError, match="did not start: it is STOP"):
+        with start_try(2, raises=RuntimeError, match="did not start: STOP"):
             use_cluster(CLUSTER).__enter__()
         stopped.result()
 

@@ -733,6 +733,23 @@ def test_the_query_of_a_killed_worker_is_taken_up_and_deferred_by_the_next_try(
     assert supervisor.variables == {}
 
 
+def test_the_cluster_of_a_query_is_stopped_although_the_next_try_does_not_get_as_far(
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    hold: Callable[[], None],
+) -> None:
+    task = TriedTask(ask)
+    hold()
+    deferral_of(task.run)
+    eventually(lambda: query_statuses(emulator) == ["InProgress"])
+    emulator.add_fault("GET manifest/find", "http_error", status=403, message="for good")
+    with pytest.raises(ValueError, match="for good"):
+        task.run(2)
+    assert query_statuses(emulator) == ["Canceled"]
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
 def test_a_try_that_was_deferred_owns_nothing_once_the_next_one_has_taken_over(
     emulator: RunningEmulator,
     hold: Callable[[], None],

@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from airflow.sdk import DAG, Asset, get_current_context, task, task_group
+from airflow.sdk import DAG, Asset, AssetAlias, get_current_context, task, task_group
 from airflow.sdk.exceptions import AirflowFailException, TaskDeferred
 from airflow.serialization.serialized_objects import DagSerialization
 
@@ -436,7 +436,7 @@ def test_a_cluster_that_has_stopped_before_the_query_ended_is_an_error(
     [cluster] = emulator.state()["clusters"]
     with rest_client(emulator.environment) as rest:
         rest.post(f"{WORKSPACE}/compute/{cluster['id']}/stop").raise_for_status()
-    with pytest.raises(RuntimeError, match=f"{cluster['id']} has stopped before query .* ended"):
+    with pytest.raises(RuntimeError, match=f"{cluster['id']} has stopped .* before query .* ended"):
         task.resume()
     assert supervisor.variables == {}
 
@@ -642,6 +642,26 @@ def test_what_airflow_can_store_of_an_asset_survives(hold: Callable[[], None]) -
     deferral_of(task.run)
     task.resume({"results": RESULT})
     assert extra(task)["day"] == date(2026, 1, 2)
+
+
+@pytest.mark.usefixtures("deferring")
+def test_what_is_told_of_an_alias_and_of_partitions_survives(hold: Callable[[], None]) -> None:
+    alias, other = AssetAlias("any"), Asset("other", "s3://your-bucket/other")
+
+    def ask_and_tell() -> Any:
+        events: Any = get_current_context()["outlet_events"]
+        events[REPORTS].add_partitions(["north", "south"])
+        events[alias].add(other, {"rows": 3})
+        return ask()
+
+    task = TriedTask(ask_and_tell, outlets=[REPORTS, alias])
+    hold()
+    deferral_of(task.run)
+    task.resume({"results": RESULT})
+    events = task.context["outlet_events"]
+    assert events[REPORTS].partition_keys == {"north", "south"}
+    [added] = events[alias].asset_alias_events
+    assert (added.dest_asset_key.uri, added.extra) == (other.uri, {"rows": 3})
 
 
 def test_a_task_without_outlets_has_no_events() -> None:

@@ -19,7 +19,7 @@ from .client_internals import (
     misspecified_error,
     start_without_waiting,
 )
-from .deferral import check_start, defer_until_started
+from .deferral import defer_until_started
 from .login import call_polars_cloud
 from .manifests import Cluster, ensure_manifest, find_manifest
 from .releases import release
@@ -64,7 +64,6 @@ def start_and_wait(ctx: ComputeContext) -> None:
     RuntimeError
         The cluster did not start.
     """
-    check_start()
     if not call_polars_cloud(ctx.get_status).is_available():
         call_polars_cloud(start_without_waiting, ctx)
     cluster_id = get_cluster_id(ctx)
@@ -114,20 +113,18 @@ def use_cluster(cluster: Cluster) -> Iterator[ComputeContext]:
             scope.kept.discard(key)
             release(name, scope.owner)
 
-    cluster_id = None
     try:
         ctx = compute_context(cluster)
-        cluster_id = get_cluster_id(ctx)
-        logger.info("Using cluster %s of manifest %s", cluster_id, name)
+        logger.info("Using cluster %s of manifest %s", get_cluster_id(ctx), name)
         yield ctx
-        if scope.returns_queries and cluster_id and scope.has_unended(cluster_id):
+        if scope.returns_queries and scope.has_unended(name):
             return  # the cluster is used until the task ends
-        scope.check_that_all_were_awaited(cluster_id)
+        scope.check_that_all_were_awaited(name)
     except BaseException as error:
         if scope.is_over(error):
             with grace(error), log_errors():
-                if cluster_id and scope.is_owner():
-                    scope.end_queries(cluster_id)
+                if scope.is_owner():
+                    scope.end_queries(name)
                 end()
         raise
     end()

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk.exceptions import AirflowTaskTimeout, TaskDeferred
 
 from .task_scope import find_scope
-from .triggers import ClusterTrigger, QueryTrigger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -50,27 +49,17 @@ def defer_until_started(cluster_id: str, *, after: float) -> None:
     check_deadline(scope)
     if scope.task.defers and after >= IN_WORKER_SECONDS:
         logger.info("Cluster %s is starting: the task waits without a worker slot", cluster_id)
+        from .triggers import ClusterTrigger  # not when each DAG file is parsed
+
         waits_for = {"cluster": cluster_id, "since": scope.waits_for.get("since", time.time())}
         times = _get_times(scope, waits_for)
         _defer(scope, waits_for, ClusterTrigger(cluster_id=cluster_id, **times))
 
 
-def check_start() -> None:
-    """Start no second cluster where the current task was deferred for one that did not start.
-
-    Raises
-    ------
-    RuntimeError
-        Why it did not start.
-    """
-    scope = find_scope()
-    if scope is not None and scope.returns_queries and scope.task.start_failure:
-        cluster_id = scope.waits_for["cluster"]
-        raise RuntimeError(f"Cluster {cluster_id} did not start: {scope.task.start_failure}")
-
-
 def defer_until_ended(scope: TaskScope, destinations: Iterable[str], waits_for: Value) -> None:
     """Defer the current task until its queries for these destinations have ended."""
+    from .triggers import QueryTrigger  # not when each DAG file is parsed
+
     queries = [
         {
             "destination": destination,

@@ -8,20 +8,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
 from airflow.providers.standard.operators.python import PythonOperator
 from airflow.sdk import Asset, BaseOperatorLink, Context
-from airflow.sdk.bases.decorator import DecoratedOperator, TaskDecorator, task_decorator_factory
+from airflow.sdk.bases.decorator import DecoratedOperator, Task, task_decorator_factory
 
 from . import deferral, ledger
 from .airflow_internals import from_json, has_lost_its_trigger, to_json
-from .client_internals import get_query_id
+from .client_internals import get_query_id, look_at_cluster
 from .deferral import check_deadline, defer_until_ended
 from .ledger import Owner, Value
-from .login import log_in_when_called
+from .login import call_polars_cloud, log_in_when_called
 from .recorded_queries import find_query
-from .settings import DEFERS
+from .settings import DEFERS, WORKSPACE
 from .task_scope import TaskScope, current_scope, task_scope
 from .waiting import get_result, log_result, wait_until_ended
 
@@ -30,15 +30,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 QUERY = "polars_cloud_query"
 """Key of what stands for a query, by its destination, in what a task returns."""
 
 
+@overload
+def query_task(python_callable: Callable[P, R], /) -> Task[P, R]: ...
+@overload
+def query_task(
+    *, multiple_outputs: bool | None = ..., **options: Any
+) -> Callable[[Callable[P, R]], Task[P, R]]: ...
 def query_task(
     python_callable: Callable[..., Any] | None = None,
     multiple_outputs: bool | None = None,
     **options: Any,
-) -> TaskDecorator:
+) -> Any:
     """Make a task of a function that returns a submitted query, or a list or dict of them.
 
     In place of `@task`, and with its options; `@authenticate` stays below it. The task succeeds
@@ -86,8 +95,6 @@ class QueryTask(DecoratedOperator, PythonOperator):
     ----------
     defers
         Whether it gives its slot back while it waits.
-    start_failure
-        Why the cluster did not start that the task was deferred for; empty if it did.
     page
         The address of its query's page.
     """
@@ -107,7 +114,6 @@ class QueryTask(DecoratedOperator, PythonOperator):
         }
         super().__init__(kwargs_to_upstream=function, **function, **options)
         self.defers = DEFERS
-        self.start_failure = ""
         self.page = ""
 
     def resume_execution(
@@ -143,8 +149,11 @@ class QueryTask(DecoratedOperator, PythonOperator):
             )
         _, value = entry
         waits_for = value["waits_for"]
-        if "cluster" in waits_for:
-            self.start_failure = event.get("failed", "")
+        if cluster_id := waits_for.get("cluster"):
+            if reason := event.get("failed"):
+                with task_scope(value["conn_id"]) as scope:
+                    log_in_when_called(scope.conn_id)
+                    raise RuntimeError(f"Cluster {cluster_id} did not start: {reason}")
             return self.execute(context)
         with task_scope(value["conn_id"]) as scope:
             log_in_when_called(scope.conn_id)
@@ -201,18 +210,21 @@ class QueryTask(DecoratedOperator, PythonOperator):
     def _wait(self, scope: TaskScope, waits_for: Value, queries: Mapping[str, DirectQuery]) -> None:
         """Add the results of the queries to those in `waits_for`, after a deferral if need be."""
         seconds = {"seconds": deferral.IN_WORKER_SECONDS} if self.defers else {}
-        if not wait_until_ended(list(queries.values()), **seconds):
+        left = wait_until_ended(list(queries.values()), **seconds)
+        for destination, query in queries.items():
+            if query not in left:
+                result = get_result(query)
+                waits_for["results"][destination] = {
+                    "location": result.location,
+                    "rows": result.n_rows_total,
+                }
+        if left:
             logger.info(
                 "The task waits without a worker slot, for %s",
-                ", ".join(f"query {scope.queries[each]['query_id']}" for each in queries),
+                ", ".join(f"query {get_query_id(query)}" for query in left),
             )
-            defer_until_ended(scope, queries, waits_for)
-        for destination, query in queries.items():
-            result = get_result(query)
-            waits_for["results"][destination] = {
-                "location": result.location,
-                "rows": result.n_rows_total,
-            }
+            destinations = [each for each, query in queries.items() if query in left]
+            defer_until_ended(scope, destinations, waits_for)
 
 
 def settle(returned: Any, context: Context) -> Any:
@@ -225,8 +237,11 @@ def _find(scope: TaskScope, destination: str) -> DirectQuery:
     record = scope.queries[destination]
     query = find_query(destination, record)
     if query is None:
+        cluster_id = record["cluster_id"]
+        _, reason = call_polars_cloud(look_at_cluster, cluster_id, WORKSPACE)
         raise RuntimeError(
-            f"Cluster {record['cluster_id']} has stopped before query {record['query_id']} ended"
+            f"Cluster {cluster_id} has stopped ({reason or 'no reason given'}) before query "
+            f"{record['query_id']} ended"
         )
     return query
 
@@ -276,14 +291,26 @@ def _get_queries(returned: Any) -> list[str]:
 
 def _get_outlet_events(context: Context) -> list[dict[str, Any]]:
     """What the function has told of its outlets: a deferral would lose it."""
-    events = context["outlet_events"]
+    events: Any = context["outlet_events"]
     return [
-        {"name": asset.name, "uri": asset.uri, "extra": events[asset].extra}
-        for asset in events
-        if isinstance(asset, Asset)
+        {
+            "outlet": outlet,
+            "extra": events[outlet].extra,
+            "partitions": sorted(events[outlet].partition_keys),
+            "added": [
+                (Asset(each.dest_asset_key.name, each.dest_asset_key.uri), each.extra)
+                for each in events[outlet].asset_alias_events
+            ],
+        }
+        for outlet in events
     ]
 
 
 def _restore_outlet_events(context: Context, saved: list[dict[str, Any]]) -> None:
     for each in saved:
-        context["outlet_events"][Asset(each["name"], each["uri"])].extra = each["extra"]
+        event: Any = context["outlet_events"][each["outlet"]]
+        event.extra = each["extra"]
+        if each["partitions"]:
+            event.add_partitions(each["partitions"])
+        for asset, extra in each["added"]:
+            event.add(asset, extra)

@@ -133,10 +133,10 @@ class TaskScope:
             }
             self._save()
 
-    def end_queries(self, cluster_id: str | None = None) -> None:
-        """Cancel the queries that have not ended, all or those on one cluster; each once."""
+    def end_queries(self, manifest: str | None = None) -> None:
+        """Cancel what has not ended, all queries or those on a manifest's cluster; each once."""
         with self._lock:
-            left = [name for name in self._unended(cluster_id) if name not in self._tried_to_end]
+            left = [name for name in self._unended(manifest) if name not in self._tried_to_end]
             self._tried_to_end.update(left)
             with ThreadPoolExecutor(max_workers=8) as threads:
                 ends = [
@@ -146,11 +146,11 @@ class TaskScope:
             for end in ends:
                 end.result()
 
-    def _unended(self, cluster_id: str | None = None) -> list[str]:
+    def _unended(self, manifest: str | None = None) -> list[str]:
         return [
             destination
             for destination, record in self.queries.items()
-            if cluster_id in (None, record["cluster_id"]) and destination not in self._ended
+            if manifest in (None, record["manifest"]) and destination not in self._ended
         ]
 
     def _end(self, destination: str) -> None:
@@ -252,19 +252,19 @@ class TaskScope:
         ledger.put(key, owner, {"manifest": manifest, "conn_id": self.conn_id})
         return key
 
-    def has_unended(self, cluster_id: str) -> bool:
-        """Whether a query of this worker's on the cluster may still be running."""
-        return any(map(self.is_claimed, self._unended(cluster_id)))
+    def has_unended(self, manifest: str) -> bool:
+        """Whether a query of this worker's on the manifest's cluster may still be running."""
+        return any(map(self.is_claimed, self._unended(manifest)))
 
     def check_that_all_were_awaited(
-        self, cluster_id: str | None = None, *, besides: Collection[str] = ()
+        self, manifest: str | None = None, *, besides: Collection[str] = ()
     ) -> None:
         """Refuse to forget a query that this try has submitted.
 
         Parameters
         ----------
-        cluster_id
-            Look at the queries on this cluster alone.
+        manifest
+            Look at the queries on its cluster alone.
         besides
             Destinations of queries that are going to be awaited.
 
@@ -275,7 +275,7 @@ class TaskScope:
         """
         forgotten = [
             name
-            for name in self._unended(cluster_id)
+            for name in self._unended(manifest)
             if self.is_claimed(name) and name not in besides
         ]
         if forgotten:

@@ -29,8 +29,10 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 """Seconds between two looks at a query, at first and when it has been running for a while."""
 
 
-def wait_until_ended(queries: Sequence[DirectQuery], seconds: float = math.inf) -> bool:
-    """Wait until all queries have succeeded; whether they have after these seconds.
+def wait_until_ended(
+    queries: Sequence[DirectQuery], seconds: float = math.inf
+) -> list[DirectQuery]:
+    """Wait until all queries have succeeded; those that have not after these seconds.
 
     Looks from time to time, in Python: Airflow's time-outs and signals reach the task.
 
@@ -57,10 +59,8 @@ def wait_until_ended(queries: Sequence[DirectQuery], seconds: float = math.inf) 
                 elif tells:
                     text = describe_progress(query, status, time.time() - since)
                     logger.info("Query %s: %s", get_query_id(query), text)
-            if not left:
-                return True
-            if time.monotonic() >= ends:
-                return False
+            if not left or time.monotonic() >= ends:
+                return left
             if scope.returns_queries:
                 check_deadline(scope)
             has_news.wait(min(pause, ends - time.monotonic()))

@@ -238,17 +238,22 @@ class Run:
 
     def ends(self, task_id: str) -> dict[int, datetime]:
         """When each of a mapped task's instances has ended, by its index."""
-        ends = {}
-        offset = 0
-        while True:
+        return {
+            task["map_index"]: datetime.fromisoformat(task["end_date"])
+            for task in self._instances(task_id)
+        }
+
+    def _instances(self, task_id: str) -> Iterator[dict[str, Any]]:
+        offset, total = 0, 1
+        while offset < total:
             path = f"{self.path}/taskInstances?limit=100&offset={offset}&order_by=map_index"
             answer = self.deployment.call("GET", path)
-            for task in answer["task_instances"]:
-                if task["task_id"] == task_id:
-                    ends[task["map_index"]] = datetime.fromisoformat(task["end_date"])
-            offset += 100
-            if offset >= answer["total_entries"]:
-                return ends
+            yield from (each for each in answer["task_instances"] if each["task_id"] == task_id)
+            offset, total = offset + 100, answer["total_entries"]
+
+    def try_numbers(self, task_id: str) -> list[int]:
+        """How often each of a mapped task's instances was tried."""
+        return [task["try_number"] for task in self._instances(task_id)]
 
     def seconds(self) -> float:
         """From its start to its end."""
