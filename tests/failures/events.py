@@ -138,12 +138,15 @@ def end_without_triggerer(airflow: Deployment, run: Run) -> None:
     after.wait_for_end()
 
 
-def wait_without_triggerer(airflow: Deployment, run: Run) -> None:
+def wait_without_triggerer(airflow: Deployment, dag_id: str) -> Run:
     """There is no triggerer; the task waits in its worker after a while."""
+    airflow.emulator.api.add_fault("SubmitQuery", "query_takes", seconds=LONG)
     with airflow.without(TRIGGERER):
+        run = airflow.trigger(dag_id)
         airflow.eventually(lambda: "waits in its worker from now on" in run.log())
         let_queries_end(airflow, run)
         run.wait_for_end()
+    return run
 
 
 def while_the_cluster_starts(then: Callable[[Deployment, Run], None]) -> Act:
@@ -436,7 +439,7 @@ def clear_only_failed_of_uneven_length(airflow: Deployment, dag_id: str) -> Run:
     airflow.eventually(
         lambda: (
             len(airflow.emulator.running_queries()) == 1
-            and sorted(filter(None, run.tasks().values())).count("running") == 1
+            and len(run.tasks_in("running", "deferred")) == 1
             and sum(query["status"] == "Success" for query in airflow.emulator.queries()) == 1
         )
     )

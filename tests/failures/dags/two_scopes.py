@@ -28,7 +28,7 @@ def two_scopes() -> None:
             sales = pl.scan_parquet(f"{DATA}/sales/").select(pl.len())
             return run_query(sales.remote(ctx).execute).location
 
-    @task.sensor(poke_interval=0.5, mode="reschedule")
+    @task.sensor(poke_interval=0.5)
     def wait_for_long_query() -> bool:
         from airflow.sdk import Variable
 
