@@ -18,6 +18,7 @@ from include.polars_remote import deferral, watching
 from include.polars_remote.client_internals import get_cluster_id, start_without_waiting
 from include.polars_remote.clusters import use_cluster
 from include.polars_remote.deferral import defer_until_ended
+from include.polars_remote.login import EMULATOR
 from include.polars_remote.manifests import ensure_manifest
 from include.polars_remote.queries import submit
 from include.polars_remote.task_scope import current_scope
@@ -164,6 +165,37 @@ def test_a_trigger_row_holds_no_secret(defer: Defer, emulator: RunningEmulator) 
     _, arguments = defer("query_hangs").serialize()
     assert emulator.environment["POLARS_CLOUD_CLIENT_SECRET"] not in str(arguments)
     assert "earer" not in str(arguments)
+
+
+# Accounts
+
+
+def test_queries_of_two_accounts_are_looked_at_with_the_login_of_their_own(
+    defer: Defer, emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client_id, secret = emulator.add_service_account("second")
+    monkeypatch.setenv("AIRFLOW_CONN_SECOND", f"http://{client_id}:{secret}@")
+    first = defer("query_hangs")
+    second = sent_to_triggerer(first)
+    second.conn_id = "second"
+
+    async def run() -> None:
+        runs = [asyncio.ensure_future(anext(aiter(each.run()))) for each in (first, second)]
+        for account in (client_id, EMULATOR):
+            while looks_of(emulator, account) < 10:
+                await asyncio.sleep(0.05)
+        for each in runs:
+            each.cancel()
+        await asyncio.gather(*runs, return_exceptions=True)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def looks_of(emulator: RunningEmulator, account: str) -> int:
+    return sum(
+        call["account"] == account and call["path"].endswith("GetQueryStatus")
+        for call in emulator.journal()
+    )
 
 
 # Outages
