@@ -79,7 +79,6 @@ def main() -> None:
             page.goto(f"{arguments.url}{str(run).rstrip('/')}/tasks/{task}/details")
             link = page.get_by_role("link", name="Polars Cloud query")
             expect(link).to_have_attribute("href", re.compile("/portal/.+/queries/.+"))
-        save(page, arguments.folder / "query_link.png")
         browser.close()
 
 

@@ -158,7 +158,9 @@ class QueryTask(DecoratedOperator, PythonOperator):
         with task_scope(value["conn_id"]) as scope:
             log_in_when_called(scope.conn_id)
             _restore_outlet_events(context, from_json(waits_for["outlet_events"]))
-            self.page = waits_for["page"]
+            returned = from_json(waits_for["returned"])
+            destinations = _get_queries(returned)
+            self.page = scope.queries[destinations[0]]["page"]
             results = waits_for["results"]
             for destination, result in event.get("results", {}).items():
                 results[destination] = result
@@ -166,11 +168,11 @@ class QueryTask(DecoratedOperator, PythonOperator):
                 log_result(query_id, result["rows"], result["location"])
             for destination in results:
                 scope.set_awaited(scope.queries[destination]["query_id"])
-            left = [each for each in _get_queries(waits_for["returned"]) if each not in results]
+            left = [each for each in destinations if each not in results]
             if left:
                 check_deadline(scope)
                 self._wait(scope, waits_for, {each: _find(scope, each) for each in left})
-            return _finish(context, from_json(waits_for["returned"]), results)
+            return _finish(context, returned, results)
 
     def settle(self, returned: Any, context: Context) -> Any:
         """Wait for the queries in what the task's function has returned."""
@@ -199,7 +201,6 @@ class QueryTask(DecoratedOperator, PythonOperator):
         self.page = scope.queries[next(iter(queries))]["page"]
         waits_for = {
             "returned": to_json(named),
-            "page": self.page,
             "since": time.time(),
             "outlet_events": to_json(_get_outlet_events(context)),
             "results": {},
@@ -285,7 +286,7 @@ def _get_queries(returned: Any) -> list[str]:
         if _is_query(value) and value[QUERY] not in found:
             found.append(value[QUERY])
 
-    _replace(from_json(returned), note)
+    _replace(returned, note)
     return found
 
 

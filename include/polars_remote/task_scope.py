@@ -304,8 +304,9 @@ class TaskScope:
     def is_over(self, error: BaseException) -> bool:
         """Whether the task itself has ended, and not just the worker that runs this try.
 
-        SIGTERM comes for a user's click, and as well when a worker is shut down or has lost
-        Airflow's API server. Only Airflow knows, and where it does not answer the queries run on.
+        A task that is deferred goes on elsewhere. SIGTERM comes for a user's click, and as well
+        when a worker is shut down or has lost Airflow's API server. Only Airflow knows, and where
+        it does not answer the queries run on.
         """
         if not isinstance(error, TaskKilled):
             return not isinstance(error, TaskDeferred)
@@ -368,8 +369,6 @@ def task_scope(conn_id: str) -> Iterator[TaskScope]:
             scope.take_over()
         yield scope
         scope.check_that_all_were_awaited()
-    except TaskDeferred:
-        raise  # no end: whatever the task has started goes on
     except BaseException as error:
         if scope.is_over(error):
             with grace(error), log_errors():
