@@ -1,5 +1,6 @@
 """`query_tasks.py`: a task succeeds when the queries that it returns have succeeded."""
 
+import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -232,6 +233,17 @@ def test_the_cluster_of_a_short_query_is_stopped(
     assert supervisor.variables == {}
 
 
+@pytest.fixture
+def event_loop() -> Iterator[None]:
+    """A loop that is closed: Airflow's own is left to the end of the task's process."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield
+    asyncio.set_event_loop(None)
+    loop.close()
+
+
+@pytest.mark.usefixtures("event_loop")
 def test_an_async_function_is_waited_for_as_any_other(
     hold: Callable[[], None],
     end_held: Callable[[], None],
