@@ -326,7 +326,7 @@ def test_tasks_that_are_deferred_hand_over_and_announce_the_same(
 ) -> None:
     caplog.set_level("INFO", "include")
     monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.0)
-    monkeypatch.setattr(deferral, "RACE_SECONDS", 0.0)
+    monkeypatch.setattr(deferral, "LONGEST_RACE", 0.0)
     emulator.add_fault("SubmitQuery", "query_takes", seconds=2, times=4)
     run = dags["complete_pipeline"].test(logical_date=datetime.now(UTC))
     assert run.state == DagRunState.SUCCESS

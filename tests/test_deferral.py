@@ -20,7 +20,7 @@ from include.polars_remote.client_internals import get_cluster_id
 from include.polars_remote.clusters import compute_context, use_cluster
 from include.polars_remote.queries import submit
 from include.polars_remote.shared_clusters import shared_cluster
-from include.polars_remote.task_scope import TaskKilled
+from include.polars_remote.task_scope import TaskKilled, current_scope
 from include.polars_remote.triggers import ClusterTrigger, QueryTrigger
 from polars_cloud_emulator.testing import RunningEmulator
 from tests.emulator.raw_calls import WORKSPACE, rest_client
@@ -246,6 +246,21 @@ def test_airflow_gives_a_trigger_more_time_than_it_takes(
     assert trigger.hand_back_at <= after + deferral.SHORTEST_ROUND
     gives_up_at = before + deferred.timeout.total_seconds()
     assert trigger.hand_back_at < gives_up_at < after + deferral.SHORTEST_ROUND + 2 * 60
+
+
+@pytest.mark.parametrize(("start_up", "race"), [(1, 6), (9, 9), (600, 12)])
+def test_a_trigger_waits_longer_before_it_fires_where_the_worker_was_slow_to_start(
+    hold: Callable[[], None], clock: Clock, start_up: int, race: int
+) -> None:
+    def start_slowly() -> Any:
+        current_scope().started_at = time.time() - start_up
+        return ask()
+
+    hold()
+    before = clock.time()
+    trigger = trigger_of(TriedTask(start_slowly).run)
+    took = clock.time() - before
+    assert before + race <= trigger.fires_from <= before + race + 2 * took
 
 
 def test_a_query_that_runs_on_is_deferred_again_for_as_long_as_it_has_run(

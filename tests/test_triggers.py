@@ -39,7 +39,7 @@ Defer = Callable[..., PolarsCloudTrigger]
 @pytest.fixture(autouse=True)
 def at_once(pc: ModuleType, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
     """Triggers fire as soon as there is news; the log tells what it tells in Airflow."""
-    monkeypatch.setattr(deferral, "RACE_SECONDS", 0.0)
+    monkeypatch.setattr(deferral, "LONGEST_RACE", 0.0)
     caplog.set_level("INFO", "include")
 
 
@@ -135,7 +135,7 @@ def test_a_trigger_fires_with_nothing_when_its_cluster_has_stopped(
 def test_a_trigger_does_not_fire_before_the_worker_can_have_reported_its_deferral(
     defer: Defer, emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deferral, "RACE_SECONDS", 2.0)
+    monkeypatch.setattr(deferral, "LONGEST_RACE", 2.0)
     trigger = defer()
     emulator.advance_clock(MINUTE)
     assert "results" in first_event(trigger)

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from datetime import UTC, datetime
 from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any, Generic, TypeVar
@@ -136,6 +137,7 @@ def start_try(
         try_number=try_number,
         map_index=map_index,
         task=task,
+        start_date=datetime.now(UTC),
     )
     context: Any = ti.get_template_context()
     context["dag_run"] = SimpleNamespace(clear_number=clear_number)

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-IN_WORKER_SECONDS = 2.0
+IN_WORKER_SECONDS = 3.0
 """To wait in the worker before a task is deferred: what ends sooner needs no second start."""
 
-RACE_SECONDS = 3.0
-"""Until a trigger may fire: Airflow can mistake a task that is resumed before its worker has
-reported that it was deferred for one that was killed."""
+SHORTEST_RACE, LONGEST_RACE = 6.0, 12.0
+"""Seconds until a trigger may fire: Airflow mistakes a task that is resumed before its worker has
+exited, and the scheduler has noticed it, for one that was killed (apache/airflow #67287, #71580).
+In between, as long as the task took from its start until it waited: a machine that is slow at the
+one is slow at the other."""
 
 SHORTEST_ROUND, LONGEST_ROUND = 300.0, 1800.0
 """Seconds after which a trigger hands the wait back, for as long as the task has waited so far.
@@ -87,14 +89,16 @@ def check_deadline(scope: TaskScope) -> None:
 
 def _get_times(scope: TaskScope, waits_for: Value) -> dict[str, Any]:
     now = time.time()
-    waited = now - waits_for["since"]
+    since = waits_for["since"]
+    race = min(max(since - scope.started_at, SHORTEST_RACE), LONGEST_RACE)
+    waited = now - since
     hand_back_at = now + min(max(waited, SHORTEST_ROUND), LONGEST_ROUND)
     if scope.deadline is not None:
         hand_back_at = min(hand_back_at, scope.deadline)
     return {
         "conn_id": scope.conn_id,
         "task_key": scope.key,
-        "fires_from": now + RACE_SECONDS,
+        "fires_from": now + race,
         "hand_back_at": hand_back_at,
         "deadline": scope.deadline,
     }

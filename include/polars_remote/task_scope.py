@@ -60,6 +60,8 @@ class TaskScope:
         self._ti = context["ti"]
         self.conn_id = conn_id
         self.try_number = self._ti.try_number
+        self.started_at = self._ti.start_date.timestamp()
+        """When the try began, in seconds since the epoch; a deferral changes nothing about it."""
         self._clear_number = get_clear_number(context)
         self._lock = threading.RLock()
         self._is_on_record = False
