@@ -1,9 +1,10 @@
 # The Airflow that is deployed: the official image, the client, the DAGs.
 FROM apache/airflow:3.3.2-python3.13 AS airflow
-COPY requirements.txt /opt/airflow/
-# Naming Airflow itself keeps a dependency from moving it to another version.
-RUN pip install --no-cache-dir "apache-airflow==${AIRFLOW_VERSION}" \
-        --requirement /opt/airflow/requirements.txt
+COPY requirements.lock /opt/airflow/
+# Without dependencies, as the lock names them all: nothing that Airflow has is moved to another
+# version.
+RUN pip install --no-cache-dir --no-deps --require-hashes \
+        --requirement /opt/airflow/requirements.lock
 ENV PYTHONPATH=/opt/airflow
 COPY plugins /opt/airflow/plugins
 COPY include /opt/airflow/include
@@ -13,6 +14,6 @@ COPY dags /opt/airflow/dags
 # Python and Polars.
 FROM airflow AS dev
 COPY requirements-dev.lock /opt/airflow/
-RUN uv pip install --no-cache --requirement /opt/airflow/requirements-dev.lock
+RUN uv pip install --no-cache --require-hashes --requirement /opt/airflow/requirements-dev.lock
 COPY emulator /opt/airflow/emulator
 ENV PYTHONPATH=/opt/airflow:/opt/airflow/emulator

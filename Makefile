@@ -1,15 +1,20 @@
 # The Pythons that the pinned Airflow supports, newest first.
 PYTHON_VERSIONS := 3.14 3.13 3.12 3.11
+# The older Airflows that the DAGs run on, too.
+OLDER_AIRFLOWS := 3-2 3-1
 PYTHON ?= $(firstword $(foreach version,$(PYTHON_VERSIONS),\
 	$(shell python$(version) -c 'print("python$(version)")' 2>/dev/null)) python3)
 
-# The commands talk to the emulator alone, wherever the calling shell points.
+# The commands talk to the emulator alone, wherever the calling shell points: all but `preflight`.
+ifneq ($(MAKECMDGOALS),preflight)
 unexport $(filter AIRFLOW_% AWS_% POLARS_CLOUD_%,$(.VARIABLES))
+endif
 export AIRFLOW_HOME := $(CURDIR)/.airflow
 export PYTHONPATH := $(CURDIR):$(CURDIR)/emulator
 export UV_CACHE_DIR := $(CURDIR)/.venv/cache
 
-.PHONY: help demo emulator airflow test failures lint benchmark comparison waiting lock clean
+.PHONY: help demo emulator airflow copy preflight test failures versions celery lint benchmark \
+	comparison waiting lock upgrade clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -24,11 +29,27 @@ airflow: PORT := 8080
 airflow: .venv/installed ## Serve Airflow's UI, with the DAGs and the emulator, until Ctrl-C
 	.venv/bin/python scripts/standalone.py --port $(PORT)
 
+copy: .venv/installed ## Copy a DAG into another Airflow: DAG=complete_pipeline TO=/path/to/it
+	.venv/bin/python scripts/copy_dag.py "$(DAG)" "$(TO)"
+
+# With the Connection and the variables of the calling shell, which make hands on as they are.
+preflight: .venv/installed ## Check your account, before the first run; SPEND=1: with a cluster; EMULATOR=1: try it
+	.venv/bin/python scripts/preflight.py $(if $(EMULATOR),--emulator) $(if $(SPEND),--spend)
+
 test: .venv/installed ## Run the tests
 	.venv/bin/python -m pytest
 
 failures: .venv/installed ## Run the DAGs through all that can go wrong; ALL=1: each of them
 	.venv/bin/python -m pytest tests/failures --dist=load $(if $(ALL),,-m 'not further')
+
+versions: $(OLDER_AIRFLOWS:%=.venv/airflow-%/installed) ## Run the DAGs on older Airflows, and let some things go wrong
+	for version in $(OLDER_AIRFLOWS); do \
+		.venv/airflow-$$version/bin/python -m pytest tests/failures --dist=load \
+			-m any_airflow -W default || exit; \
+	done
+
+celery: .venv/installed ## Run the DAGs on two Celery workers; needs redis-server
+	.venv/bin/python -m pytest tests/celery --numprocesses=0
 
 lint: .venv/installed ## Check style, imports and types
 	.venv/bin/python -m ruff check
@@ -48,10 +69,22 @@ comparison: .venv/installed ## Put the published wiring beside ours: its bill, a
 	.venv/bin/python benchmarks/published_failures.py
 
 # Keeps what still fits; without the file, everything moves to its newest release.
-lock: .venv/bin/uv ## Write requirements-dev.lock anew, after a version was changed
-	.venv/bin/uv pip compile --quiet --universal --python-version $(lastword $(PYTHON_VERSIONS)) \
-		--no-build --custom-compile-command 'make lock' --output-file requirements-dev.lock \
-		requirements.txt --group dev
+lock: LOCK = .venv/bin/uv pip compile --quiet --no-build --universal --generate-hashes \
+	--custom-compile-command 'make lock' --python-version $(lastword $(PYTHON_VERSIONS))
+lock: .venv/bin/uv ## Write the locks anew, after a version was changed
+	$(LOCK) --output-file requirements-dev.lock requirements.txt --group dev
+	# What the image adds to Airflow's own.
+	sed -n '/^polars-cloud/p' requirements.txt | $(LOCK) --no-emit-package \
+		typing-extensions --constraint requirements-dev.lock --output-file requirements.lock -
+	# The FastAPI of Airflow 3.1 takes an older Starlette than the emulator asks for.
+	for version in $(OLDER_AIRFLOWS); do \
+		if [ $$version = 3-1 ]; then echo 'starlette<0.49'; fi | $(LOCK) --overrides /dev/stdin \
+			--output-file .ci/airflow-$$version.lock requirements.txt \
+			--group airflow-$$version --group emulator --group tests || exit; \
+	done
+
+upgrade: .venv/installed ## Show what is newer than the pinned versions, and what a bump would change
+	.venv/bin/python scripts/upgrade.py
 
 clean: ## Delete everything that the commands made
 	rm -rf .venv .airflow .emulator .mypy_cache .pytest_cache .ruff_cache
@@ -61,6 +94,11 @@ clean: ## Delete everything that the commands made
 .venv/installed: requirements.txt requirements-dev.lock | .venv/bin/uv
 	.venv/bin/uv pip sync --quiet --python .venv --no-build --constraint requirements.txt \
 		requirements-dev.lock
+	@touch $@
+
+.venv/airflow-%/installed: .ci/airflow-%.lock | .venv/bin/uv
+	.venv/bin/uv venv --quiet --clear --python .venv/bin/python .venv/airflow-$*
+	.venv/bin/uv pip sync --quiet --python .venv/airflow-$* --no-build $<
 	@touch $@
 
 .venv/bin/uv:

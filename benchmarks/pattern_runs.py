@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
-from demo import AIRFLOW_HOME, LOG, airflow_output_in_log, ended_queries
-from local_airflow import ROOT, use_airflow, use_emulator
+from demo import AIRFLOW_HOME, LOG, ended_queries
+from local_airflow import PATTERNS, ROOT, airflow_output_in, use_airflow, use_emulator
 from polars_cloud_emulator.testing import RunningEmulator, running_emulator
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Run(NamedTuple):
 @contextlib.contextmanager
 def patterns() -> Iterator[Patterns]:
     """Start an emulator, and load the DAGs so that each task has one try."""
-    with running_emulator() as emulator, airflow_output_in_log() as console:
+    with running_emulator() as emulator, airflow_output_in(LOG) as console:
         use_airflow(AIRFLOW_HOME / "cluster_cost")  # whose DAGs are not those of the others
         os.environ["AIRFLOW__DAG_PROCESSOR__DAG_BUNDLE_CONFIG_LIST"] = _dag_bundles()
         use_emulator(emulator.environment)
@@ -57,7 +57,7 @@ def patterns() -> Iterator[Patterns]:
         for dag in (*ours.values(), *published.values()):
             for task in dag.tasks:
                 task.retries = 0
-        pairs = {dag_id: (ours[dag_id], published[PUBLISHED + dag_id]) for dag_id in sorted(ours)}
+        pairs = {dag_id: (ours[dag_id], published[PUBLISHED + dag_id]) for dag_id in PATTERNS}
         yield Patterns(emulator, console, pairs)
 
 

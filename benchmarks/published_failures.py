@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from local_airflow import ROOT, use_airflow
+from local_airflow import PATTERNS, ROOT, use_airflow
 
 _airflow_home = tempfile.TemporaryDirectory(prefix="airflow-home-")
 use_airflow(Path(_airflow_home.name))  # before the first import of Airflow
@@ -26,7 +26,7 @@ from tests.failures.scenarios import SCENARIOS, Expected  # noqa: E402
 PATIENCE = 60.0
 """Seconds after which a run, or its query, counts as one that does not end."""
 PROCESSES = 2
-OURS = {*VARIANTS, *(path.stem for path in (ROOT / "dags").glob("*.py"))}
+OURS = {*VARIANTS, *PATTERNS}
 CASES = [
     (what, dag_id)
     for what, scenario in SCENARIOS.items()

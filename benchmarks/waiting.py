@@ -248,7 +248,7 @@ def main(at_most: int) -> None:
     )
     with (
         tempfile.TemporaryDirectory(prefix="waiting-") as folder,
-        running_deployment(Path(folder), dags(), slots=SLOTS) as airflow,
+        running_deployment(Path(folder), dags(), slots=SLOTS, options={}) as airflow,
     ):
         airflow.patience = 3600.0
         for way in (PLAIN, DEFERRED):

@@ -20,7 +20,8 @@ Runs at the same time, for several days say, share the cluster; the last of them
 from datetime import datetime, timedelta
 from typing import Any
 
-from airflow.sdk import Asset, CronDataIntervalTimetable, dag
+from airflow.sdk import Asset, dag
+from airflow.timetables.interval import CronDataIntervalTimetable
 
 from include.auth import authenticate
 from include.polars_remote import Query, clean_up, query_task, shared_cluster, submit, use_cluster

@@ -1,39 +1,20 @@
 """Run the eight DAGs against an emulator, one after the other, and show what they did."""
 
-import contextlib
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
 from rich.table import Column, Table
 
-from local_airflow import ROOT, use_airflow, use_emulator
+from local_airflow import PATTERNS, ROOT, airflow_output_in, use_airflow, use_emulator
 from polars_cloud_emulator.object_store import TEMPORARY_BUCKET
 from polars_cloud_emulator.testing import RunningEmulator, running_emulator
 
 AIRFLOW_HOME = ROOT / ".airflow"
 LOG = AIRFLOW_HOME / "demo.log"
-WIDTH = 160
-"""Columns where the output is no terminal: room for every URI."""
 QUERY_TIMEOUT = 60.0
 """Seconds for the query that nobody waits for."""
-
-
-@contextlib.contextmanager
-def airflow_output_in_log() -> Iterator[Console]:
-    """Send what Airflow prints to the log, and give a console for the rest."""
-    console = Console(file=os.fdopen(os.dup(sys.stdout.fileno()), "w"), highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH
-    LOG.parent.mkdir(exist_ok=True)
-    with LOG.open("w") as log:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(log.fileno(), stream.fileno())
-        yield console
 
 
 def ended_queries(emulator: RunningEmulator, known: set[str]) -> list[dict[str, Any]]:
@@ -58,7 +39,7 @@ def billed(emulator: RunningEmulator, queries: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    with running_emulator() as emulator, airflow_output_in_log() as console:
+    with running_emulator() as emulator, airflow_output_in(LOG) as console:
         use_airflow(AIRFLOW_HOME)
         use_emulator(emulator.environment)
         subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], check=True)
@@ -77,7 +58,7 @@ def main() -> int:
         )
         known: set[str] = set()
         failures = len(dag_bag.import_errors)
-        for dag_id in sorted(dag_bag.dags):
+        for dag_id in PATTERNS:
             console.print(f"{dag_id} ...", end=" ")
             start = time.monotonic()
             run = dag_bag.dags[dag_id].test()

@@ -1,14 +1,22 @@
 """The environment in which this repository's DAGs run without Docker."""
 
+import contextlib
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from rich.console import Console
+
 ROOT = Path(__file__).resolve().parent.parent
+PATTERNS = sorted({path.stem for path in (ROOT / "dags").glob("*.py")} - {"preflight"})
+"""Ids of the DAGs that show a pattern each."""
 FOREIGN = ("AIRFLOW_", "AWS_", "POLARS_")
 """Variables that could point the DAGs at another Airflow, store or account."""
 ACCOUNT = ("POLARS_CLOUD_CLIENT_ID", "POLARS_CLOUD_CLIENT_SECRET")
 """With these the client logs in by itself; the DAGs are to do it through the Connection."""
+WIDTH = 160
+"""Columns where the output is no terminal: room for every URI."""
 
 
 def use_airflow(home: Path) -> None:
@@ -44,3 +52,16 @@ def use_emulator(environment: Mapping[str, str]) -> None:
         Every variable that the emulator names.
     """
     os.environ |= {name: value for name, value in environment.items() if name not in ACCOUNT}
+
+
+@contextlib.contextmanager
+def airflow_output_in(log: Path) -> Iterator[Console]:
+    """Send what Airflow prints to a file, and give a console for the rest."""
+    console = Console(file=os.fdopen(os.dup(sys.stdout.fileno()), "w"), highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    log.parent.mkdir(exist_ok=True)
+    with log.open("w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+        yield console

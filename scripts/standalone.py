@@ -82,6 +82,12 @@ def health(port: int) -> dict[str, str]:
         return {}
 
 
+def get_token(port: int) -> str:
+    """A token for Airflow's REST API, which only Airflow 3.3 does without."""
+    with urllib.request.urlopen(f"http://{HOST}:{port}/auth/token") as answer:
+        return str(json.load(answer)["access_token"])
+
+
 def wait_until(
     condition: Callable[[], object],
     components: dict[str, subprocess.Popen[bytes]],

@@ -26,6 +26,8 @@ DAG_IDS = {
     "single_query",
     "status_check",
 }
+PREFLIGHT = "preflight"
+"""Shows no pattern: it looks at the deployment."""
 SHUT_DOWN_BY_TASK = {"complete_pipeline", "manual_shutdown", "multi_stage", "parallel_single_node"}
 CLUSTER_TASKS = {"start_cluster", "stop_cluster"}
 """Made by `shared_cluster`, which logs them in."""
@@ -79,9 +81,9 @@ def parse(folder: Path, *python_path: Path) -> dict[str, object]:
     return report
 
 
-def test_all_eight_dags_are_there_and_parsing_them_touches_nothing() -> None:
+def test_all_dags_are_there_and_parsing_them_touches_nothing() -> None:
     assert parse(ROOT / "dags", ROOT) == {
-        "dags": sorted(DAG_IDS),
+        "dags": sorted(DAG_IDS | {PREFLIGHT}),
         "errors": {},
         "heavy": [],
         "connections": [],
@@ -122,7 +124,7 @@ def test_a_dag_is_named_like_its_file_and_says_what_it_is_for(
     assert dag.default_args["retry_delay"].total_seconds() > 0
 
 
-@pytest.mark.parametrize("dag_id", sorted(DAG_IDS))
+@pytest.mark.parametrize("dag_id", sorted(DAG_IDS | {PREFLIGHT}))
 def test_a_dag_works_in_another_deployment_with_only_what_it_names(
     dags: dict[str, DAG], tmp_path: Path, dag_id: str
 ) -> None:
@@ -137,7 +139,7 @@ def test_a_dag_works_in_another_deployment_with_only_what_it_names(
     assert report["dags"] == [dag_id]
 
 
-@pytest.mark.parametrize("dag_id", sorted(DAG_IDS))
+@pytest.mark.parametrize("dag_id", sorted(DAG_IDS | {PREFLIGHT}))
 def test_a_dag_works_beside_an_include_folder_of_the_users_own(
     dags: dict[str, DAG], tmp_path: Path, dag_id: str
 ) -> None:
@@ -218,9 +220,18 @@ def test_every_query_lies_between_the_start_and_the_stop_of_its_cluster(
         assert stop.task_id in query.get_flat_relative_ids(upstream=False), query.task_id
 
 
-@pytest.mark.parametrize("dag_id", sorted(DAG_IDS - {"single_query"}))
+@pytest.mark.parametrize("dag_id", sorted(DAG_IDS - {"single_query"} | {PREFLIGHT}))
 def test_a_failed_run_is_cleaned_up(dags: dict[str, DAG], dag_id: str) -> None:
     assert dags[dag_id].on_failure_callback is clean_up
+
+
+def test_preflight_runs_by_hand_alone_and_asks_before_it_spends(dags: dict[str, DAG]) -> None:
+    dag = dags[PREFLIGHT]
+    assert dag.schedule is None
+    assert dag.params["spend"] is False
+    assert dag.doc_md is not None
+    assert "What it costs" in dag.doc_md
+    assert "shop" not in dag.tags
 
 
 def test_only_a_teardown_starts_regardless_of_how_others_ended(dags: dict[str, DAG]) -> None:

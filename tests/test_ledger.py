@@ -13,12 +13,24 @@ import pytest
 from airflow.sdk.execution_time import comms
 from airflow.sdk.execution_time.supervisor import set_supervisor_comms
 
-from include.polars_remote import ledger
+from include.polars_remote import ledger, variable_keys
 from include.polars_remote.ledger import Owner
 from tests.tries import StartTry, Supervisor
 
 OWNER = Owner("shop", "manual__1", "run_query", -1)
 RUN = OWNER._replace(task_id="start_cluster", whole_run=True)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(True, id="airflow-lists-variables"),
+        pytest.param(False, id="airflow-lists-no-variables"),
+    ],
+    autouse=True,
+)
+def lists_variables(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Airflow does from 3.3 on, and as it did before."""
+    monkeypatch.setattr(variable_keys, "LISTS_VARIABLES", request.param)
 
 
 def use(owner: Owner, manifest: str = "shop") -> str:
@@ -90,7 +102,7 @@ def test_a_digest_tells_its_parts_apart() -> None:
 def test_more_keys_than_airflow_lists_at_once_are_all_found() -> None:
     owners = [OWNER._replace(map_index=index) for index in range(1_001)]
     supervisor_keys = {use(owner) for owner in owners}
-    assert set(ledger.keys("polars_cloud/cluster/")) == supervisor_keys
+    assert set(ledger.keys("polars_cloud/cluster/", OWNER.run)) == supervisor_keys
 
 
 @pytest.mark.usefixtures("supervisor")
@@ -226,7 +238,8 @@ def test_a_kill_while_airflow_is_called_does_not_disturb_the_next_call() -> None
                 use(OWNER)
             killer.join()
             answers.set()
-            assert ledger.keys("polars_cloud/cluster/") == [ledger.cluster_key("shop", OWNER)]
+            used = ledger.keys("polars_cloud/cluster/", OWNER.run)
+            assert used == [ledger.cluster_key("shop", OWNER)]
             entry = ledger.get(ledger.cluster_key("shop", OWNER))
             assert entry is not None
             assert entry[0] == OWNER

@@ -37,10 +37,5 @@ def test_the_python_of_the_readme_runs(
     assert "completed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!http)([^)#]+)", README))))
-def test_a_link_of_the_readme_leads_somewhere(path: str) -> None:
-    assert (ROOT / path).exists()
-
-
 def test_the_table_of_failures_says_what_is_tested() -> None:
     assert table() in README, f"write this into the README:\n{table()}"

@@ -18,10 +18,10 @@ from typing import Any
 import psutil
 import pytest
 
-from local_airflow import ROOT
+from local_airflow import PATTERNS, ROOT
+from standalone import get_token
 from tests.waiting import eventually
 
-DAGS = {path.stem for path in (ROOT / "dags").glob("*.py")}
 LEAVE_THEIR_CLUSTER = {"manifest_reuse", "single_query", "status_check"}
 """To its idle timeout, by design."""
 READY_IN = 240.0
@@ -34,6 +34,7 @@ class Standalone:
 
     def __init__(self, home: Path, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
+        self._port = port
         self._output = home / "output"
         command = [sys.executable, str(ROOT / "scripts" / "standalone.py")]
         command += ["--home", str(home), "--port", str(port)]
@@ -63,9 +64,11 @@ class Standalone:
 
     def get(self, url: str, until: Callable[[Any], bool]) -> Any:
         """The first answer of which the condition holds."""
+        request = urllib.request.Request(url)
+        request.add_header("Authorization", f"Bearer {get_token(self._port)}")
         deadline = time.monotonic() + GREEN_IN
         while True:
-            with urllib.request.urlopen(url) as response:
+            with urllib.request.urlopen(request) as response:
                 answer = json.load(response)
             if until(answer):
                 return answer
@@ -136,7 +139,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
         runs = airflow.get(
             f"{airflow.url}/api/v2/dags/~/dagRuns",
             until=lambda answer: (
-                {run["dag_id"] for run in answer["dag_runs"]} == DAGS
+                {run["dag_id"] for run in answer["dag_runs"]} == set(PATTERNS)
                 and all(run["end_date"] for run in answer["dag_runs"])
             ),
         )
@@ -158,7 +161,9 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
 
 
 def test_every_dag_runs_by_itself_and_succeeds(session: Session) -> None:
-    assert {run["dag_id"]: run["state"] for run in session.runs} == dict.fromkeys(DAGS, "success")
+    assert {run["dag_id"]: run["state"] for run in session.runs} == dict.fromkeys(
+        PATTERNS, "success"
+    )
 
 
 def test_every_task_succeeds_at_its_first_try(session: Session) -> None:

@@ -1,5 +1,7 @@
 """Who may call: one version of the client, with a token that was issued here."""
 
+import os
+
 import polars as pl
 from starlette.datastructures import Headers
 
@@ -7,6 +9,8 @@ from polars_cloud_emulator.access_tokens import AccessTokens
 from polars_cloud_emulator.errors import WrongState
 
 CLIENT_VERSION = "0.12"
+SWITCH = "EMULATOR_ANY_CLIENT"
+"""Variable that lets other versions of the client try; what they say may not be understood."""
 
 
 class ClientCheck:
@@ -25,12 +29,13 @@ class ClientCheck:
         Unauthenticated
             No good token.
         """
-        client = headers.get("x-client-version")
-        if client is None or not f"{client}.".startswith(f"{CLIENT_VERSION}."):
+        client = headers.get("x-client-version", "none")
+        if not f"{client}.".startswith(f"{CLIENT_VERSION}.") and os.environ.get(SWITCH) != "1":
             raise WrongState(
                 f"this emulator speaks to polars_cloud {CLIENT_VERSION}.x, not to "
                 f"{headers.get('user-agent', 'an unknown client')}; "
-                f"install polars-cloud=={CLIENT_VERSION}.*"
+                f"install polars-cloud=={CLIENT_VERSION}.*, or try all the same with "
+                f"{SWITCH}=1 in the emulator's environment"
             )
         if headers.get("x-polars-version") != pl.__version__:
             raise WrongState(

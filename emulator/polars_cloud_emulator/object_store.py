@@ -1,25 +1,32 @@
 """Where queries read and write: moto's S3 server, or an S3 outside the emulator."""
 
 import logging
+import re
 import shutil
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 import boto3
 from botocore.config import Config
+from moto.core.models import DEFAULT_ACCOUNT_ID
 from moto.moto_server.werkzeug_app import (
     DomainDispatcherApplication,
     MotoRequestHandler,
     create_backend_app,
 )
+from moto.s3.models import s3_backends
 from werkzeug.serving import make_server
+from werkzeug.wrappers import Request, Response
 
 from polars_cloud_emulator import sample_data
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 DATA_BUCKET = "your-bucket"
 TEMPORARY_BUCKET = "polars-cloud-temporary"
@@ -51,7 +58,7 @@ class ObjectStore:
         self._server = make_server(
             host,
             port,
-            DomainDispatcherApplication(create_backend_app),
+            _in_their_regions(DomainDispatcherApplication(create_backend_app)),
             threaded=True,
             request_handler=MotoRequestHandler,
             fd=listener.fileno(),
@@ -122,6 +129,31 @@ class ObjectStore:
     def _keys(self, bucket: str, prefix: str = "") -> Iterator[str]:
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         return (entry["Key"] for page in pages for entry in page.get("Contents", []))
+
+
+def _in_their_regions(moto: "WSGIApplication") -> "WSGIApplication":
+    """Refuse a client that looks for a bucket in the wrong region, as S3 does and moto does not."""
+
+    def application(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        request = Request(environ)
+        bucket = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets.get(request.path.split("/")[1])
+        signed_for = re.search(
+            r"Credential=[^,]*/([^/]+)/s3/", request.headers.get("authorization", "")
+        )
+        if bucket is None or signed_for is None or signed_for[1] == bucket.region_name:
+            return moto(environ, start_response)
+        request.get_data()  # an answer before its end would break the connection
+        refusal = Response(
+            "<Error><Code>PermanentRedirect</Code><Message>The bucket you are attempting to access "
+            "must be addressed using the specified endpoint. Please send all future requests to "
+            f"this endpoint.</Message><Bucket>{bucket.name}</Bucket></Error>",
+            status=301,
+            content_type="application/xml",
+            headers={"x-amz-bucket-region": bucket.region_name},
+        )
+        return refusal(environ, start_response)
+
+    return application
 
 
 class OutsideObjectStore:

@@ -13,6 +13,7 @@ import msgspec
 
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.errors import Conflict, InvalidRequest, NotFound, WrongState
+from polars_cloud_emulator.instance_types import instance_types
 
 DEFAULT_IDLE_TIMEOUT_MINS = 60
 MINIMUM_IDLE_TIMEOUT_MINS = 10
@@ -447,5 +448,9 @@ class State:
             raise InvalidRequest("cluster_size must be at least 1")
         if (spec.specs is None) == (spec.instance_type is None):
             raise InvalidRequest("give either cpus and memory or an instance type")
+        if spec.instance_type is not None:
+            for name in (spec.instance_type.standard, spec.instance_type.big):
+                if name is not None and name not in instance_types():
+                    raise InvalidRequest(f"instance type '{name}' does not exist")
         if spec.idle_timeout < timedelta(minutes=MINIMUM_IDLE_TIMEOUT_MINS):
             raise InvalidRequest(f"idle_timeout_mins must be at least {MINIMUM_IDLE_TIMEOUT_MINS}")

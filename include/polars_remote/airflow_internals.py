@@ -1,6 +1,6 @@
 """All that this folder takes from Airflow and that is not part of its public interface."""
 
-from typing import Any, cast
+from typing import cast
 
 from airflow.sdk import Context
 from airflow.sdk.bases.operator import TRIGGER_FAIL_REPR
@@ -42,17 +42,3 @@ def is_resumed(context: Context) -> bool:
 def has_lost_its_trigger(next_method: str) -> bool:
     """Whether a task is resumed because its trigger has failed, or has not fired in time."""
     return next_method == TRIGGER_FAIL_REPR
-
-
-def to_json(value: Any) -> Any:
-    """What a task returns, as Airflow stores it in an XCom."""
-    from airflow.sdk.serde import serialize
-
-    return serialize(value)
-
-
-def from_json(value: Any) -> Any:
-    """Counterpart of `to_json`."""
-    from airflow.sdk.serde import deserialize
-
-    return deserialize(value)

@@ -19,12 +19,13 @@ from .client_internals import (
     misspecified_error,
     start_without_waiting,
 )
+from .data_location import check_data_location, uses_data_location
 from .deferral import defer_until_started
 from .login import call_polars_cloud
 from .manifests import Cluster, ensure_manifest, find_manifest
 from .releases import release
 from .settings import WORKSPACE
-from .task_scope import current_scope, grace, log_errors
+from .task_scope import current_scope, find_scope, grace, log_errors
 
 if TYPE_CHECKING:
     from polars_cloud import ComputeContext
@@ -61,9 +62,13 @@ def start_and_wait(ctx: ComputeContext) -> None:
 
     Raises
     ------
+    AirflowFailException
+        The DAG uses the data location, and no cluster could.
     RuntimeError
         The cluster did not start.
     """
+    if (scope := find_scope()) and uses_data_location(scope.task.dag):
+        check_data_location()
     if not call_polars_cloud(ctx.get_status).is_available():
         call_polars_cloud(start_without_waiting, ctx)
     cluster_id = get_cluster_id(ctx)

@@ -7,8 +7,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from airflow.sdk.exceptions import AirflowTaskTimeout, TaskDeferred
-
+from .airflow_versions import AirflowTaskTimeout, TaskDeferred
 from .task_scope import find_scope
 
 if TYPE_CHECKING:

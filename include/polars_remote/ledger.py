@@ -12,13 +12,17 @@ alone, and tell neither of the other users of a cluster nor of what a killed tas
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 from airflow.sdk import Variable, get_current_context
 
+from . import variable_keys
 from .airflow_internals import TASK_ENDS, get_task_states
 from .outages import in_thread
+
+T = TypeVar("T")
 
 PREFIX = "polars_cloud"
 TASK, CLUSTER = "task", "cluster"
@@ -74,23 +78,46 @@ def put(key: str, owner: Owner, value: Value) -> None:
     """Write an entry."""
     entry = {"owner": list(owner), **value}
     description = f"In use by {owner.dag_id}.{owner.task_id}, run {owner.run_id}"
-    in_thread(lambda: Variable.set(key, entry, description=description, serialize_json=True))
+
+    def write() -> None:
+        variable_keys.note(key)
+        Variable.set(key, entry, description=description, serialize_json=True)
+
+    _in_turn(write)
 
 
 def get(key: str) -> tuple[Owner, Value] | None:
     """Read an entry; None if it is gone."""
-    entry: Value | None = in_thread(lambda: Variable.get(key, default=None, deserialize_json=True))
+    entry: Value | None = _in_turn(lambda: Variable.get(key, default=None, deserialize_json=True))
     return None if entry is None else (Owner(*entry["owner"]), entry)
 
 
-def keys(prefix: str) -> list[str]:
-    """The keys that begin with the prefix."""
-    return in_thread(lambda: list(Variable.keys(prefix=prefix)))
+def keys(prefix: str, run: str = "") -> list[str]:
+    """The keys that begin with the prefix; of one run, if it is given."""
+    return _in_turn(lambda: variable_keys.find(prefix, run))
 
 
 def erase(key: str) -> None:
     """Delete an entry."""
-    in_thread(lambda: Variable.delete(key))
+
+    def delete() -> None:
+        Variable.delete(key)
+        variable_keys.forget(key)
+
+    _in_turn(delete)
+
+
+_turn = threading.Lock()
+
+
+def _in_turn(function: Callable[[], T]) -> T:
+    """Call in a thread, after what an earlier caller was interrupted in has been carried out."""
+
+    def call() -> T:
+        with _turn:
+            return function()
+
+    return in_thread(call)
 
 
 def task_entries(dag_id: str, run_id: str) -> Iterator[tuple[str, Owner, Value]]:
@@ -100,8 +127,7 @@ def task_entries(dag_id: str, run_id: str) -> Iterator[tuple[str, Owner, Value]]
 
 def cluster_entries(dag_id: str, run_id: str) -> Iterator[tuple[str, Owner, Value]]:
     """The clusters that a run and its tasks use: key, owner and value of each entry."""
-    run = digest(dag_id, run_id)
-    yield from _entries(key for key in keys(f"{PREFIX}/{CLUSTER}/") if run in key.split("/"))
+    yield from _entries(keys(f"{PREFIX}/{CLUSTER}/", digest(dag_id, run_id)))
 
 
 def _entries(keys: Iterable[str]) -> Iterator[tuple[str, Owner, Value]]:

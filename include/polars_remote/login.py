@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from airflow.sdk import BaseHook
-from airflow.sdk.exceptions import AirflowFailException, AirflowNotFoundException
+from airflow.sdk import BaseHook, Connection
 
+from .airflow_versions import AirflowFailException, AirflowNotFoundException
 from .outages import http_status, is_transient, retry
 from .settings import OUTAGE_SECONDS
 
@@ -39,24 +39,10 @@ def log_in(conn_id: str) -> Exception | None:
     """
     global _conn_id, _is_due
     _conn_id, _is_due = conn_id, False
-    try:
-        connection = BaseHook.get_connection(conn_id)
-    except AirflowNotFoundException:
-        return _settings_error(conn_id, "is missing")
-    if not connection.login:
-        return _settings_error(conn_id, "has no login")
-    if not connection.password:
-        return _settings_error(conn_id, "has no password")
-    is_emulators = connection.login == EMULATOR or connection.login.startswith(f"{EMULATOR}-")
-    if is_emulators != _talks_to_emulator():
-        return AirflowFailException(
-            f"The Airflow Connection {conn_id!r} was not used: its login is the emulator's, but "
-            "this worker talks to Polars Cloud. Set the client ID of a service account."
-            if is_emulators
-            else f"The Airflow Connection {conn_id!r} was not used: its login is an account's, but "
-            "this worker talks to the emulator. Unset POLARS_CLOUD_DOMAIN and "
-            "POLARS_CLOUD_API_ADDR, or with Docker Compose set POLARS_CLOUD_EMULATOR=0 in .env."
-        )
+    connection = find_connection(conn_id)
+    if isinstance(connection, Exception):
+        return connection
+    assert connection.password, "find_connection has looked"
 
     import polars_cloud as pc  # costs ten times the rest of a DAG file when it is parsed
 
@@ -81,6 +67,34 @@ def log_in(conn_id: str) -> Exception | None:
             f"({reason.replace(connection.password, '***')})."
         )
     return None
+
+
+def find_connection(conn_id: str) -> Connection | AirflowFailException:
+    """Return the Connection if it can be used for a login, or else what is wrong with it."""
+    try:
+        connection = BaseHook.get_connection(conn_id)
+    except AirflowNotFoundException:
+        return _settings_error(conn_id, "is missing")
+    if not connection.login:
+        return _settings_error(conn_id, "has no login")
+    if not connection.password:
+        return _settings_error(conn_id, "has no password")
+    is_emulators = connection.login == EMULATOR or connection.login.startswith(f"{EMULATOR}-")
+    if is_emulators != talks_to_emulator():
+        return AirflowFailException(
+            f"The Airflow Connection {conn_id!r} was not used: its login is the emulator's, but "
+            "this worker talks to Polars Cloud. Set the client ID of a service account."
+            if is_emulators
+            else f"The Airflow Connection {conn_id!r} was not used: its login is an account's, but "
+            "this worker talks to the emulator. Unset POLARS_CLOUD_DOMAIN and "
+            "POLARS_CLOUD_API_ADDR, or with Docker Compose set POLARS_CLOUD_EMULATOR=0 in .env."
+        )
+    return connection
+
+
+def talks_to_emulator() -> bool:
+    """Whether this worker's Polars Cloud is the emulator."""
+    return os.environ.get("POLARS_CLOUD_DOMAIN", "").startswith("emulator@")
 
 
 def log_in_when_called(conn_id: str) -> None:
@@ -119,10 +133,6 @@ def is_logged_out(error: BaseException) -> bool:
     """Whether Polars Cloud does not accept the login any more."""
     text = str(error)
     return LOGGED_OUT in text or http_status(text) == "401"
-
-
-def _talks_to_emulator() -> bool:
-    return os.environ.get("POLARS_CLOUD_DOMAIN", "").startswith("emulator@")
 
 
 def _settings_error(conn_id: str, problem: str) -> AirflowFailException:

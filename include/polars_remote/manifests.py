@@ -16,7 +16,7 @@ from .client_internals import (
 )
 from .ledger import Owner
 from .login import call_polars_cloud
-from .settings import WORKSPACE
+from .workspaces import find_workspace
 
 if TYPE_CHECKING:
     from polars_cloud import ComputeContext
@@ -109,7 +109,7 @@ def find_manifest(name: str) -> ComputeContext | None:
     from polars_cloud import ComputeContext
 
     try:
-        return call_polars_cloud(lambda: ComputeContext(workspace=WORKSPACE, name=name))
+        return call_polars_cloud(lambda: ComputeContext(workspace=find_workspace(), name=name))
     except not_found_error():
         return None
 
@@ -135,4 +135,4 @@ def _unnamed(cluster: Cluster) -> ComputeContext:
     from polars_cloud import ComputeContext
 
     spec = {key: value for key, value in cluster.items() if key != "name"}
-    return ComputeContext(workspace=WORKSPACE, **spec)
+    return ComputeContext(workspace=find_workspace(), **spec)

@@ -15,7 +15,8 @@ from airflow.sdk import Asset, BaseOperatorLink, Context
 from airflow.sdk.bases.decorator import DecoratedOperator, Task, task_decorator_factory
 
 from . import deferral, ledger
-from .airflow_internals import from_json, has_lost_its_trigger, to_json
+from .airflow_internals import has_lost_its_trigger
+from .airflow_versions import TELLS_TRIGGERS, from_json, to_json
 from .client_internals import get_query_id, look_at_cluster
 from .deferral import check_deadline, defer_until_ended
 from .ledger import Owner, Value
@@ -113,7 +114,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
             "op_kwargs": op_kwargs,
         }
         super().__init__(kwargs_to_upstream=function, **function, **options)
-        self.defers = DEFERS
+        self.defers = DEFERS and TELLS_TRIGGERS
         self.page = ""
 
     def resume_execution(
@@ -202,7 +203,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
         waits_for = {
             "returned": to_json(named),
             "since": time.time(),
-            "outlet_events": to_json(_get_outlet_events(context)),
+            "outlet_events": to_json(_get_outlet_events(context) if self.defers else []),
             "results": {},
         }
         self._wait(scope, waits_for, queries)

@@ -19,10 +19,10 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from airflow.sdk import get_current_context
-from airflow.sdk.exceptions import AirflowTaskTimeout, TaskDeferred
 
 from . import ledger
 from .airflow_internals import get_clear_number, get_task_states, is_resumed
+from .airflow_versions import AirflowTaskTimeout, TaskDeferred
 from .ledger import Owner, Value
 from .login import log_in
 from .outages import in_thread, time_limit

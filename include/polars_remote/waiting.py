@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from airflow.sdk import get_current_context
-from airflow.sdk.exceptions import AirflowFailException
 
+from .airflow_versions import AirflowFailException
 from .client_internals import get_query_id
+from .data_location import explain
 from .deferral import check_deadline
 from .login import call_polars_cloud
 from .progress import Progress, describe_progress
@@ -124,8 +125,12 @@ def _told_of_end(queries: Sequence[DirectQuery]) -> Iterator[threading.Event]:
 def _raise(result: QueryResult) -> None:
     try:
         result.raise_err()
-    except FileNotFoundError as error:
-        if tasks := sorted(get_current_context()["ti"].task.upstream_task_ids):
+    except Exception as error:
+        if advice := explain(error):
+            error.add_note(advice)
+        elif isinstance(error, FileNotFoundError) and (
+            tasks := sorted(get_current_context()["ti"].task.upstream_task_ids)
+        ):
             error.add_note(
                 "If this was the temporary result of another task, it has expired: "
                 f"clear {' or '.join(tasks)}, which runs this task again as well"

@@ -121,6 +121,10 @@ def test_stopped_cluster_refuses_queries_at_once(
         ({"cluster_size": 0}, "cluster_size must be at least 1"),
         ({"idle_timeout_mins": 9}, "idle_timeout_mins must be at least 10"),
         ({"specs": None}, "give either cpus and memory or an instance type"),
+        (
+            {"specs": None, "instance_type": {"standard": "m5.lrge"}},
+            "type 'm5.lrge' does not exist",
+        ),
         ({"cluster_size": "many"}, "Expected `int`, got `str` - at `$.cluster_size`"),
         ({"mode": None}, "is not understood"),
     ],
@@ -139,6 +143,21 @@ def test_client_sees_the_words_of_a_refusal(start_cluster: StartCluster) -> None
     with pytest.raises(ValueError, match="idle_timeout_mins must be at least 10"):
         start_cluster(idle_timeout_mins=9)
     start_cluster(idle_timeout_mins=10)
+
+
+def test_cluster_of_an_instance_type_that_aws_has_starts(pc: ModuleType) -> None:
+    context = pc.ComputeContext(workspace="playground", instance_type="m5.large")
+    context.start()
+    assert context.get_status().is_started()
+
+
+@pytest.mark.parametrize("workspace", ["nowhere", "play", ""])
+def test_workspace_that_the_account_does_not_have_is_not_found(
+    pc: ModuleType, workspace: str
+) -> None:
+    with pytest.raises(pc.exceptions.WorkspaceResolveError, match=f"'{workspace}' does not exist"):
+        pc.ComputeContext(workspace=workspace, cpus=2, memory=4)
+    assert [each.name for each in pc.Workspace.list()] == ["playground"]
 
 
 @pytest.mark.parametrize("broken", [{"PYTHONPATH": "nowhere"}, {"NOT=A=NAME": ""}])

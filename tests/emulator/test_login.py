@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 
 from polars_cloud_emulator.clock import Clock
-from polars_cloud_emulator.testing import RunningEmulator
+from polars_cloud_emulator.testing import RunningEmulator, running_emulator
 from tests.emulator.raw_calls import (
     COMPUTE_PLANE,
     CONTROL_PLANE,
@@ -161,3 +161,12 @@ def test_unsupported_client_is_refused_by_name_and_version(
         status, text = call_grpc(emulator.environment, method, headers)
         assert status is grpc.StatusCode.FAILED_PRECONDITION
         assert words.partition(", not to")[0] in text
+
+
+def test_another_client_is_let_in_where_the_switch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMULATOR_ANY_CLIENT", "1")
+    with running_emulator() as emulator, rest_client(emulator.environment) as client:
+        newer = {"x-client-version": "0.13.0"}
+        assert client.get(ME, headers=newer).status_code == 200
+        another_polars = {**newer, "x-polars-version": "1.44.2"}
+        assert client.get(ME, headers=another_polars).status_code == 400

@@ -10,6 +10,7 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from polars_cloud_emulator.testing import RunningEmulator
+from tests.buckets import create_bucket_elsewhere, create_bucket_of_others
 
 SALES = "s3://your-bucket/sales/"
 
@@ -29,6 +30,10 @@ def revenue_by_region() -> pl.LazyFrame:
         .agg(pl.len(), revenue=(pl.col("quantity") * pl.col("unit_price")).sum())
         .sort("region")
     )
+
+
+def one_row() -> pl.LazyFrame:
+    return pl.LazyFrame({"x": [1]})
 
 
 def test_sink_to_a_directory_writes_what_the_query_gives_locally(context: Any) -> None:
@@ -229,6 +234,32 @@ def test_exception_of_a_user_function_keeps_its_type(
     assert type(error.value) is caught
     assert str(raised) in str(error.value)
     assert pl.LazyFrame({"x": [1]}).remote(context).execute().n_rows_total == 1
+
+
+@pytest.mark.parametrize(
+    ("make_bucket", "error", "words"),
+    [
+        (create_bucket_of_others, PermissionError, "lacked the necessary privileges"),
+        (create_bucket_elsewhere, OSError, "redirect .* incorrectly configured region"),
+    ],
+)
+def test_bucket_refuses_queries_as_its_policy_and_its_region_say(
+    context: Any, make_bucket: Callable[[str], None], error: type[Exception], words: str
+) -> None:
+    bucket = f"of-query-results-{error.__name__.lower()}"
+    make_bucket(bucket)
+    with pytest.raises(error, match=words):
+        one_row().remote(context).sink_parquet(f"s3://{bucket}/x/").await_result()
+    with pytest.raises(error, match=words):
+        pl.scan_parquet(f"s3://{bucket}/x.parquet").remote(context).execute()
+
+
+def test_bucket_in_another_region_is_there_for_who_looks_there(context: Any) -> None:
+    create_bucket_elsewhere("somewhere-else")
+    target, options = "s3://somewhere-else/x/", {"aws_region": "eu-west-1"}
+    query = one_row().remote(context).sink_parquet(target, storage_options=options)
+    assert query.await_result().n_rows_total == 1
+    assert pl.read_parquet(target, storage_options=options).height == 1
 
 
 def test_explaining_is_refused_in_words(context: Any) -> None:

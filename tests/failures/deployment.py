@@ -1,6 +1,7 @@
 """An Airflow with its scheduler, the DAGs in haste, and an emulator that can be stopped."""
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -18,10 +19,10 @@ from typing import Any, TypeVar
 
 import psutil
 
-from local_airflow import ROOT, use_emulator
+from local_airflow import PATTERNS, ROOT, use_emulator
 from polars_cloud_emulator.env_file import read_env_file
 from polars_cloud_emulator.testing import RunningEmulator
-from standalone import airflow, health, settings
+from standalone import airflow, get_token, health, settings
 from tests.waiting import eventually
 
 T = TypeVar("T")
@@ -84,7 +85,7 @@ def write_dags(folder: Path, sources: Mapping[str, str] | None = None) -> None:
         DAG id and source of each; if None the repository's own, and beside them some of other
         shapes, as users write them, the README's among them.
     """
-    own = {path.stem: path.read_text() for path in (ROOT / "dags").glob("*.py")}
+    own = {dag_id: (ROOT / "dags" / f"{dag_id}.py").read_text() for dag_id in PATTERNS}
     others = {path.stem: path.read_text() for path in (TESTS / "dags").glob("*.py")}
     if sources is None:
         [mail_report] = re.findall(
@@ -114,7 +115,7 @@ class Emulator:
     def __init__(self, folder: Path) -> None:
         self._env_file = folder / "env"
         self._command = [sys.executable, "-m", "polars_cloud_emulator", "serve"]
-        self._command += ["--port-base", str(_free_ports(3)), "--env-file", str(self._env_file)]
+        self._command += ["--port-base", str(free_ports(3)), "--env-file", str(self._env_file)]
         self._command += ["--state-dir", str(folder / "state")]
         self.start()
 
@@ -290,16 +291,24 @@ class Deployment:
         self.emulator = emulator
         self.logs = home / "logs"
         self._dags = home.parent / "dags"
+        self._port = port
         self._url = f"http://127.0.0.1:{port}"
         self._parts: dict[str, contextlib.ExitStack] = {}
         self.processes: dict[str, psutil.Process] = {}
         self._log_path = home / "airflow.log"
 
+    @functools.cached_property
+    def _token(self) -> str:
+        return get_token(self._port)
+
     def call(self, method: str, path: str, **body: object) -> Any:
         request = urllib.request.Request(
             f"{self._url}/api/v2/{path}",
             data=json.dumps(body).encode() if body else None,
-            headers={"Content-Type": "application/json"},
+            headers={
+                "Content-Type": "application/json",
+                "Authorization": f"Bearer {self._token}",
+            },
             method=method,
         )
 
@@ -397,9 +406,34 @@ class Deployment:
         self.processes[part] = psutil.Process(processes[part].pid)
 
 
+QUICK_INTERVALS = {
+    "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
+    # An edit is noticed in seconds,
+    "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "5",
+    "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
+    "AIRFLOW__DAG_PROCESSOR__STALE_DAG_THRESHOLD": "10",
+    "AIRFLOW__SCHEDULER__PARSING_CLEANUP_INTERVAL": "5",
+    # so is a worker that is gone,
+    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "20",
+    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "2",
+    "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
+    # and a scheduler, by the next one.
+    "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "10",
+    "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "3",
+    # and a triggerer, by another one.
+    "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "10",
+    "AIRFLOW__SCHEDULER__TRIGGER_TIMEOUT_CHECK_INTERVAL": "2",
+}
+"""In seconds: a failure is noticed in less time than Airflow takes by default."""
+
+
 @contextlib.contextmanager
 def running_deployment(
-    folder: Path, sources: Mapping[str, str] | None = None, *, slots: int = 6
+    folder: Path,
+    sources: Mapping[str, str] | None = None,
+    *,
+    slots: int = 6,
+    options: Mapping[str, str] = QUICK_INTERVALS,
 ) -> Iterator[Deployment]:
     """Run Airflow while the context is open.
 
@@ -409,35 +443,22 @@ def running_deployment(
         As `write_dags` takes it.
     slots
         How many tasks may run at once.
+    options
+        Settings of Airflow's, beside its defaults.
     """
     home = folder / "airflow"
     home.mkdir()
     write_dags(folder / "dags", sources)
     emulator = Emulator(folder)
-    port = _free_ports(1)
+    port = free_ports(1)
     before = os.environ.copy()
     try:
         os.environ |= settings(port) | {
             "AIRFLOW_HOME": str(home),
             "AIRFLOW__CORE__DAGS_FOLDER": str(folder / "dags"),
             "AIRFLOW__CORE__PARALLELISM": str(slots),
-            "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
-            # An edit is noticed in seconds,
-            "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "5",
-            "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
-            "AIRFLOW__DAG_PROCESSOR__STALE_DAG_THRESHOLD": "10",
-            "AIRFLOW__SCHEDULER__PARSING_CLEANUP_INTERVAL": "5",
-            # so is a worker that is gone,
-            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "20",
-            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "2",
-            "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
-            # and a scheduler, by the next one.
-            "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "10",
-            "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "3",
-            # and a triggerer, by another one.
-            "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "10",
-            "AIRFLOW__SCHEDULER__TRIGGER_TIMEOUT_CHECK_INTERVAL": "2",
             "POLARS_CLOUD_OUTAGE": str(OUTAGE),
+            **options,
         }
         use_emulator(emulator.api.environment)
         with (home / "airflow.log").open("a") as log:
@@ -465,7 +486,7 @@ def running_deployment(
         emulator.stop()
 
 
-def _free_ports(count: int) -> int:
+def free_ports(count: int) -> int:
     """The first of some free ports in a row, below those that the system gives out by itself."""
     while True:
         # By chance, as other processes are looking at the same time.

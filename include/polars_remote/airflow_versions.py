@@ -1,0 +1,67 @@
+"""The Airflow versions that will do, and what they lack or have under another name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from airflow import __version__
+
+OLDEST = (3, 1)
+VERSION = tuple(int(part) for part in __version__.split(".")[:2])
+
+if VERSION < OLDEST:
+    raise ImportError(
+        f"This is Airflow {__version__}. DAGs that use Polars Cloud need Airflow "
+        f"{'.'.join(map(str, OLDEST))} or newer: upgrade Airflow"
+    )
+
+LISTS_VARIABLES = VERSION >= (3, 3)
+"""Whether Airflow lists the Variables whose keys begin alike."""
+
+TELLS_TRIGGERS = VERSION >= (3, 3)
+"""Whether Airflow tells a trigger that a user has ended its task."""
+
+if TYPE_CHECKING or VERSION >= (3, 2):
+    from airflow.sdk.exceptions import (
+        AirflowFailException,
+        AirflowNotFoundException,
+        AirflowTaskTimeout,
+        TaskDeferred,
+    )
+else:
+    from airflow.exceptions import (
+        AirflowFailException,
+        AirflowNotFoundException,
+        AirflowTaskTimeout,
+        TaskDeferred,
+    )
+
+
+def to_json(value: Any) -> Any:
+    """What a task returns, as Airflow stores it in an XCom."""
+    if TYPE_CHECKING or VERSION >= (3, 2):
+        from airflow.sdk.serde import serialize
+    else:
+        from airflow.serialization.serde import serialize
+    return serialize(value)
+
+
+def from_json(value: Any) -> Any:
+    """Counterpart of `to_json`."""
+    if TYPE_CHECKING or VERSION >= (3, 2):
+        from airflow.sdk.serde import deserialize
+    else:
+        from airflow.serialization.serde import deserialize
+    return deserialize(value)
+
+
+__all__ = [
+    "LISTS_VARIABLES",
+    "TELLS_TRIGGERS",
+    "AirflowFailException",
+    "AirflowNotFoundException",
+    "AirflowTaskTimeout",
+    "TaskDeferred",
+    "from_json",
+    "to_json",
+]

@@ -1,0 +1,214 @@
+"""Look for what would make a DAG fail, before the first one does.
+
+Each step logs a line: what was looked at, and what was found or what to do. None logs a secret.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, requires, version
+from uuid import uuid4
+
+from airflow import __version__ as airflow_version
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from .airflow_versions import AirflowFailException
+from .client_internals import get_cluster_id, look_at_cluster, misspecified_error
+from .clusters import use_cluster
+from .data_location import check_data_location
+from .login import call_polars_cloud, find_connection, log_in, talks_to_emulator
+from .manifests import Cluster, find_manifest
+from .queries import run_query
+from .settings import DATA, MANIFEST, WORKSPACE
+from .workspaces import find_workspace
+
+logger = logging.getLogger(__name__)
+
+CONN_ID = "polars_cloud"
+
+OLDEST_PYTHON = "3.11"
+
+NEWEST_TRIED = {"Airflow": "3.3", "polars-cloud": "0.12"}
+"""A newer one may do as well."""
+
+STOP_SECONDS = 300.0
+"""For a cluster to be gone after it was told to stop."""
+
+
+def take_free_steps() -> None:
+    """Look at all that is known without a cluster, from the installation to the manifest.
+
+    Raises
+    ------
+    Exception
+        Of the first step that has found what would make a DAG fail.
+    """
+    for name, look in (
+        ("Airflow", look_at_airflow),
+        ("Client", look_at_client),
+        ("Data", look_at_data_location),
+        ("Connection", look_at_connection),
+        ("Login", look_at_login),
+        ("Workspace", look_at_workspace),
+        ("Manifest", look_at_manifest),
+    ):
+        with _step(name):
+            logger.info("%s: ok: %s", name, look())
+
+
+def take_billed_steps(cluster: Cluster, limit: timedelta) -> None:
+    """Start a cluster, write a row at the data location, read it back, and see the cluster stopped.
+
+    Parameters
+    ----------
+    cluster
+        As `use_cluster` takes it.
+    limit
+        The task's `execution_timeout`.
+
+    Raises
+    ------
+    Exception
+        Of the first step that has failed. The cluster is stopped all the same.
+    """
+    import polars as pl
+
+    uri = f"{DATA}/results/preflight.parquet"
+    row = pl.LazyFrame({"token": [uuid4().hex]})
+    logger.info("Cost: from now on %s", describe_cost(cluster, limit))
+    with ExitStack() as until_stopped:
+        with _step("Start"):
+            ctx = until_stopped.enter_context(use_cluster(cluster))
+            cluster_id = get_cluster_id(ctx)
+            assert cluster_id is not None, "it is running"
+            logger.info("Start: ok: cluster %s is running", cluster_id)
+        with _step("Write"):
+            run_query(row.remote(ctx).single_node().sink_parquet, uri)
+            logger.info("Write: ok: a row to %s", uri)
+        with _step("Read"):
+            read = run_query(pl.scan_parquet(uri).remote(ctx).single_node().execute).head
+            if read is None or not read.equals(row.collect()):
+                raise RuntimeError(f"{uri} does not hold what was just written there: {read}")
+            logger.info("Read: ok: the same row")
+        with _step("Stop"):
+            until_stopped.close()
+            _wait_until_stopped(cluster_id)
+            logger.info("Stop: ok: cluster %s has stopped", cluster_id)
+
+
+def describe_cost(cluster: Cluster, limit: timedelta) -> str:
+    """What is billed, and for how long: past its limit a task may leave the cluster to idle."""
+    node = cluster.get("instance_type") or f"{cluster['cpus']} CPUs and {cluster['memory']} GB"
+    minutes = limit.total_seconds() / 60 + cluster["idle_timeout_mins"]
+    return f"one node ({node}) is billed, for some minutes and for {minutes:.0f} at most"
+
+
+def look_at_airflow() -> str:
+    python = platform.python_version()
+    if Version(python) < Version(OLDEST_PYTHON):
+        raise AirflowFailException(
+            f"This worker runs Python {python}: the DAGs need {OLDEST_PYTHON} or newer"
+        )
+    return f"{_name_release('Airflow', airflow_version)}, Python {python}"
+
+
+def look_at_client() -> str:
+    try:
+        client, installed = version("polars-cloud"), version("polars")
+    except PackageNotFoundError as error:
+        raise AirflowFailException(
+            f"{error.name} is not installed on this worker: install requirements.txt there"
+        ) from None
+    [needed] = [
+        requirement
+        for requirement in map(Requirement, requires("polars-cloud") or ())
+        if requirement.name == "polars"
+    ]
+    if installed not in needed.specifier:
+        raise AirflowFailException(
+            f"polars {installed} is installed, but polars-cloud {client} needs {needed}: "
+            f"pip install polars-cloud=={client}"
+        )
+    import polars as pl
+
+    if pl.get_index_type() != pl.UInt64:
+        raise AirflowFailException(
+            f"polars {installed} runs with 32-bit row numbers, which polars-cloud refuses: "
+            f"pip install '{needed}', and unset POLARS_FORCE_PKG and POLARS_PREFER_PKG"
+        )
+    return f"{_name_release('polars-cloud', client)}, polars {installed}"
+
+
+def look_at_data_location() -> str:
+    check_data_location()
+    return DATA
+
+
+def look_at_connection() -> str:
+    connection = find_connection(CONN_ID)
+    if isinstance(connection, Exception):
+        raise connection
+    return f"{CONN_ID} has type {connection.conn_type}, login {connection.login} and a password"
+
+
+def look_at_login() -> str:
+    if error := log_in(CONN_ID):
+        raise error
+    return f"accepted by {'the emulator' if talks_to_emulator() else 'Polars Cloud'}"
+
+
+def look_at_workspace() -> str:
+    return call_polars_cloud(find_workspace).name
+
+
+def look_at_manifest() -> str:
+    if not MANIFEST:
+        raise AirflowFailException(
+            "POLARS_CLOUD_MANIFEST is empty: set it to a name, or do not set it at all"
+        )
+    try:
+        found = find_manifest(MANIFEST)
+    except misspecified_error() as error:
+        return f"{MANIFEST} will be registered anew by the next task that uses it: {error}"
+    if found is None:
+        return f"{MANIFEST} does not exist yet, and will be registered by manifest_reuse"
+    polars, python = version("polars"), platform.python_version()
+    return f"{MANIFEST} is for polars {polars} and Python {python}, as this worker has them"
+
+
+@contextmanager
+def _step(name: str) -> Iterator[None]:
+    """Log in one line what makes the step fail, advice first."""
+    try:
+        yield
+    except Exception as error:
+        words = " ".join(str(error).split())
+        advice = " ".join(getattr(error, "__notes__", ()))
+        logger.error("%s: FAILED: %s", name, f"{advice} ({words})" if advice else words)
+        raise
+
+
+def _name_release(name: str, installed: str) -> str:
+    tried = NEWEST_TRIED[name]
+    is_newer = Version(installed).release[:2] > Version(tried).release
+    return f"{name} {installed}" + (f" (tried up to {tried})" if is_newer else "")
+
+
+def _wait_until_stopped(cluster_id: str) -> None:
+    deadline = time.monotonic() + STOP_SECONDS
+    while True:
+        status, _ = call_polars_cloud(look_at_cluster, cluster_id, WORKSPACE)
+        if status in ("STOPPED", "FAILED"):
+            return
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"Cluster {cluster_id} is {status} {STOP_SECONDS:.0f} s after it was to stop: "
+                "stop it in Polars Cloud, unless another preflight is using it"
+            )
+        time.sleep(1)

@@ -1,0 +1,98 @@
+"""Find the Variables of the ledger by their keys, also where Airflow cannot list Variables.
+
+Before 3.3 it cannot: there, lists of keys are Variables, too. Tasks share most lists, and Airflow
+has no way to write a Variable only if nobody else has. Each writer looks again a little later, and
+repeats what another one has undone. Two that write at the same moment may still lose a key: a
+cluster is then taken for unused between two queries, and `clean_up` does not find what a killed
+task has left. The list of a task's tries is its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+
+from airflow.sdk import Variable
+
+from .airflow_versions import LISTS_VARIABLES
+
+LISTS = "polars_cloud/keys"
+"""What the keys of the lists begin with."""
+
+SHARDS = 8
+"""Over which a shared list is spread, so that writers seldom meet."""
+
+
+def find(prefix: str, run: str = "") -> list[str]:
+    """The keys that begin with the prefix; of one run, if it is given.
+
+    Parameters
+    ----------
+    prefix
+        `polars_cloud/task/<run>/`, or `.../<run>/<task>/`, or `polars_cloud/cluster/<manifest>/`.
+        `polars_cloud/cluster/` needs the run, too, before Airflow 3.3.
+    """
+    if LISTS_VARIABLES:
+        keys = list(Variable.keys(prefix=prefix))
+    else:
+        keys = [key for name in _lists_below(prefix, run) for key in _read(name)]
+    return [key for key in keys if key.startswith(prefix) and run in ("", *key.split("/"))]
+
+
+def note(key: str) -> None:
+    """Make a key known, before its Variable is written."""
+    if not LISTS_VARIABLES:
+        for name in _lists_of(key):
+            while key not in (known := _read(name)):
+                began = time.monotonic()
+                Variable.set(name, [*known, key], serialize_json=True)
+                _let_others_write(began)
+
+
+def forget(key: str) -> None:
+    """Counterpart of `note`, after the Variable was deleted."""
+    if not LISTS_VARIABLES:
+        for name in _lists_of(key):
+            while key in (known := _read(name)):
+                began = time.monotonic()
+                if left := [each for each in known if each != key]:
+                    Variable.set(name, left, serialize_json=True)
+                else:
+                    Variable.delete(name)
+                _let_others_write(began)
+
+
+def _lists_of(key: str) -> list[str]:
+    """The lists that a key stands in: its run's, and its task's or its manifest's."""
+    shard = int(hashlib.sha256(key.encode()).hexdigest(), 16) % SHARDS
+    match key.split("/"):
+        case [_, "task", run, task, _]:
+            return [f"{LISTS}/tries/{run}/{task}", f"{LISTS}/run/{run}/{shard}"]
+        case [_, "cluster", manifest, run, _]:
+            return [f"{LISTS}/users/{manifest}/{shard}", f"{LISTS}/run/{run}/{shard}"]
+        case _:
+            raise ValueError(f"{key!r} is no key of the ledger")
+
+
+def _lists_below(prefix: str, run: str) -> list[str]:
+    match prefix.rstrip("/").split("/"):
+        case [_, "task", of_run, task]:
+            return [f"{LISTS}/tries/{of_run}/{task}"]
+        case [_, "cluster", manifest]:
+            shared = f"users/{manifest}"
+        case [_, "task", of_run]:
+            shared = f"run/{of_run}"
+        case _:
+            shared = f"run/{run}"
+    return [f"{LISTS}/{shared}/{shard}" for shard in range(SHARDS)]
+
+
+def _read(name: str) -> list[str]:
+    known: list[str] = Variable.get(name, default=[], deserialize_json=True)
+    return known
+
+
+def _let_others_write(began: float) -> None:
+    """Wait for longer than another writer takes from its look to its write."""
+    time.sleep((time.monotonic() - began) * random.uniform(2, 3))

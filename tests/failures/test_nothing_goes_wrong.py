@@ -1,0 +1,25 @@
+"""The eight DAGs when nothing goes wrong, all at the same time."""
+
+import pytest
+
+from local_airflow import PATTERNS
+from tests.failures.deployment import Deployment
+from tests.waiting import eventually
+
+LEAVE_THEIR_CLUSTER = {"airflow-production", "airflow-single-query", "airflow-status-check"}
+"""Manifests of the clusters that are left to their idle timeout by design."""
+
+
+@pytest.mark.any_airflow
+def test_every_pattern_succeeds_and_leaves_nothing(airflow: Deployment) -> None:
+    emulator = airflow.emulator
+    for run in [airflow.trigger(dag_id) for dag_id in PATTERNS]:
+        run.wait_for_end()
+        assert (run.state, run.tries()) == ("success", 1), run.log()[-6000:]
+    eventually(lambda: not emulator.running_queries())
+    assert {query["status"] for query in emulator.queries()} == {"Success"}
+    assert all(query["n_rows"] for query in emulator.queries())
+    assert {cluster["manifest"] for cluster in emulator.live_clusters()} <= LEAVE_THEIR_CLUSTER
+    assert emulator.api.state()["unmatched"] == []
+    on_record = airflow.call("GET", "variables?variable_key_pattern=polars_cloud/%25")
+    assert on_record["variables"] == []

@@ -1,0 +1,286 @@
+"""What docs/going-live.md says of the DAGs, the client and Airflow is so."""
+
+import inspect
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import polars as pl
+import pytest
+from airflow.dag_processing.dagbag import DagBag
+from airflow.sdk import DAG, XComArg
+from polars.exceptions import ColumnNotFoundError
+
+from include.polars_remote import settings
+from local_airflow import ROOT
+from polars_cloud_emulator.sample_data import shop_tables
+from polars_cloud_emulator.testing import RunningEmulator
+from tests.test_dag_integrity import CLUSTER_TASKS, DAG_IDS
+
+DOCUMENT = (ROOT / "docs" / "going-live.md").read_text()
+DAY = date(2026, 11, 23)
+
+RUN_A_DAG = """
+from airflow.dag_processing.dagbag import DagBag
+from local_airflow import ROOT
+
+print("the run ended:", DagBag(ROOT / "dags").dags["status_check"].test().state)
+"""
+
+Columns = set[tuple[str, str]]
+"""Folder and column."""
+
+
+def section(title: str) -> str:
+    [text] = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", DOCUMENT, re.DOTALL | re.MULTILINE)
+    return str(text)
+
+
+def tables(title: str) -> list[list[list[str]]]:
+    """The rows of each table of a section, without its head."""
+    blocks = re.findall(r"(?:^\|.*\n)+", section(title), re.MULTILINE)
+    return [
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()[2:]]
+        for block in blocks
+    ]
+
+
+def names(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+def documented_types() -> dict[str, dict[str, str]]:
+    """By folder, the type of each column."""
+    return {
+        names(folder)[0].rstrip("/"): {
+            column: kind
+            for columns, kind in re.findall(r"((?:`\w+`(?:, )?)+): (\w+)", cell)
+            for column in names(columns)
+        }
+        for folder, cell in tables("Your own data")[0]
+    }
+
+
+def documented_reads() -> dict[str, Columns]:
+    """By DAG, the columns that it reads."""
+    types = documented_types()
+    reads: dict[str, Columns] = {}
+    for dag, cell in tables("Your own data")[1]:
+        [dag_id] = names(dag)
+        reads[dag_id] = set()
+        for folder, columns in re.findall(r"`(\w+)/`: ([^;]+)", cell):
+            named = set(names(columns))
+            assert named <= types[folder].keys()
+            read = types[folder].keys() - named if columns.startswith("all but") else named
+            reads[dag_id] |= {(folder, column) for column in read}
+    return reads
+
+
+class Shop:
+    """The three tables in a folder, and the DAGs that run their queries on it, without Airflow."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._results = 0
+        self.dags: dict[str, DAG] = {
+            dag_id: dag for dag_id, dag in DagBag(ROOT / "dags").dags.items() if dag_id in DAG_IDS
+        }
+
+    def write(self, name: str, table: pl.DataFrame) -> None:
+        (self._folder / name).mkdir(exist_ok=True)
+        table.write_parquet(self._folder / name / "all.parquet")
+
+    def run(self, dag_id: str) -> None:
+        """Let Polars run what the DAG's tasks would submit."""
+        locations: dict[str, Any] = {}
+        for task in self.dags[dag_id].topological_sort():
+            if task.task_id in CLUSTER_TASKS:
+                continue
+            function = inspect.unwrap(task.python_callable)
+            # What stands between a query and a cluster; the query is the DAG's own.
+            function.__globals__.update(
+                use_cluster=lambda cluster: nullcontext(),
+                compute_context=lambda cluster: None,
+                ensure_manifest=lambda cluster: None,
+                submit=self._collect,
+                run_query=lambda *args, **options: SimpleNamespace(location=self._collect(*args)),
+                wait_for=lambda location: SimpleNamespace(location=location),
+                leave=lambda location: location[0],
+            )
+            if task.is_mapped:
+                [(name, values)] = task.op_kwargs_expand_input.value.items()
+                arguments: dict[str, Any] = {name: values[0]}
+            else:
+                given = inspect.signature(function).bind_partial(*task.op_args, **task.op_kwargs)
+                arguments = {
+                    name: locations[value.operator.task_id] if isinstance(value, XComArg) else value
+                    for name, value in given.arguments.items()
+                }
+            if "day" in arguments:
+                arguments["day"] = str(DAY)
+            if "outlet_events" in inspect.signature(function).parameters:
+                arguments["outlet_events"] = defaultdict(SimpleNamespace)
+            locations[task.task_id] = function(**arguments)
+        assert locations
+
+    def _collect(self, method: Callable[..., Any], *args: Any, **options: Any) -> list[str]:
+        self._results += 1
+        path = self._folder / f"result-{self._results}.parquet"
+        method.__self__.lf.sink_parquet(path)  # type: ignore[attr-defined]
+        return [str(path)]
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
+    monkeypatch.setattr(settings, "DATA", str(tmp_path))
+    return Shop(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def documented_tables() -> dict[str, pl.DataFrame]:
+    """A week of the sample data, with the columns that the document names and no more."""
+    week = pl.col("date").is_between(date(2026, 11, 17), DAY)
+    return {
+        name: table.filter(week).select(*documented_types()[name])
+        for name, table in shop_tables(DAY).items()
+    }
+
+
+def test_the_table_of_columns_has_the_types_of_the_sample_data(
+    documented_tables: dict[str, pl.DataFrame],
+) -> None:
+    assert documented_types() == {
+        name: {column: str(kind.base_type()) for column, kind in table.schema.items()}
+        for name, table in documented_tables.items()
+    }
+
+
+def test_each_dag_reads_the_columns_of_its_row_and_no_others(
+    shop: Shop, documented_tables: dict[str, pl.DataFrame]
+) -> None:
+    for name, table in documented_tables.items():
+        shop.write(name, table)
+    for dag_id in DAG_IDS:
+        shop.run(dag_id)  # nothing is missing
+
+    reads: dict[str, Columns] = {dag_id: set() for dag_id in DAG_IDS}
+    for name, table in documented_tables.items():
+        for column in table.columns:
+            shop.write(name, table.drop(column))
+            for dag_id in DAG_IDS:
+                try:
+                    shop.run(dag_id)
+                except ColumnNotFoundError:
+                    reads[dag_id].add((name, column))
+        shop.write(name, table)
+    assert documented_reads() == reads
+
+
+@pytest.mark.parametrize("kind", [pl.Int32, pl.UInt64, pl.Float64])
+def test_any_type_of_number_does_for_a_number(
+    shop: Shop, documented_tables: dict[str, pl.DataFrame], kind: type[pl.DataType]
+) -> None:
+    numbers = pl.selectors.numeric()
+    for name, table in documented_tables.items():
+        positive = table.filter(pl.all_horizontal(numbers.fill_null(0) >= 0))
+        shop.write(name, positive.with_columns(numbers.cast(kind, strict=False)))
+    for dag_id in DAG_IDS:
+        shop.run(dag_id)
+
+
+def test_a_day_without_rows_gives_results_without_rows(
+    shop: Shop, documented_tables: dict[str, pl.DataFrame]
+) -> None:
+    for name, table in documented_tables.items():
+        shop.write(name, table.clear())
+    for dag_id in DAG_IDS:
+        shop.run(dag_id)
+
+
+def test_the_table_of_costs_tells_how_many_nodes_a_dag_starts_and_who_stops_them(
+    shop: Shop,
+) -> None:
+    documented = {
+        dag_id: (int(nodes), re.findall(r"(\d+) minutes after", end))
+        for dags, nodes, end in tables("What a run costs")[0]
+        for dag_id in names(dags)
+    }
+    actual = {}
+    for dag_id, dag in shop.dags.items():
+        [cluster, is_left] = next(
+            (module["CLUSTER"], "compute_context" in module)
+            for task in dag.tasks
+            if task.task_id not in CLUSTER_TASKS
+            and (module := inspect.unwrap(task.python_callable).__globals__)
+        )
+        minutes = [str(cluster["idle_timeout_mins"])] if is_left else []
+        actual[dag_id] = (cluster.get("cluster_size", 1), minutes)
+    assert documented == actual
+
+
+def pc(*words: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys, polars_cloud; sys.argv[0] = 'pc'; polars_cloud.cli_main()"
+    command = [sys.executable, "-c", code, *words, "--help"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_every_command_of_the_document_is_one_of_the_pinned_client() -> None:
+    commands = re.findall(r"^ *(pc [a-z].*)$|`(pc [^`]+)`", DOCUMENT, re.MULTILINE)
+    spelled = {block or inline for block, inline in commands} - {"pc setup"}
+    assert len(spelled) > 4
+    for command in spelled:
+        _, *words = shlex.split(command)
+        options = [word for word in words if word.startswith("--")]
+        ran = pc(*words[: words.index(options[0])] if options else words)
+        assert ran.returncode == 0, f"{command}: {ran.stderr}"
+        for option in options:
+            assert re.search(rf"{option}(?![\w-])", ran.stdout), command
+
+
+def test_the_command_that_the_document_calls_old_is_gone() -> None:
+    assert "`pc setup`" in DOCUMENT
+    assert "unrecognized subcommand" in pc("setup").stderr
+
+
+@pytest.mark.usefixtures("airflow_db")
+def test_a_run_logs_in_with_the_connection_of_a_secrets_backend(
+    emulator: RunningEmulator, tmp_path: Path
+) -> None:
+    [connections] = re.findall(r"^```json\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)
+    [variables] = re.findall(r"^```sh\n(AIRFLOW.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)
+    client_id, secret = emulator.add_service_account("of-the-file")
+    file = tmp_path / "connections.json"
+    file.write_text(
+        connections.replace("<client id>", client_id).replace("<client secret>", secret)
+    )
+    at_path = variables.replace("/run/secrets", str(tmp_path))
+    backend = dict(word.split("=", 1) for word in shlex.split(at_path))
+
+    ran = subprocess.run(
+        [sys.executable, "-c", RUN_A_DAG],
+        # Another account's Connection is there, too, and is not the one that is found.
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | backend,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "the run ended: success" in ran.stdout, ran.stdout + ran.stderr
+    assert secret not in ran.stdout + ran.stderr
+    assert {call["account"] for call in emulator.journal()} - {None} == {client_id}
+
+
+def test_each_sentence_to_alert_on_is_one_that_is_logged() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "include").rglob("*.py"))
+    sentences = re.findall(r"\*([^*|]+)\*", section("Monitoring"))
+    assert len(sentences) == 4
+    for sentence in sentences:
+        assert sentence in sources

@@ -1,0 +1,626 @@
+"""`preflight.py`, its DAG and `make preflight`; and what the other DAGs see before a cluster."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+
+import polars as pl
+import pytest
+from airflow.dag_processing.dagbag import DagBag
+from airflow.sdk import DAG
+
+from include.polars_remote import login, preflight
+from include.polars_remote.airflow_versions import AirflowFailException
+from include.polars_remote.clusters import use_cluster
+from include.polars_remote.manifests import ensure_manifest
+from local_airflow import PATTERNS, ROOT
+from polars_cloud_emulator.testing import RunningEmulator
+from tests.buckets import create_bucket_elsewhere, create_bucket_of_others
+from tests.emulator.raw_calls import CLUSTER as RAW_CLUSTER
+from tests.emulator.raw_calls import WORKSPACE, rest_client
+from tests.observed import calls, cluster_statuses
+from tests.tries import StartTry
+from tests.waiting import eventually
+
+CLUSTER = {"name": "airflow-preflight", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
+LIMIT = timedelta(minutes=20)
+BILLED = "one node (2 CPUs and 4 GB) is billed, for some minutes and for 30 at most"
+SHOP = "s3://my-bucket/shop"
+FILE = "s3://your-bucket/results/preflight.parquet"
+
+Set = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def told(caplog: pytest.LogCaptureFixture) -> None:
+    """The log tells what it tells in Airflow."""
+    caplog.set_level("INFO", "include")
+
+
+@pytest.fixture
+def set_settings(monkeypatch: pytest.MonkeyPatch) -> Set:
+    """Let settings be as if their variables were set so."""
+
+    def set_settings(**values: str) -> None:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("include.polars_remote"):
+                for setting, value in values.items():
+                    if hasattr(module, setting):
+                        monkeypatch.setattr(module, setting, value)
+
+    return set_settings
+
+
+@pytest.fixture
+def on_the_service(emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulator passes for the real service, and its account for a user's."""
+    place = emulator.environment["POLARS_CLOUD_DOMAIN"].removeprefix("emulator")
+    monkeypatch.setenv("POLARS_CLOUD_DOMAIN", f"service{place}")
+    monkeypatch.setattr(login, "EMULATOR", "another-emulator")
+
+
+@pytest.fixture
+def in_task(emulator: RunningEmulator, start_try: StartTry) -> Iterator[None]:
+    """The test is a task that nobody has logged in."""
+    with start_try(scope=False):
+        yield
+
+
+@pytest.fixture
+def load(airflow_db: None) -> Callable[[str], DAG]:
+    """Parse a DAG file with the settings of now."""
+
+    def load(dag_id: str) -> DAG:
+        dag: DAG = DagBag(ROOT / "dags" / f"{dag_id}.py").dags[dag_id]
+        for task in dag.tasks:
+            task.retries = 0
+        return dag
+
+    return load
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What preflight has logged."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "include.polars_remote.preflight"
+    ]
+
+
+def failure(caplog: pytest.LogCaptureFixture) -> str:
+    """The line of the step that has failed, which is the last."""
+    *passed, last = lines(caplog)
+    assert all(": FAILED: " not in line for line in passed)
+    return last
+
+
+def assert_nothing_was_started(emulator: RunningEmulator) -> None:
+    assert emulator.state()["clusters"] == []
+    assert calls(emulator, "start") == 0
+
+
+def connection(**values: str | None) -> str:
+    return json.dumps({"conn_type": "http", **values})
+
+
+# Without a cluster
+
+
+@pytest.mark.usefixtures("in_task")
+def test_each_step_tells_in_a_line_what_it_has_found(
+    emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    from airflow import __version__ as airflow
+    from polars import __version__ as polars
+    from polars_cloud import __version__ as client
+
+    preflight.take_free_steps()
+    python = platform.python_version()
+    assert lines(caplog) == [
+        f"Airflow: ok: Airflow {airflow}, Python {python}",
+        f"Client: ok: polars-cloud {client}, polars {polars}",
+        "Data: ok: s3://your-bucket",
+        "Connection: ok: polars_cloud has type http, login polars-cloud-emulator and a password",
+        "Login: ok: accepted by the emulator",
+        "Workspace: ok: playground",
+        "Manifest: ok: airflow-production does not exist yet, and will be registered by "
+        "manifest_reuse",
+    ]
+    assert emulator.environment["POLARS_CLOUD_CLIENT_SECRET"] not in caplog.text
+    assert_nothing_was_started(emulator)
+    assert emulator.state()["manifests"] == []
+
+
+@pytest.mark.usefixtures("in_task")
+def test_releases_that_nobody_has_tried_are_named_and_let_pass(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "NEWEST_TRIED", {"Airflow": "3.0", "polars-cloud": "0.11"})
+    preflight.take_free_steps()
+    airflow, client, *_ = lines(caplog)
+    assert "(tried up to 3.0)" in airflow
+    assert "(tried up to 0.11)" in client
+
+
+@pytest.mark.usefixtures("in_task")
+def test_an_old_python_is_refused(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "OLDEST_PYTHON", "4.0")
+    with pytest.raises(AirflowFailException):
+        preflight.take_free_steps()
+    assert failure(caplog) == (
+        f"Airflow: FAILED: This worker runs Python {platform.python_version()}: the DAGs need 4.0 "
+        "or newer"
+    )
+
+
+@pytest.mark.usefixtures("in_task")
+def test_a_polars_that_the_client_does_not_work_with_is_refused(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "polars-1.44.2.dist-info").mkdir()
+    (tmp_path / "polars-1.44.2.dist-info" / "METADATA").write_text("Name: polars\nVersion: 1.44.2")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(AirflowFailException):
+        preflight.take_free_steps()
+    assert failure(caplog).startswith(
+        "Client: FAILED: polars 1.44.2 is installed, but polars-cloud 0.12.0 needs polars["
+    )
+    assert failure(caplog).endswith("==2.0.0: pip install polars-cloud==0.12.0")
+
+
+@pytest.mark.usefixtures("in_task")
+def test_a_worker_without_the_client_is_refused(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patches:
+        patches.setattr(sys, "path", [str(tmp_path)])
+        with pytest.raises(AirflowFailException):
+            preflight.take_free_steps()
+    assert failure(caplog) == (
+        "Client: FAILED: polars-cloud is not installed on this worker: install requirements.txt "
+        "there"
+    )
+
+
+def test_a_polars_with_32_bit_row_numbers_is_refused() -> None:
+    look = "from include.polars_remote import preflight; preflight.look_at_client()"
+    ran = subprocess.run(
+        [sys.executable, "-c", look],
+        cwd=ROOT,
+        env={**os.environ, "POLARS_PREFER_PKG": "32"},
+        capture_output=True,
+        text=True,
+    )
+    assert "runs with 32-bit row numbers, which polars-cloud refuses" in ran.stderr
+    assert "unset POLARS_FORCE_PKG and POLARS_PREFER_PKG" in ran.stderr
+
+
+BAD_DATA = {
+    "": "is '', which has no scheme",
+    "my-bucket/shop": "is 'my-bucket/shop', which has no scheme",
+    "/data": "is '/data', which has no scheme",
+    "s3:": "is 's3:', which has no bucket",
+    "file:///data": "is 'file:///data', which has no bucket",
+}
+
+
+@pytest.mark.usefixtures("in_task")
+@pytest.mark.parametrize("data", BAD_DATA)
+def test_a_data_location_that_is_no_bucket_is_refused(
+    caplog: pytest.LogCaptureFixture, set_settings: Set, data: str
+) -> None:
+    set_settings(DATA=data)
+    with pytest.raises(AirflowFailException):
+        preflight.take_free_steps()
+    assert failure(caplog) == (
+        f"Data: FAILED: POLARS_CLOUD_DATA {BAD_DATA[data]}. Set it to the URI below which your "
+        f"tables lie, such as {SHOP}"
+    )
+
+
+@pytest.mark.usefixtures("in_task", "on_the_service")
+def test_the_default_data_location_is_refused_on_the_service(
+    caplog: pytest.LogCaptureFixture, set_settings: Set
+) -> None:
+    with pytest.raises(AirflowFailException):
+        preflight.take_free_steps()
+    assert "POLARS_CLOUD_DATA is not set, and its default" in failure(caplog)
+    set_settings(DATA=SHOP)
+    preflight.take_free_steps()
+    assert f"Data: ok: {SHOP}" in lines(caplog)
+    assert "Login: ok: accepted by Polars Cloud" in lines(caplog)
+
+
+@pytest.mark.usefixtures("in_task")
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (None, "is missing"),
+        (connection(password="a secret"), "has no login"),
+        (connection(login="polars-cloud-emulator"), "has no password"),
+        (connection(login="an-account", password="a secret"), "was not used: its login is an"),
+    ],
+)
+def test_a_connection_of_the_wrong_shape_is_refused(
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    value: str | None,
+    problem: str,
+) -> None:
+    monkeypatch.delenv("AIRFLOW_CONN_POLARS_CLOUD")
+    if value:
+        monkeypatch.setenv("AIRFLOW_CONN_POLARS_CLOUD", value)
+    with pytest.raises(AirflowFailException):
+        preflight.take_free_steps()
+    assert f"Connection: FAILED: The Airflow Connection 'polars_cloud' {problem}" in failure(caplog)
+    assert "a secret" not in caplog.text
+
+
+@pytest.mark.usefixtures("in_task")
+def test_a_refused_login_is_told_without_the_secret(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = connection(login="polars-cloud-emulator", password="a secret")
+    monkeypatch.setenv("AIRFLOW_CONN_POLARS_CLOUD", wrong)
+    with pytest.raises(AirflowFailException):
+        preflight.take_free_steps()
+    assert "Login: FAILED: The Airflow Connection 'polars_cloud' was refused" in failure(caplog)
+    assert "login = client ID and password = client secret" in failure(caplog)
+    assert "a secret" not in caplog.text
+
+
+@pytest.mark.usefixtures("in_task", "short_outages")
+def test_an_outage_while_logging_in_is_told_as_one(
+    emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    emulator.add_fault("GET user/me", "http_error", status=503, times=1000)
+    with pytest.raises(ConnectionError):
+        preflight.take_free_steps()
+    assert "Login: FAILED: Polars Cloud could not be reached" in failure(caplog)
+
+
+@pytest.mark.usefixtures("in_task")
+@pytest.mark.parametrize("workspace", ["nowhere", "play", ""])
+def test_an_unknown_workspace_is_refused_with_those_that_there_are(
+    caplog: pytest.LogCaptureFixture, set_settings: Set, workspace: str
+) -> None:
+    set_settings(WORKSPACE=workspace)
+    with pytest.raises(AirflowFailException):
+        preflight.take_free_steps()
+    assert failure(caplog) == (
+        f"Workspace: FAILED: Workspace '{workspace}' does not exist. Set POLARS_CLOUD_WORKSPACE to "
+        "a workspace of this account: playground"
+    )
+
+
+@pytest.mark.usefixtures("in_task")
+def test_an_empty_manifest_name_is_refused(
+    caplog: pytest.LogCaptureFixture, set_settings: Set
+) -> None:
+    set_settings(MANIFEST="")
+    with pytest.raises(AirflowFailException):
+        preflight.take_free_steps()
+    assert failure(caplog).startswith("Manifest: FAILED: POLARS_CLOUD_MANIFEST is empty")
+
+
+@pytest.mark.usefixtures("ti")
+def test_a_manifest_is_told_with_its_versions(
+    emulator: RunningEmulator, caplog: pytest.LogCaptureFixture, pc: ModuleType
+) -> None:
+    ensure_manifest({**CLUSTER, "name": "airflow-production"})
+    preflight.take_free_steps()
+    versions = f"polars {pl.__version__} and Python {platform.python_version()}"
+    expected = f"Manifest: ok: airflow-production is for {versions}, as this worker has them"
+    assert lines(caplog)[-1] == expected
+
+    old = {**RAW_CLUSTER, "name": "airflow-production", "polars_version": "1.44.2"}
+    with rest_client(emulator.environment) as rest:
+        rest.delete(f"{WORKSPACE}/manifest", params={"name": old["name"]}).raise_for_status()
+        rest.post(f"{WORKSPACE}/manifest", json=old).raise_for_status()
+    preflight.take_free_steps()
+    assert "Manifest: ok: airflow-production will be registered anew" in lines(caplog)[-1]
+    assert "specified in manifest (1.44.2)" in lines(caplog)[-1]
+
+
+# With a cluster
+
+
+@pytest.mark.usefixtures("ti", "pc")
+def test_a_row_is_written_and_read_and_the_cluster_seen_to_be_stopped(
+    emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    preflight.take_billed_steps(CLUSTER, LIMIT)
+    [cluster] = emulator.state()["clusters"]
+    assert lines(caplog) == [
+        f"Cost: from now on {BILLED}",
+        f"Start: ok: cluster {cluster['id']} is running",
+        f"Write: ok: a row to {FILE}",
+        "Read: ok: the same row",
+        f"Stop: ok: cluster {cluster['id']} has stopped",
+    ]
+    assert (cluster["status"], cluster["cluster_size"]) == ("Stopped", 1)
+    assert [query["n_rows"] for query in emulator.state()["queries"]] == [1, 1]
+
+
+@pytest.mark.usefixtures("ti", "pc")
+def test_an_unknown_instance_type_is_refused_before_anything_runs(
+    emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = {"name": "airflow-preflight", "instance_type": "m5.lrge", "idle_timeout_mins": 10}
+    with pytest.raises(ValueError, match="does not exist"):
+        preflight.take_billed_steps(cluster, LIMIT)
+    assert failure(caplog).startswith("Start: FAILED: ")
+    assert "instance type 'm5.lrge' does not exist" in failure(caplog)
+    assert_nothing_was_started(emulator)
+
+
+@pytest.mark.usefixtures("ti", "pc")
+def test_a_cluster_that_does_not_start_is_told_with_its_reason(
+    emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    emulator.add_fault("POST manifest/start", "startup_fails", message="no machines left")
+    with pytest.raises(RuntimeError):
+        preflight.take_billed_steps(CLUSTER, LIMIT)
+    assert failure(caplog).startswith("Start: FAILED: Cluster ")
+    assert failure(caplog).endswith("did not start: no machines left")
+    assert cluster_statuses(emulator) == ["Failed"]
+
+
+def leave_out(name: str) -> None:
+    """Make no such bucket."""
+
+
+@pytest.mark.usefixtures("ti", "pc")
+@pytest.mark.parametrize(
+    ("make", "advice"),
+    [
+        (leave_out, "does not exist: correct POLARS_CLOUD_DATA, or create it"),
+        (create_bucket_of_others, "give the workspace's role (polars-<workspace>-IAMWorkerRole"),
+        (create_bucket_elsewhere, "is in another region than the cluster looks in"),
+    ],
+)
+def test_a_bucket_that_refuses_is_told_with_what_to_do_and_no_cluster_is_left(
+    emulator: RunningEmulator,
+    caplog: pytest.LogCaptureFixture,
+    set_settings: Set,
+    make: Callable[[str], None],
+    advice: str,
+) -> None:
+    bucket = f"refusing-{make.__name__.replace('_', '-')}"
+    make(bucket)
+    set_settings(DATA=f"s3://{bucket}/shop")
+    with pytest.raises(OSError, match="object-store error"):
+        preflight.take_billed_steps(CLUSTER, LIMIT)
+    assert failure(caplog).startswith("Write: FAILED: The ")
+    assert f"s3://{bucket}" in failure(caplog)
+    assert advice in failure(caplog)
+    assert "object-store error" in failure(caplog)
+    assert "\n" not in failure(caplog)
+    assert cluster_statuses(emulator) == ["Stopped"]
+
+
+@pytest.mark.usefixtures("ti", "pc")
+def test_a_row_that_cannot_be_read_back_fails_and_no_cluster_is_left(
+    emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    emulator.add_fault("SubmitQuery", "query_fails", nth=2, error="PermissionError: no")
+    with pytest.raises(PermissionError):
+        preflight.take_billed_steps(CLUSTER, LIMIT)
+    assert failure(caplog) == "Read: FAILED: no"
+    assert cluster_statuses(emulator) == ["Stopped"]
+
+
+@pytest.mark.usefixtures("ti", "pc")
+def test_another_row_than_the_one_that_was_written_fails(
+    emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    def overwrite() -> None:
+        eventually(lambda: len(emulator.state()["queries"]) == 2)
+        pl.DataFrame({"token": ["another"]}).write_parquet(FILE)
+        emulator.advance_clock(timedelta(minutes=1))
+
+    emulator.add_fault("SubmitQuery", "query_waits", nth=2, seconds=60)
+    with ThreadPoolExecutor() as background:
+        overwritten = background.submit(overwrite)
+        with pytest.raises(RuntimeError):
+            preflight.take_billed_steps(CLUSTER, LIMIT)
+        overwritten.result()
+    assert f"Read: FAILED: {FILE} does not hold what was just written" in failure(caplog)
+    assert cluster_statuses(emulator) == ["Stopped"]
+
+
+@pytest.mark.usefixtures("pc")
+def test_a_cluster_that_is_not_seen_to_stop_is_told(
+    emulator: RunningEmulator,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    start_try: StartTry,
+) -> None:
+    monkeypatch.setattr(preflight, "STOP_SECONDS", 0.0)
+    with start_try(run_id="manual__2"), use_cluster(CLUSTER):
+        with start_try(raises=TimeoutError):
+            preflight.take_billed_steps(CLUSTER, LIMIT)
+        assert "is IDLE 0 s after it was to stop: stop it in Polars Cloud" in failure(caplog)
+    assert cluster_statuses(emulator) == ["Stopped"]
+
+
+# The DAG
+
+
+def run_states(dag: DAG, **conf: bool) -> dict[str, str]:
+    """Run the DAG; its tasks' states, and its own by its id."""
+    run = dag.test(run_conf=conf)
+    states = {ti.task_id: ti.state for ti in run.get_task_instances()}
+    return {**states, dag.dag_id: run.state}
+
+
+def test_nothing_is_started_unless_it_is_asked_for(
+    emulator: RunningEmulator,
+    load: Callable[[str], DAG],
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    dag = load("preflight")
+    assert run_states(dag) == {
+        "check_settings": "success",
+        "try_cluster": "skipped",
+        "preflight": "success",
+    }
+    assert len(lines(caplog)) == 7
+    assert_nothing_was_started(emulator)
+    assert f"Nothing was started, and nothing is billed. With the parameter spend, {BILLED}" in (
+        capfd.readouterr().out
+    )
+
+
+def test_with_spend_the_cluster_is_tried_and_stopped(
+    emulator: RunningEmulator, load: Callable[[str], DAG], caplog: pytest.LogCaptureFixture
+) -> None:
+    dag = load("preflight")
+    assert dag.params.get_param("spend").description == BILLED
+    assert run_states(dag, spend=True) == {
+        "check_settings": "success",
+        "try_cluster": "success",
+        "preflight": "success",
+    }
+    assert f"Cost: from now on {BILLED}" in lines(caplog)
+    assert lines(caplog)[-1].startswith("Stop: ok: ")
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert emulator.state()["unmatched"] == []
+
+
+def test_what_is_found_fails_the_run_before_a_cluster_is_started(
+    emulator: RunningEmulator, load: Callable[[str], DAG], set_settings: Set
+) -> None:
+    dag = load("preflight")
+    set_settings(WORKSPACE="nowhere")
+    assert run_states(dag, spend=True) == {
+        "check_settings": "failed",
+        "try_cluster": "upstream_failed",
+        "preflight": "failed",
+    }
+    assert_nothing_was_started(emulator)
+
+
+def test_a_failure_with_the_cluster_fails_the_run_and_leaves_no_cluster(
+    emulator: RunningEmulator, load: Callable[[str], DAG], set_settings: Set
+) -> None:
+    dag = load("preflight")
+    set_settings(DATA="s3://nobodys-bucket")
+    states = run_states(dag, spend=True)
+    assert (states["try_cluster"], states["preflight"]) == ("failed", "failed")
+    assert cluster_statuses(emulator) == ["Stopped"]
+
+
+# `make preflight`
+
+
+def run_script(
+    tmp_path: Path, *options: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    script = [sys.executable, str(ROOT / "scripts" / "preflight.py"), "--home", str(tmp_path)]
+    return subprocess.run(
+        [*script, *options],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_the_script_checks_the_account_that_the_shell_names(
+    emulator: RunningEmulator, tmp_path: Path
+) -> None:
+    secret = emulator.environment["POLARS_CLOUD_CLIENT_SECRET"]
+    ran = run_script(tmp_path, "--spend", POLARS_CLOUD_WORKSPACE="nowhere", **emulator.environment)
+    *_, workspace, last = ran.stdout.splitlines()
+    assert workspace == (
+        "Workspace: FAILED: Workspace 'nowhere' does not exist. Set POLARS_CLOUD_WORKSPACE to a "
+        "workspace of this account: playground"
+    )
+    assert last.startswith("failed; ")
+    assert ran.returncode == 1
+    assert secret not in ran.stdout + (tmp_path / "preflight.log").read_text()
+    assert_nothing_was_started(emulator)
+
+
+def test_the_script_tries_an_emulator_of_its_own_wherever_the_shell_points(tmp_path: Path) -> None:
+    elsewhere = {"POLARS_CLOUD_DATA": SHOP, "POLARS_CLOUD_WORKSPACE": "mine"}
+    ran = run_script(tmp_path, "--emulator", **elsewhere)
+    assert "Data: ok: s3://your-bucket" in ran.stdout
+    assert f"Nothing was started. With SPEND=1, {BILLED}" in ran.stdout
+    assert ran.returncode == 0
+
+
+# The other DAGs
+
+
+MISTAKES = {
+    "an unknown workspace": ({"WORKSPACE": "nowhere"}, "'nowhere' does not exist. Set POLARS_"),
+    "an empty workspace": ({"WORKSPACE": ""}, "Set POLARS_CLOUD_WORKSPACE to a workspace"),
+    "no data location": ({"DATA": ""}, "POLARS_CLOUD_DATA is '', which has no scheme"),
+    "no scheme": ({"DATA": "my-bucket"}, "POLARS_CLOUD_DATA is 'my-bucket', which has no scheme"),
+    "no bucket": ({"DATA": "s3:"}, "POLARS_CLOUD_DATA is 's3:', which has no bucket"),
+}
+
+
+@pytest.mark.parametrize("dag_id", ["complete_pipeline", "single_query"])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_fails_a_dag_before_a_cluster_is_started_and_names_the_variable(
+    emulator: RunningEmulator,
+    load: Callable[[str], DAG],
+    set_settings: Set,
+    capfd: pytest.CaptureFixture[str],
+    mistake: str,
+    dag_id: str,
+) -> None:
+    settings, sentence = MISTAKES[mistake]
+    set_settings(**settings)
+    assert run_states(load(dag_id))[dag_id] == "failed"
+    assert sentence in capfd.readouterr().out
+    assert_nothing_was_started(emulator)
+
+
+@pytest.mark.usefixtures("on_the_service")
+@pytest.mark.parametrize("dag_id", PATTERNS)
+def test_a_dag_that_is_to_use_the_emulators_bucket_on_the_service_starts_no_cluster(
+    emulator: RunningEmulator,
+    load: Callable[[str], DAG],
+    capfd: pytest.CaptureFixture[str],
+    dag_id: str,
+) -> None:
+    assert run_states(load(dag_id))[dag_id] == "failed"
+    assert "POLARS_CLOUD_DATA is not set, and its default" in capfd.readouterr().out
+    assert_nothing_was_started(emulator)
+
+
+@pytest.mark.usefixtures("on_the_service", "ti", "pc")
+def test_a_dag_that_knows_its_uris_from_elsewhere_needs_no_data_location(
+    emulator: RunningEmulator,
+) -> None:
+    with use_cluster(CLUSTER):
+        pass
+    assert cluster_statuses(emulator) == ["Stopped"]
+
+
+def test_a_dag_that_meets_a_missing_bucket_names_the_variable_and_leaves_no_cluster(
+    emulator: RunningEmulator,
+    load: Callable[[str], DAG],
+    set_settings: Set,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    set_settings(DATA="s3://nobodys-bucket/shop")
+    assert run_states(load("complete_pipeline"))["complete_pipeline"] == "failed"
+    log = capfd.readouterr().out
+    assert "The bucket s3://nobodys-bucket does not exist: correct POLARS_CLOUD_DATA" in log
+    assert "it has expired" not in log
+    assert cluster_statuses(emulator) == ["Stopped"]

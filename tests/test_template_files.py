@@ -1,0 +1,138 @@
+"""What the repository has besides code, for those who copy it: valid, and true to the code."""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.specifiers import SpecifierSet
+
+from local_airflow import ROOT
+
+APACHE_2_0 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
+"""SHA-256 of https://www.apache.org/licenses/LICENSE-2.0.txt."""
+WORKFLOW = ".github/workflows/check.yml"
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "emulator/README.md",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")),
+]
+
+
+def without_code(markdown: str) -> str:
+    return re.sub(r"^ *```.*?^ *```", "", markdown, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors that GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.*)$", without_code(document.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(document: str) -> list[str]:
+    text = without_code((ROOT / document).read_text())
+    inline = re.findall(r"\]\(([^)\s]+)\)", text)
+    return sorted({link for link in inline if not link.startswith("http")})
+
+
+def group_of(name: str, manager: str) -> str | None:
+    """The pull request in which Renovate bumps a package that this manager has found."""
+    rules: list[dict[str, Any]] = json.loads((ROOT / "renovate.json").read_text())["packageRules"]
+    group = None
+    for rule in rules:
+        managers = rule.get("matchManagers", [manager])
+        if manager in managers and name in rule.get("matchPackageNames", [name]):
+            group = rule.get("groupName", group)
+    return group
+
+
+def test_the_license_is_the_apache_license() -> None:
+    assert hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest() == APACHE_2_0
+
+
+@pytest.mark.parametrize(
+    ("schema", "file"),
+    [
+        ("vendor.github-workflows", WORKFLOW),
+        ("custom.github-workflows-require-timeout", WORKFLOW),
+        ("vendor.renovate", "renovate.json"),
+    ],
+)
+def test_a_settings_file_is_valid(schema: str, file: str) -> None:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, file]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_the_workflow_runs_what_ci_runs_and_may_only_read() -> None:
+    workflow = yaml.safe_load((ROOT / WORKFLOW).read_text())
+    [job] = workflow["jobs"].values()
+    assert job["steps"][-1] == {"run": ".ci/run"}
+    assert workflow["permissions"] == {"contents": "read"}
+    assert "permissions" not in job
+    used = re.findall(r"uses: (.*)", (ROOT / WORKFLOW).read_text())
+    assert used
+    for action in used:
+        assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action)
+
+
+def test_renovate_bumps_airflow_polars_and_the_image_in_one_pull_request() -> None:
+    places = {
+        "apache-airflow": ("pep621", "pyproject.toml", r'"apache-airflow=='),
+        "polars-cloud": ("pip_requirements", "requirements.txt", r"^polars-cloud\b"),
+        "apache/airflow": ("dockerfile", "Dockerfile", r"^FROM apache/airflow:"),
+    }
+    for manager, file, pattern in places.values():
+        assert re.search(pattern, (ROOT / file).read_text(), re.MULTILINE), f"{manager}: {file}"
+    [group] = {group_of(name, manager) for name, (manager, _, _) in places.items()}
+    assert group is not None
+    assert group == group_of("polars", "pip_requirements")
+    assert group_of("ruff", "pep621") not in (None, group)
+
+
+def test_renovate_leaves_the_older_airflows_the_minor_versions_that_they_are() -> None:
+    rules = json.loads((ROOT / "renovate.json").read_text())["packageRules"]
+    [rule] = [rule for rule in rules if rule.get("matchPackageNames") == ["apache-airflow"]]
+    assert rule["matchUpdateTypes"] == ["major", "minor"]
+    assert not rule["enabled"]
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    versions = {
+        group: pins[0].removeprefix("apache-airflow==")
+        for group, pins in groups.items()
+        if group.startswith("airflow")
+    }
+    is_older = SpecifierSet(rule["matchCurrentVersion"])
+    assert [group for group, version in versions.items() if version not in is_older] == ["airflow"]
+
+
+def test_pre_commit_runs_the_tools_of_make_lint() -> None:
+    settings = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [(repo["repo"], hook["entry"]) for repo in settings["repos"] for hook in repo["hooks"]]
+    assert hooks == [("local", "make lint")]
+    [recipe] = re.findall(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    tools = re.findall(r"^\t(\S+) -m (.+)$", recipe, re.MULTILINE)
+    python = ".venv/bin/python"  # of the lock
+    assert tools == [(python, "ruff check"), (python, "ruff format --check"), (python, "mypy")]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_leads_to_a_file_and_a_heading_that_exist(document: str) -> None:
+    for link in links(document):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / document).parent / path if path else ROOT / document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_page_that_is_named_has_an_address(document: str) -> None:
+    text = without_code((ROOT / document).read_text())
+    named = set(re.findall(r"\]\[([\w-]+)\]", text))
+    assert named == set(re.findall(r"^\[([\w-]+)\]: https://\S+$", text, re.MULTILINE))

@@ -1,0 +1,96 @@
+"""`variable_keys.py`: the ledger's keys are found where Airflow cannot list Variables."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+from airflow.sdk.execution_time import comms
+
+from include.polars_remote import ledger, variable_keys
+from include.polars_remote.ledger import Owner
+from tests.tries import Supervisor
+
+OWNER = Owner("shop", "manual__1", "run_query", -1)
+OTHER = OWNER._replace(task_id="other")
+TASKS = f"polars_cloud/task/{OWNER.run}/"
+USERS = f"polars_cloud/cluster/{ledger.digest('shop')}/"
+
+
+@pytest.fixture(autouse=True)
+def lists_no_variables(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An Airflow before 3.3."""
+    monkeypatch.setattr(variable_keys, "LISTS_VARIABLES", False)
+
+
+def lists(supervisor: Supervisor) -> dict[str, list[str]]:
+    return {
+        name: json.loads(value)
+        for name, value in supervisor.variables.items()
+        if name.startswith(variable_keys.LISTS)
+    }
+
+
+def test_tries_tasks_and_users_are_found() -> None:
+    tries = [ledger.task_key(OWNER, "1"), ledger.task_key(OWNER, "2")]
+    of_other = ledger.task_key(OTHER, "3")
+    used = ledger.cluster_key("shop", OWNER)
+    of_other_run = ledger.cluster_key("shop", OWNER._replace(run_id="manual__2"))
+    for key in (*tries, of_other, used, of_other_run):
+        variable_keys.note(key)
+    assert variable_keys.find(ledger.task_key(OWNER)) == tries
+    assert set(variable_keys.find(TASKS)) == {*tries, of_other}
+    assert set(variable_keys.find(USERS)) == {used, of_other_run}
+    assert variable_keys.find("polars_cloud/cluster/", OWNER.run) == [used]
+
+
+def test_no_list_is_left_when_its_last_key_is_forgotten(supervisor: Supervisor) -> None:
+    keys = [ledger.task_key(OWNER, "1"), ledger.cluster_key("shop", OWNER)]
+    for key in keys:
+        variable_keys.note(key)
+    assert lists(supervisor)
+    for key in keys:
+        variable_keys.forget(key)
+    assert lists(supervisor) == {}
+
+
+def test_a_key_that_is_known_is_not_written_again(supervisor: Supervisor) -> None:
+    variable_keys.note(ledger.task_key(OWNER, "1"))
+    before = list(supervisor.variables.items())
+    supervisor.variables = Unwritable(supervisor.variables)
+    variable_keys.note(ledger.task_key(OWNER, "1"))
+    assert list(supervisor.variables.items()) == before
+
+
+class Unwritable(dict[str, str]):
+    def __setitem__(self, key: str, value: str) -> None:
+        raise AssertionError(f"{key} was written")
+
+
+@pytest.mark.parametrize("change", [variable_keys.note, variable_keys.forget])
+def test_what_another_writer_undoes_is_repeated(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, change: Callable[[str], None]
+) -> None:
+    """Another task has read a list before this one writes it, and writes it afterwards."""
+    key = ledger.cluster_key("shop", OWNER)
+    if change is variable_keys.forget:
+        variable_keys.note(key)
+    before = lists(supervisor)
+    send = supervisor.send
+    undone = set()
+
+    def undo(message: object) -> object:
+        answer = send(message)
+        if (
+            isinstance(message, comms.PutVariable | comms.DeleteVariable)
+            and message.key not in undone
+        ):
+            undone.add(message.key)
+            supervisor.variables[message.key] = json.dumps(before.get(message.key, []))
+        return answer
+
+    monkeypatch.setattr(supervisor, "send", undo)
+    change(key)
+    assert len(undone) == 2
+    is_known = change is variable_keys.note
+    assert variable_keys.find(USERS) == [key] * is_known
+    assert variable_keys.find("polars_cloud/cluster/", OWNER.run) == [key] * is_known
