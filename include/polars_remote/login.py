@@ -44,7 +44,12 @@ def log_in(conn_id: str) -> Exception | None:
         return connection
     assert connection.password, "find_connection has looked"
 
-    import polars_cloud as pc  # costs ten times the rest of a DAG file when it is parsed
+    try:
+        import polars_cloud as pc  # costs ten times the rest of a DAG file when it is parsed
+    except ImportError as error:
+        return AirflowFailException(
+            f"The client of Polars Cloud cannot be imported ({error}): install it here"
+        )
 
     authenticate = functools.partial(
         pc.authenticate,

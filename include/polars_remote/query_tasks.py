@@ -126,8 +126,8 @@ class QueryTask(DecoratedOperator, PythonOperator):
                 logger.warning("%s", line.rstrip())
             logger.warning(
                 "No triggerer looks after this task (%s): it waits in its worker from now on. Is a "
-                "triggerer running, with this folder on its PYTHONPATH? If there is to be none, "
-                "set POLARS_CLOUD_DEFER=0",
+                "triggerer running, with this folder on its PYTHONPATH or in plugins/? If there is "
+                "to be none, set POLARS_CLOUD_DEFER=0",
                 (next_kwargs or {}).get("error"),
             )
             self.defers = False

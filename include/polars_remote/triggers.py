@@ -1,4 +1,6 @@
-"""What waits for a query or a cluster in Airflow's triggerer, which imports it from PYTHONPATH.
+"""What waits for a query or a cluster in Airflow's triggerer.
+
+The triggerer imports it from PYTHONPATH or plugins/.
 
 Workers import it to defer a task: what only the triggerer needs is imported there.
 """

@@ -236,7 +236,8 @@ class Outage:
 
     def outlasts(self, error: BaseException) -> bool:
         """Whether the task has to see for itself, now that a look has failed with this error."""
-        if not isinstance(error, Exception):
+        # A triggerer that lacks the client fails the trigger: the task then waits in its worker.
+        if not isinstance(error, Exception) or isinstance(error, ImportError):
             raise error
         if not is_transient(error) and not is_logged_out(error):
             logger.info("The task is resumed: %s", error)

@@ -56,6 +56,7 @@ def airflow(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         running_deployment(folder, options=settings) as deployment,
         deployment.running(*WORKERS.values()),
     ):
+        deployment.patience = 300.0  # eight DAGs at once, on six slots
         yield deployment
 
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from local_airflow import PATTERNS, ROOT, use_emulator
+from local_airflow import ROOT, use_emulator
 from polars_cloud_emulator.env_file import read_env_file
 from polars_cloud_emulator.testing import RunningEmulator
 from standalone import airflow, get_token, health, settings
@@ -85,7 +85,7 @@ def write_dags(folder: Path, sources: Mapping[str, str] | None = None) -> None:
         DAG id and source of each; if None the repository's own, and beside them some of other
         shapes, as users write them, the README's among them.
     """
-    own = {dag_id: (ROOT / "dags" / f"{dag_id}.py").read_text() for dag_id in PATTERNS}
+    own = {path.stem: path.read_text() for path in (ROOT / "dags").glob("*.py")}
     others = {path.stem: path.read_text() for path in (TESTS / "dags").glob("*.py")}
     if sources is None:
         [mail_report] = re.findall(
@@ -340,8 +340,8 @@ class Deployment:
         eventually(lambda: not self.call("GET", active)["task_instances"], pause=0.3)
         self.emulator.api.reset()
 
-    def trigger(self, dag_id: str) -> Run:
-        answer = self.call("POST", f"dags/{dag_id}/dagRuns", logical_date=None)
+    def trigger(self, dag_id: str, **params: bool) -> Run:
+        answer = self.call("POST", f"dags/{dag_id}/dagRuns", logical_date=None, conf=params)
         return Run(self, dag_id, answer["dag_run_id"])
 
     def callback_log(self, dag_id: str) -> str:
