@@ -10,9 +10,9 @@ for user, password in login.items():
     print(f"Login: {user} / {password}")
 match os.environ["POLARS_CLOUD_EMULATOR"], os.environ["POLARS_CLOUD_EMULATOR_OBJECT_STORE"]:
     case "1", "emulator":
-        polars_cloud = "the emulator. Each DAG runs once by itself."
+        polars_cloud = "the emulator. Each DAG but preflight runs once by itself."
     case "1", _:
         polars_cloud = "the emulator, with your bucket. All DAGs are paused: they write there."
     case _:
-        polars_cloud = "your account. All DAGs are paused: each run is billed."
+        polars_cloud = "your account. All DAGs are paused: each run is billed, but for preflight."
 print(f"Polars Cloud: {polars_cloud}", flush=True)

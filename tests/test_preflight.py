@@ -14,6 +14,7 @@ from types import ModuleType
 import polars as pl
 import pytest
 from airflow.dag_processing.dagbag import DagBag
+from airflow.providers.standard.operators.python import PythonOperator
 from airflow.sdk import DAG
 
 from include.polars_remote import login, preflight
@@ -603,11 +604,13 @@ def test_a_dag_that_is_to_use_the_emulators_bucket_on_the_service_starts_no_clus
     assert_nothing_was_started(emulator)
 
 
-@pytest.mark.usefixtures("on_the_service", "ti", "pc")
+@pytest.mark.usefixtures("on_the_service", "pc")
 def test_a_dag_that_knows_its_uris_from_elsewhere_needs_no_data_location(
-    emulator: RunningEmulator,
+    emulator: RunningEmulator, start_try: StartTry
 ) -> None:
-    with use_cluster(CLUSTER):
+    with DAG("shop", schedule=None):
+        elsewhere = PythonOperator(task_id="elsewhere", python_callable=json.dumps)
+    with start_try(task=elsewhere), use_cluster(CLUSTER):
         pass
     assert cluster_statuses(emulator) == ["Stopped"]
 
