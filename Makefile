@@ -112,5 +112,6 @@ clean: ## Delete everything that the commands made
 		echo "$(PYTHON) cannot make virtual environments: on Debian and Ubuntu," \
 			"install the package python3-venv." >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv
+	@sed -n '/^uv==/,/# via/p' requirements-dev.lock >.venv/uv.txt
 	.venv/bin/python -m pip install --quiet --no-cache-dir --disable-pip-version-check \
-		--constraint requirements-dev.lock uv
+		--requirement .venv/uv.txt

@@ -22,7 +22,7 @@ from airflow.sdk import task
 from airflow.sdk.exceptions import AirflowFailException
 
 from include.auth import authenticate
-from include.polars_remote.login import EMULATOR, call_polars_cloud
+from include.polars_remote.login import EMULATOR, call_polars_cloud, log_in
 from include.polars_remote.task_scope import current_scope
 from polars_cloud_emulator.testing import RunningEmulator
 from tests.observed import calls
@@ -331,6 +331,18 @@ def test_missing_connection_says_what_to_set_and_where(monkeypatch: pytest.Monke
     assert sentence.startswith("The Airflow Connection 'polars_cloud' is missing: ")
     assert WHERE in sentence
     assert WHAT in sentence
+
+
+def test_a_process_without_the_client_says_what_to_install(
+    emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(
+        "AIRFLOW_CONN_POLARS_CLOUD", emulator.environment["AIRFLOW_CONN_POLARS_CLOUD"]
+    )
+    monkeypatch.setitem(sys.modules, "polars_cloud", None)
+    error = log_in("polars_cloud")
+    assert isinstance(error, AirflowFailException)
+    assert "cannot be imported" in str(error)
 
 
 @pytest.mark.parametrize(

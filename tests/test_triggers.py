@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from airflow.sdk.exceptions import TaskDeferred
+from airflow.sdk.exceptions import AirflowFailException, TaskDeferred
 from airflow.triggers.base import TriggerEvent
 
 from include.polars_remote import deferral, watching
@@ -130,6 +130,15 @@ def test_a_trigger_fires_with_nothing_when_its_cluster_has_stopped(
     trigger = defer("query_hangs")
     pc.ComputeContext(workspace="playground", name="shop").stop()
     assert first_event(trigger) == {"results": {}}
+
+
+def test_a_trigger_that_cannot_log_in_fails_so_that_its_task_waits_in_its_worker(
+    defer: Defer,
+) -> None:
+    trigger = defer("query_hangs")
+    trigger.conn_id = "nowhere"
+    with pytest.raises(AirflowFailException, match="'nowhere' is missing"):
+        first_event(trigger)
 
 
 def test_a_trigger_does_not_fire_before_the_worker_can_have_reported_its_deferral(

@@ -7,7 +7,9 @@ from importlib.metadata import version
 import polars
 import pytest
 
+from copy_dag import OLDEST_AIRFLOW
 from include.polars_remote.airflow_versions import OLDEST
+from include.polars_remote.preflight import NEWEST_TRIED, OLDEST_PYTHON
 from local_airflow import ROOT
 from polars_cloud_emulator.client_check import CLIENT_VERSION
 from upgrade import package, read_lock, read_pins
@@ -103,5 +105,11 @@ def test_the_emulator_speaks_to_the_client_that_is_pinned() -> None:
 
 def test_the_pages_name_the_versions_that_are_tested() -> None:
     oldest = ".".join(map(str, OLDEST))
+    assert oldest == OLDEST_AIRFLOW
     assert f"Apache Airflow {oldest} to {minor(AIRFLOW)}" in " ".join(read("README.md").split())
     assert f"Python {pythons()[-1]} or newer" in " ".join(read("README.md").split())
+
+
+def test_preflight_knows_the_versions_that_are_tested() -> None:
+    assert {"Airflow": minor(AIRFLOW), "polars-cloud": minor(CLIENT)} == NEWEST_TRIED
+    assert pythons()[-1] == OLDEST_PYTHON

@@ -19,6 +19,7 @@ from airflow.configuration import conf
 
 from . import ledger
 from .accounts import acting_as
+from .airflow_versions import AirflowFailException
 from .client_internals import connect_queries, look_at_cluster
 from .leftovers import end_task_entry
 from .login import is_logged_out
@@ -236,8 +237,9 @@ class Outage:
 
     def outlasts(self, error: BaseException) -> bool:
         """Whether the task has to see for itself, now that a look has failed with this error."""
-        # A triggerer that lacks the client fails the trigger: the task then waits in its worker.
-        if not isinstance(error, Exception) or isinstance(error, ImportError):
+        # Without a login, as where the client is missing, nothing can be looked at from here: the
+        # trigger fails, and its task waits in its worker, which may be better off.
+        if not isinstance(error, Exception) or isinstance(error, AirflowFailException):
             raise error
         if not is_transient(error) and not is_logged_out(error):
             logger.info("The task is resumed: %s", error)
