@@ -14,6 +14,7 @@ COPY dags /opt/airflow/dags
 # Python and Polars.
 FROM airflow AS dev
 COPY requirements-dev.lock /opt/airflow/
-RUN uv pip install --no-cache --require-hashes --requirement /opt/airflow/requirements-dev.lock
+RUN uv pip install --no-cache --compile-bytecode --require-hashes \
+        --requirement /opt/airflow/requirements-dev.lock
 COPY emulator /opt/airflow/emulator
 ENV PYTHONPATH=/opt/airflow:/opt/airflow/emulator

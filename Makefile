@@ -12,6 +12,9 @@ endif
 export AIRFLOW_HOME := $(CURDIR)/.airflow
 export PYTHONPATH := $(CURDIR):$(CURDIR)/emulator
 export UV_CACHE_DIR := $(CURDIR)/.venv/cache
+# Compiled once, at the installation: Python starts Airflow in half the time then.
+export UV_COMPILE_BYTECODE := 1
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo emulator airflow copy preflight test failures versions celery lint benchmark \
 	comparison waiting lock upgrade clean

@@ -1,11 +1,14 @@
 """What the tests share: an emulator to talk to, and an Airflow of their own."""
 
+import fcntl
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -57,9 +60,28 @@ def pc(emulator: RunningEmulator) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def airflow_db() -> None:
-    """A migrated metadata database in this run's AIRFLOW_HOME."""
-    subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], check=True)
+def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A metadata database without content, which all processes of this run share."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    database = folder / "airflow.db"
+    with (folder / "migrating").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not database.exists():
+            subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], check=True)
+            shutil.copy(Path(_airflow_home.name) / "airflow.db", database)
+    return database
+
+
+@pytest.fixture(scope="module")
+def airflow_db(migrated_database: Path) -> None:
+    """The metadata database in this process's AIRFLOW_HOME, as nothing has run yet."""
+    with (
+        closing(sqlite3.connect(migrated_database)) as migrated,
+        closing(sqlite3.connect(Path(_airflow_home.name) / "airflow.db")) as database,
+    ):
+        migrated.backup(database)
 
 
 @pytest.fixture

@@ -3,6 +3,10 @@
 import json
 from typing import Any
 
+from airflow.models import Variable
+from airflow.utils.session import create_session
+from sqlalchemy import select
+
 from polars_cloud_emulator.testing import RunningEmulator
 from tests.tries import Supervisor
 
@@ -29,3 +33,9 @@ def entries(supervisor: Supervisor, kind: str) -> list[dict[str, Any]]:
         for key, value in sorted(supervisor.variables.items())
         if key.startswith(f"polars_cloud/{kind}/")
     ]
+
+
+def variables() -> list[str]:
+    """Keys of the Variables in Airflow's database: what is still on record as in use."""
+    with create_session() as session:
+        return list(session.scalars(select(Variable.key)))  # noqa: AIR311

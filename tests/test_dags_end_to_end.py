@@ -9,7 +9,6 @@ import boto3
 import polars as pl
 import pytest
 from airflow.dag_processing.dagbag import DagBag
-from airflow.models import Variable
 from airflow.models.asset import AssetEvent
 from airflow.sdk import DAG, DagRunState
 from airflow.utils.session import create_session
@@ -19,6 +18,7 @@ from sqlalchemy import select
 from include.polars_remote import deferral
 from local_airflow import ROOT
 from polars_cloud_emulator.testing import RunningEmulator
+from tests.observed import variables
 from tests.waiting import eventually
 
 BUCKET = "your-bucket"
@@ -192,12 +192,6 @@ def written_key(query: dict[str, Any]) -> str:
         return str(uri.removeprefix(f"{DATA}/"))
     labels = dict(label.split("=", 1) for label in query["labels"])
     return f"temporary result of {labels['task']}"
-
-
-def variables() -> list[str]:
-    """Keys of Airflow's Variables: what is still on record as in use."""
-    with create_session() as session:
-        return list(session.scalars(select(Variable.key)))  # noqa: AIR311
 
 
 def live_clusters(emulator: RunningEmulator) -> int:

@@ -58,10 +58,10 @@ class Deployment:
     triggers: Path | None = None
     has_client: bool = True
 
-    def look(self, bytecode: Path) -> dict[str, Any]:
-        """What the parts of this deployment see; `bytecode` is what deployments share."""
+    def look(self, database: Path) -> dict[str, Any]:
+        """What the parts of this deployment see, with a copy of the metadata database."""
         self.home.mkdir(parents=True, exist_ok=True)
-        shutil.copy(Path(os.environ["AIRFLOW_HOME"]) / "airflow.db", self.home)
+        shutil.copy(database, self.home)
         config = [
             {"name": name, "classpath": LOCAL_BUNDLE, "kwargs": {"path": str(folder)}}
             for name, (folder, _) in self.bundles.items()
@@ -71,9 +71,6 @@ class Deployment:
             "AIRFLOW__CORE__PLUGINS_FOLDER": str(self.home / "plugins"),
             "AIRFLOW__DAG_PROCESSOR__DAG_BUNDLE_CONFIG_LIST": json.dumps(config),
             "PYTHONPATH": os.pathsep.join(map(str, self.path)),
-            # To compile Airflow takes longer than all the rest.
-            "PYTHONDONTWRITEBYTECODE": "",
-            "PYTHONPYCACHEPREFIX": str(bytecode),
         }
         script = [sys.executable, "-P", str(Path(__file__).with_name("one_deployment.py"))]
         if self.has_client:
@@ -215,14 +212,13 @@ Looks = dict[str, tuple[Deployment, Future[dict[str, Any]]]]
 
 @pytest.fixture(scope="module")
 def looks(
-    running: RunningEmulator, airflow_db: None, tmp_path_factory: pytest.TempPathFactory
+    running: RunningEmulator, migrated_database: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Looks]:
     """Every deployment, and what its parts see, by the names of its layouts."""
     running.reset()
     deployments = [build(tmp_path_factory.mktemp(build.__name__)) for build in DEPLOYMENTS]
-    bytecode = tmp_path_factory.mktemp("bytecode")
     with ThreadPoolExecutor(max_workers=2) as pool:
-        futures = [pool.submit(deployment.look, bytecode) for deployment in deployments]
+        futures = [pool.submit(deployment.look, migrated_database) for deployment in deployments]
         yield {
             name: (deployment, future)
             for deployment, future in zip(deployments, futures, strict=True)

@@ -26,7 +26,7 @@ from polars_cloud_emulator.testing import RunningEmulator
 from tests.buckets import create_bucket_elsewhere, create_bucket_of_others
 from tests.emulator.raw_calls import CLUSTER as RAW_CLUSTER
 from tests.emulator.raw_calls import WORKSPACE, rest_client
-from tests.observed import calls, cluster_statuses
+from tests.observed import calls, cluster_statuses, variables
 from tests.tries import StartTry
 from tests.waiting import eventually
 
@@ -589,6 +589,7 @@ def test_a_mistake_fails_a_dag_before_a_cluster_is_started_and_names_the_variabl
     assert run_states(load(dag_id))[dag_id] == "failed"
     assert sentence in capfd.readouterr().out
     assert_nothing_was_started(emulator)
+    assert variables() == []
 
 
 @pytest.mark.usefixtures("on_the_service")

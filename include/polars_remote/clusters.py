@@ -21,11 +21,13 @@ from .client_internals import (
 )
 from .data_location import check_data_location, uses_data_location
 from .deferral import defer_until_started
+from .ledger import Owner
 from .login import call_polars_cloud
 from .manifests import Cluster, ensure_manifest, find_manifest
 from .releases import release
 from .settings import WORKSPACE
 from .task_scope import current_scope, find_scope, grace, log_errors
+from .workspaces import find_workspace
 
 if TYPE_CHECKING:
     from polars_cloud import ComputeContext
@@ -109,8 +111,8 @@ def use_cluster(cluster: Cluster) -> Iterator[ComputeContext]:
     check_name(cluster)
     scope = current_scope()
     name = cluster["name"]
+    key = record_use(name, scope.owner)
     scope.clusters[name] += 1
-    key = scope.use(name, scope.owner)
 
     def end() -> None:
         scope.clusters[name] -= 1
@@ -133,6 +135,18 @@ def use_cluster(cluster: Cluster) -> Iterator[ComputeContext]:
                 end()
         raise
     end()
+
+
+def record_use(manifest: str, owner: Owner) -> str:
+    """Record a use of the manifest's cluster, which ends with the task at the latest; its key.
+
+    Raises
+    ------
+    AirflowFailException
+        The account has no such workspace: nobody could end what is on record.
+    """
+    call_polars_cloud(find_workspace)
+    return current_scope().use(manifest, owner)
 
 
 def check_name(cluster: Cluster) -> None:

@@ -12,7 +12,7 @@ from airflow.sdk import task
 
 from . import ledger
 from .client_internals import get_cluster_id
-from .clusters import check_name, start_and_wait
+from .clusters import check_name, record_use, start_and_wait
 from .ledger import Owner
 from .manifests import Cluster, ensure_manifest
 from .query_tasks import query_task
@@ -61,7 +61,7 @@ def start_cluster(cluster: dict[str, Any], conn_id: str) -> None:
     with logged_in(conn_id) as scope:
         owner = scope.owner._replace(whole_run=True)
         name = cluster["name"]
-        key = scope.use(name, owner)  # a setup that fails is never torn down
+        key = record_use(name, owner)  # a setup that fails is never torn down
         ctx = ensure_manifest(cluster, owner)
         start_and_wait(ctx)
         scope.kept.discard(key)
