@@ -7,7 +7,6 @@ with 4 slots. `@task` with `run_query` waits in its worker, `@query_task` with `
 import argparse
 import contextlib
 import json
-import re
 import tempfile
 import threading
 from collections.abc import Iterable
@@ -32,7 +31,6 @@ WARM_UP = 2
 """Queries of a first run, after which everything is loaded that is loaded once."""
 
 SAMPLE_SECONDS = 3.0
-TASK_PROCESS = r"airflow worker -- [0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 PLAIN, DEFERRED = "plain", "deferred"
 CASES = [
     *((DEFERRED, count, seconds) for seconds in (2, 30) for count in (10, 50, 200)),
@@ -137,13 +135,6 @@ def cpu_seconds(process: psutil.Process) -> float:
     return sum(each.user + each.system for each in times)
 
 
-def count_task_processes() -> int:
-    return sum(
-        re.fullmatch(TASK_PROCESS, " ".join(process.info["cmdline"] or ()).strip()) is not None
-        for process in psutil.process_iter(["cmdline"])
-    )
-
-
 def sample(airflow: Deployment, watch: Watch, over: threading.Event) -> None:
     """Look at Airflow's processes until it is over."""
     triggerer = airflow.processes[TRIGGERER]
@@ -156,12 +147,12 @@ def sample(airflow: Deployment, watch: Watch, over: threading.Event) -> None:
             for call in airflow.emulator.api.journal()
         )
         cpu, before = cpu_seconds(triggerer), cpu
-        watch.processes = max(watch.processes, count_task_processes())
+        watch.processes = max(watch.processes, airflow.count_task_processes())
         if held >= watch.most_held and held:
             watch.most_held = held
             watch.memory = pss(airflow.processes.values())
             watch.triggerer_memory = pss([triggerer])
-            watch.held_without_process |= not count_task_processes()
+            watch.held_without_process |= not airflow.count_task_processes()
             watch.polls.append(polls / held / SAMPLE_SECONDS * 60)
             watch.triggerer_cpu.append((cpu - before) / SAMPLE_SECONDS * 100)
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Column, Table
 
 from local_airflow import PATTERNS, ROOT, airflow_output_in, use_airflow, use_emulator
-from polars_cloud_emulator.object_store import TEMPORARY_BUCKET
+from polars_cloud_emulator.object_store import DATA_BUCKET, TEMPORARY_BUCKET
 from polars_cloud_emulator.testing import RunningEmulator, running_emulator
 
 AIRFLOW_HOME = ROOT / ".airflow"
@@ -35,7 +35,16 @@ def billed(emulator: RunningEmulator, queries: list[dict[str, Any]]) -> str:
     idle = sum(
         60 * cluster["idle_timeout_mins"] for cluster in clusters if not cluster["stopped_at"]
     )
-    return f"{text} + {idle:.0f} idle" if idle else text
+    return f"{text}+{idle:.0f} idle" if idle else text
+
+
+def describe(uri: str) -> str:
+    """Name what a query wrote, below the bucket of the sample data."""
+    return (
+        "a temporary result"
+        if TEMPORARY_BUCKET in uri
+        else uri.removeprefix(f"s3://{DATA_BUCKET}/")
+    )
 
 
 def main() -> int:
@@ -52,9 +61,12 @@ def main() -> int:
             console.print(f"{path}: {error}", style="red")
 
         table = Table(
-            *("DAG", "State", "Seconds", "Tasks", "Cluster-seconds"),
+            *("DAG", "Seconds", "Cluster s"),
             Column("Rows", justify="right"),
             Column("Written", overflow="fold"),
+            box=None,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
         )
         known: set[str] = set()
         failures = len(dag_bag.import_errors)
@@ -69,16 +81,12 @@ def main() -> int:
             failures += not succeeded
             console.print(f"{run.state}, {len(queries)} queries, {seconds} s")
             summary = [
-                dag_id,
-                f"[{'green' if succeeded else 'red'}]{run.state}",
+                f"[{'green' if succeeded else 'red'}]{dag_id}",
                 seconds,
-                str(len(run.get_task_instances())),
                 billed(emulator, queries),
             ]
             written = [
-                (str(q["n_rows"]), "a temporary result" if TEMPORARY_BUCKET in uri else uri)
-                for q in queries
-                for uri in q["destinations"]
+                (str(q["n_rows"]), describe(uri)) for q in queries for uri in q["destinations"]
             ]
             for cells in written or [("", "")]:
                 table.add_row(*summary, *cells)

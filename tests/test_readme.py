@@ -1,41 +1,82 @@
-"""What the README tells to type is what CI runs."""
+"""What the README and the pages in docs/ tell to type, and show, is what is run."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
+import polars as pl
 import pytest
 
 from local_airflow import ROOT
 from polars_cloud_emulator.testing import RunningEmulator
 from tests.failures.table import table
 
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+RUN_A_DAG = """
+from airflow.dag_processing.dagbag import DagBag
+print("the run ended:", DagBag().dags["orders"].test().state)
+"""
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def test_every_command_of_the_readme_is_run_by_ci() -> None:
+def run_python(code: str, variables: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", code]
+    environment = os.environ | variables
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_is_run_by_ci(page: Path) -> None:
     ci = {name: (ROOT / ".ci" / name).read_text() for name in ("run", "compose")}
-    commands = [line for block in blocks("sh") for line in block.splitlines()]
-    assert {"make demo", "make test", "docker compose up"} <= set(commands)
-    for command in commands:
+    lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
+    if page == README:
+        assert {"make demo", "make test", "docker compose up"} <= set(lines)
+    for command in lines:
         if command.startswith("docker compose "):
             words = ", ".join(f'"{word}"' for word in command.split()[2:])
             assert f"compose({words}" in ci["compose"], command
-        else:
-            assert re.search(rf"(^|\s){re.escape(command)}$", ci["run"], re.MULTILINE), command
+        elif command.startswith("make "):
+            typed, to, _ = command.partition(" TO=")  # anywhere
+            end = to or "$"
+            assert re.search(rf"^[^#]*\b{re.escape(typed)}{end}", ci["run"], re.MULTILINE), command
 
 
-def test_the_python_of_the_readme_runs(
-    emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_dag_of_the_readme_runs(
+    emulator: RunningEmulator, airflow_db: None, tmp_path: Path
 ) -> None:
-    [code] = [block for block in blocks("python") if "import polars" in block]
-    for name, value in emulator.environment.items():  # as `. .emulator/env` does
-        monkeypatch.setenv(name, value)
-    exec(compile(code, "README.md", "exec"), {})
-    assert "completed" in capsys.readouterr().out
+    [code] = blocks(README, "python")
+    (tmp_path / "orders.py").write_text(code)
+    ran = run_python(RUN_A_DAG, {"AIRFLOW__CORE__DAGS_FOLDER": str(tmp_path)})
+    assert "the run ended: success" in ran.stdout, ran.stdout + ran.stderr
+    counts = pl.read_parquet("s3://your-bucket/results/orders/")
+    rows = pl.scan_parquet("s3://your-bucket/sales/").select(pl.len()).collect().item()
+    assert counts["len"].sum() == rows
+
+
+def test_the_session_of_the_page_about_helpers_runs(emulator: RunningEmulator) -> None:
+    page = ROOT / "docs" / "helpers.md"
+    [code] = [block for block in blocks(page, "python") if "import polars" in block]
+    ran = run_python(code, emulator.environment)
+    assert "completed" in ran.stdout, ran.stdout + ran.stderr
+
+
+def test_the_page_about_helpers_names_each_of_them() -> None:
+    from include import polars_remote
+
+    page = (ROOT / "docs" / "helpers.md").read_text()
+    [table] = re.findall(r"^\| helper.*?\n\n", page, re.DOTALL | re.MULTILINE)
+    named = set(re.findall(r"`@?(\w+)", table))
+    assert set(polars_remote.__all__) - {"Query"} <= named
 
 
 def test_the_table_of_failures_says_what_is_tested() -> None:
-    assert table() in README, f"write this into the README:\n{table()}"
+    page = (ROOT / "docs" / "failures.md").read_text()
+    assert table() in page, f"write this into docs/failures.md:\n{table()}"
+    rows = len(table().splitlines()) - 2
+    assert f"[{rows} kinds of failure]" in README.read_text()

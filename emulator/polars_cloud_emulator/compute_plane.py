@@ -68,7 +68,7 @@ class ComputePlane:
 
     async def submit_query(self, message: DirectSubmitRequest, request: Request) -> BaseMessage:
         self._check_client(request.headers)
-        host = request.headers["host"]
+        host = request.headers.get("host", "")
         try:
             cluster_id = UUID(host.partition(".")[0])
         except ValueError:

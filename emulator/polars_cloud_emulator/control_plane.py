@@ -30,7 +30,12 @@ from polars_cloud_emulator.query_messages import (
     query_result,
     submitted,
 )
-from polars_cloud_emulator.rest_transport import decode_body, json_response, refusal
+from polars_cloud_emulator.rest_transport import (
+    decode_body,
+    json_response,
+    positive_parameter,
+    refusal,
+)
 from polars_cloud_emulator.state import (
     Cluster,
     ClusterSpec,
@@ -138,7 +143,11 @@ class ControlPlane:
     # Login
 
     async def get_token(self, request: Request) -> Response:
-        form = dict(parse_qsl((await request.body()).decode()))
+        try:
+            form = dict(parse_qsl((await request.body()).decode()))
+        except ValueError as error:
+            refused = {"error": "invalid_request", "error_description": str(error)}
+            return json_response(refused, 400)
         user, password = form.get("username", ""), form.get("password", "")
         try:
             token = self._access_tokens.issue(user.removesuffix("@sa.cloud.pola.rs"), password)
@@ -293,8 +302,8 @@ class ControlPlane:
 
 
 def _page(models: list[Model], request: Request) -> Model:
-    page = int(request.query_params.get("page", 1))
-    limit = int(request.query_params.get("limit", 1000))
+    page = positive_parameter(request, "page", 1)
+    limit = positive_parameter(request, "limit", 1000)
     result = models[(page - 1) * limit : page * limit]
     return {
         "pagination": {
@@ -341,7 +350,7 @@ def _hardware(spec: ClusterSpec) -> Model:
     model: Model = {
         "cluster_size": spec.cluster_size,
         "mode": spec.mode,
-        "log_level": spec.log_level,
+        "log_level": spec.log_level or "Info",
         "req_storage": spec.storage,
         "req_big_instance_storage": spec.big_instance_storage,
     }

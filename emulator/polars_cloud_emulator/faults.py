@@ -3,6 +3,7 @@
 import asyncio
 import re
 import socket
+import ssl
 import struct
 from collections.abc import Coroutine, Sequence
 from contextvars import ContextVar
@@ -347,6 +348,9 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.ended.set()
+        if isinstance(exc, ssl.SSLError):
+            # Sent while the connection was being closed; hypercorn expects no error of TLS then.
+            exc = ConnectionResetError(str(exc))
         self._protocol.connection_lost(exc)
 
     def pause_writing(self) -> None:

@@ -6,6 +6,7 @@ a protobuf message; the answer has the same form, and its status comes in the tr
 """
 
 import base64
+import re
 import struct
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -41,9 +42,20 @@ def grpc_route(
 
 
 def seconds_left(request: Request) -> float | None:
-    """The call's deadline as the client gave it, in seconds from now; None if there is none."""
+    """The call's deadline as the client gave it, in seconds from now; None if there is none.
+
+    Raises
+    ------
+    InvalidRequest
+        It is not up to eight digits and a unit.
+    """
     timeout = request.headers.get("grpc-timeout")
-    return int(timeout[:-1]) * TIMEOUT_UNITS[timeout[-1]] if timeout else None
+    if timeout is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,8})([HMSmun])", timeout)
+    if match is None:
+        raise InvalidRequest(f"'{timeout}' is no grpc-timeout")
+    return int(match[1]) * TIMEOUT_UNITS[match[2]]
 
 
 class GrpcResponse(Response):
@@ -73,4 +85,8 @@ def _decode(request_type: type[M], body: bytes) -> M:
     flag, length = struct.unpack_from(">BI", body) if len(body) >= 5 else (1, 0)
     if flag or length != len(body) - 5:
         raise InvalidRequest("expected one uncompressed gRPC message")
-    return request_type.loads(body[5:])
+    try:
+        return request_type.loads(body[5:])
+    # The decoder has an exception of its own for a wrong type alone; these are for wrong bytes.
+    except (ValueError, EOFError, OverflowError) as error:
+        raise InvalidRequest(f"this is no {request_type.__name__}: {error}") from None

@@ -6,6 +6,7 @@ from datetime import datetime
 
 import msgspec
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from polars_cloud_emulator.access_tokens import AccessTokens
@@ -77,4 +78,6 @@ class JournalMiddleware:
                 entry.grpc_status = int(dict(message["headers"])[b"grpc-status"])
             await send(message)
 
-        await self._app(scope, receive, observe)
+        # A client that leaves in the middle of its request gets no answer: its entry has no status.
+        with suppress(ClientDisconnect):
+            await self._app(scope, receive, observe)

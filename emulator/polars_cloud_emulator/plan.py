@@ -1,20 +1,22 @@
 """The serialized plan of a query: is it readable here, and where does it write?
 
 A plan is ``DSL_VERSION``, two version numbers and the hash of the DSL's schema, followed by one
-MessagePack document in which nodes refer to each other by index.
+MessagePack document in which nodes refer to each other by index. The nodes come last in it, and the
+data of a client's own frames before them, a number per byte: only the nodes are ever decoded.
 """
 
 import functools
-import io
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 import polars as pl
 
+from polars_cloud_emulator import written_rows
 from polars_cloud_emulator.errors import InvalidRequest
 
 HEADER_LENGTH = len(b"DSL_VERSION") + 2 + 2 + 64
+DATA_KEY = msgspec.msgpack.encode("dataframes")
+NODES_KEY = msgspec.msgpack.encode("dsl_plans")
 TEMPORARY = "<in-memory>"
 
 FileType = Literal["parquet", "ipc", "csv", "ndjson"]
@@ -31,8 +33,43 @@ Node = dict[str, Any]
 class Sink(NamedTuple):
     uri: str
     file_type: FileType
-    has_header: bool
-    cloud_options: Node | None
+
+
+class Document(NamedTuple):
+    """A plan, taken apart."""
+
+    data: bytes
+    """Everything between the root and the nodes, as it came."""
+    root: int
+    nodes: list[Node]
+
+    @property
+    def root_node(self) -> Node:
+        node: Node = self.nodes[self.root]["value"]
+        return node
+
+    def serialized(self, root: int) -> bytes:
+        """The plan that ends in the node ``root``."""
+        reference = msgspec.msgpack.encode({"root": self._reference(root)})[1:]
+        document = (b"\x83", reference, self.data, NODES_KEY, msgspec.msgpack.encode(self.nodes))
+        return own_header() + b"".join(document)
+
+    def add(self, node: Node) -> Node:
+        """Add a node; the reference to it."""
+        self.nodes.append({"value": node, "version": self.nodes[self.root]["version"]})
+        return self._reference(len(self.nodes) - 1)
+
+    def _reference(self, index: int) -> Node:
+        return {"idx": index, "version": self.nodes[index]["version"]}
+
+
+class Prepared(NamedTuple):
+    """A plan that Polars can run here."""
+
+    plan: bytes
+    sinks: list[Sink]
+    result: bytes | None
+    """The plan of the rows that the first sink gets; None without a sink."""
 
 
 @functools.cache
@@ -58,7 +95,7 @@ def check(plan: bytes) -> None:
 
 def output_location(plan: bytes) -> str | None:
     """Where the plan's sink writes, as its author wrote it; None for a temporary result."""
-    match _root(msgspec.msgpack.decode(plan[HEADER_LENGTH:])):
+    match _taken_apart(plan).root_node:
         case {"Sink": {"payload": {"File": {"target": {"inner": str(uri)}}}}} if uri != TEMPORARY:
             return uri
         case {"Sink": {"payload": {"Partitioned": {"base_path": {"inner": str(uri)}}}}}:
@@ -66,69 +103,74 @@ def output_location(plan: bytes) -> str | None:
     return None
 
 
-def with_destinations(plan: bytes, temporary_uri: str) -> tuple[bytes, list[Sink]]:
-    """The plan with every sink's target made a place that Polars can write, and those places.
+def prepare(plan: bytes, temporary_uri: str) -> Prepared:
+    """Make every sink's target a place that Polars can write, and let the first note its rows.
 
     A directory gets a part file; a result without a destination goes below ``temporary_uri``.
     """
-    document = msgspec.msgpack.decode(plan[HEADER_LENGTH:])
-    root = _root(document)
+    document = _taken_apart(plan)
+    root = document.root_node
     if "SinkMultiple" in root:
         nodes = [node["Sink"] for node in root["SinkMultiple"]["inputs"]]
     else:
         nodes = [root["Sink"]]
-    sinks = [_place(node["payload"], temporary_uri) for node in nodes]
-    rewritten = plan[:HEADER_LENGTH] + msgspec.msgpack.encode(document)
-    return rewritten, [sink for sink in sinks if sink is not None]
+    # A callback writes nothing itself.
+    writing = [node for node in nodes if "Callback" not in node["payload"]]
+    sinks = [_place(node["payload"], temporary_uri) for node in writing]
+    result = None
+    if writing:
+        result = document.serialized(writing[0]["input"]["idx"])
+        writing[0]["input"] = _observe(document, writing[0]["input"])
+    return Prepared(document.serialized(document.root), sinks, result)
 
 
-def scan_written(sink: Sink) -> pl.LazyFrame:
-    """A scan of what the sink wrote, with the sink's own credentials."""
-    scans: dict[FileType, Callable[[str], pl.LazyFrame]] = {
-        "parquet": pl.scan_parquet,
-        "ipc": pl.scan_ipc,
-        "csv": functools.partial(pl.scan_csv, has_header=sink.has_header),
-        "ndjson": pl.scan_ndjson,
-    }
-    plan = scans[sink.file_type](sink.uri).serialize()
-    document = msgspec.msgpack.decode(plan[HEADER_LENGTH:])
-    _root(document)["Scan"]["unified_scan_args"]["cloud_options"] = sink.cloud_options
-    return pl.LazyFrame.deserialize(
-        io.BytesIO(plan[:HEADER_LENGTH] + msgspec.msgpack.encode(document))
-    )
+def _observe(document: Document, rows: Node) -> Node:
+    """Add the steps that note the rows of a node; the reference to their end."""
+    steps = _taken_apart(written_rows.observed().serialize())
+    for step in steps.nodes[2:]:  # after an empty entry and the frame
+        [arguments] = step["value"].values()
+        arguments["input"] = rows
+        rows = document.add(step["value"])
+    return rows
 
 
-def _root(document: Node) -> Node:
-    node: Node = document["dsl_plans"][document["root"]["idx"]]["value"]
-    return node
+def _taken_apart(plan: bytes) -> Document:
+    end = len(plan)
+    data = plan.find(DATA_KEY, HEADER_LENGTH)
+    # A name or a text in a node may look like the key.
+    while (end := plan.rfind(NODES_KEY, HEADER_LENGTH, end)) > data > 0:
+        try:
+            nodes = msgspec.msgpack.decode(
+                memoryview(plan)[end + len(NODES_KEY) :], type=list[dict[str, Any]]
+            )
+            root = msgspec.msgpack.decode(b"\x81" + plan[HEADER_LENGTH + 1 : data])
+            return Document(plan[data:end], root["root"]["idx"], nodes)
+        except msgspec.DecodeError:
+            continue
+    raise InvalidRequest("this plan is not one that Polars serialized")
 
 
-def _place(payload: Node, temporary_uri: str) -> Sink | None:
-    """Settle where one sink writes; None for a callback, which writes nothing itself."""
-    if "Callback" in payload:
-        return None
+def _place(payload: Node, temporary_uri: str) -> Sink:
+    """Settle where one sink writes."""
     [(kind, sink)] = payload.items()
     arguments = sink["unified_sink_args"]
     arguments["mkdir"] = True
-    [(format_name, options)] = sink["file_format"].items()
+    [format_name] = sink["file_format"]
     file_type = FILE_TYPES[format_name]
     if kind == "Partitioned":
-        uri = sink["base_path"]["inner"]
-    else:
-        target = sink["target"]
-        if target["inner"] == TEMPORARY:
-            target["inner"] = temporary_uri
-            arguments["cloud_options"] = _own_cloud_options(temporary_uri)
-        if "." not in target["inner"].rpartition("/")[2]:
-            target["inner"] = f"{target['inner'].rstrip('/')}/00000000.{file_type}"
-        uri = target["inner"]
-    has_header = file_type == "csv" and options["include_header"]
-    return Sink(uri, file_type, has_header, arguments["cloud_options"])
+        return Sink(sink["base_path"]["inner"], file_type)
+    target = sink["target"]
+    if target["inner"] == TEMPORARY:
+        target["inner"] = temporary_uri
+        arguments["cloud_options"] = _own_cloud_options(temporary_uri)
+    if "." not in target["inner"].rpartition("/")[2]:
+        target["inner"] = f"{target['inner'].rstrip('/')}/00000000.{file_type}"
+    return Sink(target["inner"], file_type)
 
 
 def _own_cloud_options(uri: str) -> Node:
     """The options that this process's own sink to ``uri`` would have."""
     plan = pl.LazyFrame().sink_parquet(uri, lazy=True).serialize()
-    payload = _root(msgspec.msgpack.decode(plan[HEADER_LENGTH:]))["Sink"]["payload"]
+    payload = _taken_apart(plan).root_node["Sink"]["payload"]
     options: Node = payload["File"]["unified_sink_args"]["cloud_options"]
     return options

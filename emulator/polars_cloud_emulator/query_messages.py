@@ -63,15 +63,23 @@ def submitted(
     settings = request.settings
     if settings.execute_until not in {ExecuteUntil.UNSET, ExecuteUntil.EXECUTE}:
         raise InvalidRequest("the emulator executes queries; it does not explain them")
+    if not -(2**31) <= (settings.priority or 0) < 2**31:
+        raise InvalidRequest("priority has to fit into 32 bits")
+    if (settings.optimization_flags or 0) >= 2**32:
+        raise InvalidRequest("optimization_flags have to fit into 32 bits")
     plan.check(request.plan)
+    try:
+        output_location = plan.output_location(request.plan)
+    except (msgspec.DecodeError, LookupError, TypeError, ValueError, RecursionError):
+        raise InvalidRequest("this plan cannot be read: it was damaged on its way") from None
     return state.submit(
         cluster_id,
         plan=request.plan,
-        output_location=plan.output_location(request.plan),
+        output_location=output_location,
         distributed=settings.single is None,
         engine="in-memory" if settings.engine is Engine.IN_MEMORY else "streaming",
         optimization_flags=settings.optimization_flags,
-        priority=settings.priority,
+        priority=settings.priority or 0,
         labels=[label.name for label in request.info.labels],
         user=headers.get("x-polars-user"),
     )

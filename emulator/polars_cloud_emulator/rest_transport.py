@@ -1,5 +1,6 @@
 """JSON over HTTP in the form that the client reads."""
 
+import re
 from typing import TypeVar
 
 import msgspec
@@ -20,6 +21,21 @@ def refusal(error: EmulatorError) -> Response:
     return json_response({"message": str(error), "errors": {}}, error.http_status)
 
 
+def positive_parameter(request: Request, name: str, default: int) -> int:
+    """A parameter of the query string that counts something.
+
+    Raises
+    ------
+    InvalidRequest
+        It is no whole number, or less than 1.
+    """
+    text = request.query_params.get(name, str(default))
+    # More digits than these are nothing that anyone counts to.
+    if re.fullmatch("0*[1-9][0-9]{0,17}", text, re.ASCII) is None:
+        raise InvalidRequest(f"{name} is a whole number from 1, not '{text}'")
+    return int(text)
+
+
 async def decode_body(request: Request, model: type[T]) -> T:
     """The request's JSON body.
 
@@ -30,5 +46,5 @@ async def decode_body(request: Request, model: type[T]) -> T:
     """
     try:
         return msgspec.json.decode(await request.body(), type=model)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body of {request.url.path} is not understood: {error}") from None

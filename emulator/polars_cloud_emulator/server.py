@@ -154,9 +154,9 @@ class Emulator:
         thread = threading.Thread(target=self._run_loop, name="emulator", daemon=True)
 
         def stop() -> None:
-            self._loop.call_soon_threadsafe(self._stopping.set)
+            with contextlib.suppress(RuntimeError):  # it has ended by itself
+                self._loop.call_soon_threadsafe(self._stopping.set)
             thread.join()
-            self._loop.close()
 
         resources.callback(stop)
         thread.start()
@@ -164,7 +164,9 @@ class Emulator:
 
     def _run_loop(self) -> None:
         try:
-            self._loop.run_until_complete(self._serve())
+            # Ends the connections, too, that hypercorn has given up to wait for.
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                runner.run(self._serve())
         except BaseException as error:
             if self._started.done():
                 raise

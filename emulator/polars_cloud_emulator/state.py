@@ -6,7 +6,7 @@ No I/O and no processes: every method changes the state at one moment of the inj
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Literal
+from typing import Annotated, Literal
 from uuid import UUID, uuid4
 
 import msgspec
@@ -77,8 +77,8 @@ class ClusterSpec(msgspec.Struct, kw_only=True):
     storage: int | None = None
     big_instance_storage: int | None = None
     labels: list[str] | None = None
-    log_level: str = "Info"
-    idle_timeout_mins: int | None = None
+    log_level: Literal["Info", "Debug", "Trace"] | None = None
+    idle_timeout_mins: Annotated[int, msgspec.Meta(lt=2**31)] | None = None
     requirements_txt: str | None = None
     env_vars: dict[str, str] = {}
 

@@ -18,9 +18,8 @@ import msgspec
 import polars as pl
 
 from polars_cloud_emulator import plan as query_plan
+from polars_cloud_emulator import written_rows
 from polars_cloud_emulator.state import Outcome
-
-HEAD_ROWS = 10
 
 OPTIMIZATION_BITS = {
     "projection_pushdown": 0,
@@ -74,24 +73,24 @@ def run(job: Job) -> Answer:
 
 
 def _run_plan(job: Job) -> Outcome:
-    document, sinks = query_plan.with_destinations(job.plan, job.temporary_uri)
-    lf = pl.LazyFrame.deserialize(io.BytesIO(document))
-    lf.collect(
+    prepared = query_plan.prepare(job.plan, job.temporary_uri)
+    written_rows.forget()
+    pl.LazyFrame.deserialize(io.BytesIO(prepared.plan)).collect(
         engine="in-memory" if job.engine == "in-memory" else "streaming",
         optimizations=_optimizations(job.optimization_flags),
     )
-    if not sinks:
+    if prepared.result is None:
         return Outcome(destinations=[], file_type=None, n_rows=0, head=None)
-    written = query_plan.scan_written(sinks[0])
-    head = io.BytesIO()
-    written.head(HEAD_ROWS).collect().write_ipc(head)
-    # With the projection pushed down, Polars counts the lines of an old copy of a CSV file.
-    counting = pl.QueryOptFlags(projection_pushdown=sinks[0].file_type != "csv")
+    head = written_rows.head()
+    if head is None:
+        head = pl.LazyFrame.deserialize(io.BytesIO(prepared.result)).collect_schema().to_frame()
+    head_file = io.BytesIO()
+    head.write_ipc(head_file)
     return Outcome(
-        destinations=[sink.uri for sink in sinks],
-        file_type=sinks[0].file_type,
-        n_rows=written.select(pl.len()).collect(optimizations=counting).item(),
-        head=head.getvalue(),
+        destinations=[sink.uri for sink in prepared.sinks],
+        file_type=prepared.sinks[0].file_type,
+        n_rows=written_rows.count(),
+        head=head_file.getvalue(),
     )
 
 

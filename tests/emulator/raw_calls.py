@@ -54,14 +54,14 @@ def rest_client(environment: Mapping[str, str]) -> httpx.Client:
 
 
 def call_grpc(
-    environment: Mapping[str, str], path: str, headers: Mapping[str, str]
+    environment: Mapping[str, str], path: str, headers: Mapping[str, str], message: bytes = b""
 ) -> tuple[grpc.StatusCode, str]:
-    """Status and text of an empty message sent to ``path`` on the plain port."""
+    """Status and text of the answer to a message sent to ``path`` on the plain port."""
     target = environment["POLARS_CLOUD_API_ADDR"].removeprefix("http://")
     with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         call: Any = channel.unary_unary(path, bytes, bytes)
         try:
-            call(b"", metadata=list(headers.items()), timeout=30)
+            call(message, metadata=list(headers.items()), timeout=30)
         except grpc.RpcError as error:
             return error.code(), error.details()
     return grpc.StatusCode.OK, ""

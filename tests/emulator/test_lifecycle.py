@@ -4,7 +4,9 @@ import contextlib
 import os
 import signal
 import socket
+import ssl
 import subprocess
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
@@ -84,6 +86,31 @@ def test_connection_that_a_client_keeps_open_does_not_hold_up_the_end(
         # An asyncio server would wait 30 s for a goodbye that does not come.
         _, errors = served.process.communicate(timeout=15)
     assert errors == ""
+
+
+def test_client_that_sends_on_while_the_emulator_ends_leaves_no_traceback(
+    serve: Callable[..., Served],
+) -> None:
+    served = serve("--port-base", 0)
+    host, _, port = served.environment["POLARS_CLOUD_DOMAIN"].partition("@")[2].partition(":")
+    [authority] = Path(served.environment["SSL_CERT_DIR"]).iterdir()
+    context = ssl.create_default_context(cafile=str(authority))
+    sending = threading.Event()
+
+    def send() -> None:
+        connection = socket.create_connection((host, int(port)))
+        with context.wrap_socket(connection, server_hostname=host) as tls:
+            tls.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000000000\r\n\r\n")
+            with contextlib.suppress(OSError):
+                while True:
+                    tls.sendall(b"x" * 1000)
+                    sending.set()
+
+    with ThreadPoolExecutor() as clients:
+        for _ in range(4):
+            clients.submit(send)
+        assert sending.wait(30)
+        assert served.stop() == (0, "", "")
 
 
 def test_ready_means_that_everything_listens_on_loopback_alone(

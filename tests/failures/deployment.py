@@ -35,6 +35,7 @@ API_SERVER = "api-server"
 SCHEDULER = "scheduler --skip-serve-logs"
 TRIGGERER = "triggerer --skip-serve-logs"
 DAG_PROCESSOR = "dag-processor"
+TASK_PROCESS = r"airflow worker -- [0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 TASK_ENDS = {"success", "failed", "skipped", "upstream_failed", "removed"}
 
 HASTE = {
@@ -83,14 +84,14 @@ def write_dags(folder: Path, sources: Mapping[str, str] | None = None) -> None:
     ----------
     sources
         DAG id and source of each; if None the repository's own, and beside them some of other
-        shapes, as users write them, the README's among them.
+        shapes, as users write them, that of docs/helpers.md among them.
     """
     own = {path.stem: path.read_text() for path in (ROOT / "dags").glob("*.py")}
     others = {path.stem: path.read_text() for path in (TESTS / "dags").glob("*.py")}
     if sources is None:
         [mail_report] = re.findall(
             r"^```python\n(from airflow.*?)^```",
-            (ROOT / "README.md").read_text(),
+            (ROOT / "docs" / "helpers.md").read_text(),
             re.DOTALL | re.MULTILINE,
         )
         sources = own | others | {"mail_report": mail_report}
@@ -348,6 +349,14 @@ class Deployment:
         """What the callbacks of a DAG logged."""
         paths = self.logs.glob(f"dag_processor/*/dags-folder/{dag_id}.py.log")
         return "".join(path.read_text() for path in paths)
+
+    def count_task_processes(self) -> int:
+        """How many tasks run just now, each in a process of its own."""
+        count = 0
+        for process in self.processes[SCHEDULER].children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
+                count += re.fullmatch(TASK_PROCESS, " ".join(process.cmdline()).strip()) is not None
+        return count
 
     @contextlib.contextmanager
     def running(self, *parts: str) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The README's table of failures, from what the scenarios are tested to end in."""
+"""The table of docs/failures.md, from what the scenarios are tested to end in."""
 
 from tests.failures.scenarios import SCENARIOS, Expected
 

@@ -1,4 +1,4 @@
-"""The daily report is announced as an Asset, and the README's DAG runs on it."""
+"""The daily report is announced as an Asset, and the DAG of docs/helpers.md runs on it."""
 
 from tests.failures.deployment import Deployment, Run
 from tests.waiting import eventually

@@ -1,0 +1,121 @@
+"""Calls that no client would make are refused in words, and leave nothing in the output."""
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import httpx
+import polars as pl
+import pytest
+
+from polars_cloud_emulator.testing import RunningEmulator
+from tests.emulator.command_line import Served
+from tests.emulator.raw_calls import (
+    CLUSTER,
+    COMPUTE_PLANE,
+    CONTROL_PLANE,
+    VERSIONS,
+    WORKSPACE,
+    access_token,
+    call_grpc,
+    rest_client,
+    tls_client,
+)
+
+TOKEN_PATH = "/realms/Polars/protocol/openid-connect/token"
+HEADER = pl.LazyFrame().serialize()[:79]
+
+
+def field(number: int, content: bytes) -> bytes:
+    """A length-delimited field of a protobuf message, shorter than 128 bytes."""
+    return bytes([number << 3 | 2, len(content)]) + content
+
+
+MESSAGES = {
+    "a field longer than the message": b"\x0a\xff",
+    "a length beyond any memory": b"\x0a" + b"\x80" * 10 + b"\x01",
+    "a number in place of a message": b"\x08\x01",
+    "a group": b"\x0b",
+    "a wire type that does not exist": b"\x0f",
+    "text that is not UTF-8": field(1, field(1, b"\xff\xfe")),
+    "an id that is no UUID": field(1, field(1, b"not a UUID")),
+    "no id": b"",
+}
+SUBMISSIONS = {
+    "an engine that does not exist": field(2, b"\x08\x63"),
+    "a priority beyond 32 bits": field(2, b"\x58" + b"\xff" * 8 + b"\x01"),
+    "flags beyond 32 bits": field(2, b"\x38" + b"\xff" * 8 + b"\x01"),
+    "no plan": b"",
+    "a plan without a document": field(3, HEADER),
+    "a plan that is no document": field(3, HEADER + b"\xc1"),
+    "a plan of another form": field(3, HEADER + b"\x80"),
+    "a plan whose document is a number": field(3, HEADER + b"\x01"),
+    "a label that is not UTF-8": field(4, field(1, field(1, b"\xff"))),
+}
+
+
+@pytest.fixture
+def headers(emulator: RunningEmulator) -> dict[str, str]:
+    return {**VERSIONS, "authorization": f"Bearer {access_token(emulator.environment)}"}
+
+
+@pytest.mark.parametrize("message", MESSAGES.values(), ids=MESSAGES)
+@pytest.mark.parametrize("method", ["GetQueryStatus", "GetQueryResult", "CancelQuery"])
+def test_malformed_reference_is_an_invalid_argument(
+    emulator: RunningEmulator, headers: dict[str, str], method: str, message: bytes
+) -> None:
+    path = f"{COMPUTE_PLANE}/{method}"
+    status, words = call_grpc(emulator.environment, path, headers, message)
+    assert status is grpc.StatusCode.INVALID_ARGUMENT
+    assert words
+
+
+@pytest.mark.parametrize("message", SUBMISSIONS.values(), ids=SUBMISSIONS)
+def test_malformed_submission_is_an_invalid_argument(
+    emulator: RunningEmulator, headers: dict[str, str], start_cluster: Any, message: bytes
+) -> None:
+    cluster = field(1, field(1, str(start_cluster()._compute_id).encode()))
+    path = f"{CONTROL_PLANE}/SubmitQuery"
+    status, words = call_grpc(emulator.environment, path, headers, cluster + message)
+    assert status is grpc.StatusCode.INVALID_ARGUMENT
+    assert words
+    assert emulator.state()["queries"] == []
+
+
+@pytest.mark.parametrize("name", ["page", "limit"])
+@pytest.mark.parametrize("value", ["abc", "0", "-1", "1.5", "", "9" * 5000])
+def test_count_that_is_none_is_refused(rest: httpx.Client, name: str, value: str) -> None:
+    answer = rest.get(f"{WORKSPACE}/query", params={name: value})
+    assert answer.status_code == 400
+    assert answer.json()["message"].startswith(f"{name} is a whole number from 1, not '")
+
+
+@pytest.mark.parametrize(
+    "body", [b"\xff\xfe", b'{"name": "\xff"}', b"[" * 100_000, b'{"name": "\\ud800"}', b""]
+)
+@pytest.mark.parametrize("path", ["/compute/start", "/manifest", "/manifest/start"])
+def test_body_that_is_no_json_is_refused(rest: httpx.Client, path: str, body: bytes) -> None:
+    answer = rest.post(f"{WORKSPACE}{path}", content=body)
+    assert answer.status_code == 400
+    assert "is not understood" in answer.json()["message"]
+
+
+def test_login_that_is_not_utf8_is_refused(emulator: RunningEmulator) -> None:
+    with tls_client(emulator.environment) as client:
+        answer = client.post(TOKEN_PATH, content=b"username=\xff")
+    assert (answer.status_code, answer.json()["error"]) == (400, "invalid_request")
+
+
+def test_malformed_calls_leave_no_traceback(serve: Callable[..., Served]) -> None:
+    served = serve("--port-base", 0)
+    headers = {**VERSIONS, "authorization": f"Bearer {access_token(served.environment)}"}
+    for message in [*MESSAGES.values(), *SUBMISSIONS.values()]:
+        for method in (f"{COMPUTE_PLANE}/GetQueryResult", f"{CONTROL_PLANE}/SubmitQuery"):
+            call_grpc(served.environment, method, headers, message)
+    with rest_client(served.environment) as rest:
+        rest.get(f"{WORKSPACE}/query", params={"page": "abc"})
+        rest.post(f"{WORKSPACE}/compute/start", content=b'{"x": "\xff"}')
+        rest.post(f"{WORKSPACE}/compute/start", json=CLUSTER | {"idle_timeout_mins": 10**18})
+    with tls_client(served.environment) as client:
+        client.post(TOKEN_PATH, content=b"username=\xff")
+    assert served.stop() == (0, "", "")

@@ -1,0 +1,23 @@
+"""Many queries, and few slots."""
+
+from tests.failures.deployment import Deployment
+from tests.waiting import eventually
+
+QUERIES = 50
+
+
+def test_fifty_queries_are_held_without_a_task_process_and_all_end_with_their_run(
+    airflow: Deployment,
+) -> None:
+    emulator = airflow.emulator
+    emulator.api.add_fault("SubmitQuery", "query_waits", seconds=3600, times=QUERIES)
+    run = airflow.trigger("held_queries")
+
+    def held() -> bool:
+        return len(run.tasks_in("deferred")) == QUERIES and not airflow.count_task_processes()
+
+    eventually(held, 600)
+    assert len(emulator.running_queries()) == QUERIES
+    run.mark("failed")
+    eventually(lambda: not emulator.running_queries() and not emulator.live_clusters(), 120)
+    assert [query["status"] for query in emulator.queries()] == ["Canceled"] * QUERIES
