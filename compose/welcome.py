@@ -8,6 +8,8 @@ login = json.loads(Path("/keys/login.json").read_text())
 print(f"Airflow: http://127.0.0.1:{os.environ['AIRFLOW_PORT']}")
 for user, password in login.items():
     print(f"Login: {user} / {password}")
+if os.environ["POLARS_CLOUD_EMULATOR"] == "1":
+    print(f"Clusters: http://127.0.0.1:{os.environ['POLARS_CLOUD_EMULATOR_PORT']}")
 match os.environ["POLARS_CLOUD_EMULATOR"], os.environ["POLARS_CLOUD_EMULATOR_OBJECT_STORE"]:
     case "1", "emulator":
         polars_cloud = "the emulator. Each DAG but preflight runs once by itself."

@@ -1,5 +1,8 @@
 """Run the eight DAGs against an emulator, one after the other, and show what they did."""
 
+import argparse
+import contextlib
+import signal
 import subprocess
 import sys
 import time
@@ -47,7 +50,14 @@ def describe(uri: str) -> str:
     )
 
 
-def main() -> int:
+def main(stay: bool) -> int:
+    """Run the DAGs; the exit code.
+
+    Parameters
+    ----------
+    stay
+        Whether the emulator is served on, with its page, until Ctrl-C.
+    """
     with running_emulator() as emulator, airflow_output_in(LOG) as console:
         use_airflow(AIRFLOW_HOME)
         use_emulator(emulator.environment)
@@ -92,8 +102,16 @@ def main() -> int:
                 table.add_row(*summary, *cells)
                 summary = [""] * len(summary)
         console.print(table)
+        if stay:
+            console.print(f"\nWhat each cluster did: {emulator.rest_url}, until Ctrl-C")
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.pause()
+        else:
+            console.print("\nWhat each cluster did, in a browser: make demo OPEN=1")
     return 1 if failures or not known else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--open", action="store_true", dest="stay")
+    sys.exit(main(**vars(parser.parse_args())))

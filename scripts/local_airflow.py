@@ -15,8 +15,8 @@ FOREIGN = ("AIRFLOW_", "AWS_", "POLARS_")
 """Variables that could point the DAGs at another Airflow, store or account."""
 ACCOUNT = ("POLARS_CLOUD_CLIENT_ID", "POLARS_CLOUD_CLIENT_SECRET")
 """With these the client logs in by itself; the DAGs are to do it through the Connection."""
-WIDTH = 100
-"""Columns where the output is no terminal."""
+WIDTH = 160
+"""Columns where the output is no terminal: room for every URI."""
 
 
 def use_airflow(home: Path) -> None:

@@ -8,6 +8,7 @@ from datetime import date, timedelta
 from types import ModuleType
 from typing import Any
 
+import httpx
 import polars as pl
 import pytest
 from airflow.sdk import DAG, Asset, AssetAlias, get_current_context, task, task_group
@@ -696,6 +697,18 @@ def test_the_link_leads_to_the_query_after_a_success(emulator: RunningEmulator) 
     [query] = emulator.state()["queries"]
     assert link(task).startswith("https://")
     assert link(task).endswith(f"/queries/{query['id']}")
+
+
+def test_the_link_opens_the_page_of_the_emulator(
+    emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    portal = emulator.environment["POLARS_CLOUD_PORTAL"]
+    monkeypatch.setattr("include.polars_remote.recorded_queries.PORTAL", portal)
+    task = TriedTask(ask)
+    task.run()
+    page = httpx.get(link(task), trust_env=False)
+    assert page.status_code == 200
+    assert f"<h1>{task.operator.task_id}</h1>" in page.text
 
 
 @pytest.mark.usefixtures("deferring")

@@ -59,7 +59,13 @@ class Compute:
         delete_result: Callable[[UUID], None],
     ) -> None:
         self._state = state
-        self._environment = environment
+        self.environment = {
+            **os.environ,
+            # A worker imports what this process can, installed or not.
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            **environment,
+        }
+        """Of a worker, beside what its cluster declares."""
         self._temporary_uri = temporary_uri
         self._delete_result = delete_result
         self._idle: dict[UUID, list[Worker]] = {}
@@ -84,13 +90,7 @@ class Compute:
                     return
                 case StartupTakes(seconds=seconds):
                     self._state.postpone(cluster, timedelta(seconds=seconds))
-            environment = {
-                **os.environ,
-                # A worker imports what this process can, installed or not.
-                "PYTHONPATH": os.pathsep.join(sys.path),
-                **self._environment,
-                **cluster.spec.env_vars,
-            }
+            environment = {**self.environment, **cluster.spec.env_vars}
 
             def give_up(reason: str) -> None:
                 self._run_in_background(self.stop(cluster.id, TerminationReason.FAILED, reason))

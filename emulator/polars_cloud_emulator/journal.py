@@ -15,6 +15,8 @@ from polars_cloud_emulator.errors import Unauthenticated, UnknownCall
 
 MAX_ENTRIES = 2_000
 ADMIN_PREFIX = "/_emulator/"
+PORTAL_PREFIX = "/portal/"
+"""Of the pages of clusters and queries; the first page is at the root."""
 
 
 class Entry(msgspec.Struct):
@@ -56,7 +58,7 @@ class Journal:
 
 
 class JournalMiddleware:
-    """Writes down every call except those of the admin API itself."""
+    """Writes down every call of a client: not those of the admin API, and no page."""
 
     def __init__(self, app: ASGIApp, journal: Journal, access_tokens: AccessTokens) -> None:
         self._app = app
@@ -64,7 +66,7 @@ class JournalMiddleware:
         self._access_tokens = access_tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].startswith(ADMIN_PREFIX):
+        if scope["type"] != "http" or _is_for_people(scope["path"]):
             await self._app(scope, receive, send)
             return
         entry = self._journal.record(scope)
@@ -81,3 +83,7 @@ class JournalMiddleware:
         # A client that leaves in the middle of its request gets no answer: its entry has no status.
         with suppress(ClientDisconnect):
             await self._app(scope, receive, observe)
+
+
+def _is_for_people(path: str) -> bool:
+    return path == "/" or path.startswith((ADMIN_PREFIX, PORTAL_PREFIX))

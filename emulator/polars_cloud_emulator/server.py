@@ -29,11 +29,12 @@ from polars_cloud_emulator.client_check import ClientCheck
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.compute import TICK, Compute
 from polars_cloud_emulator.compute_plane import ComputePlane
-from polars_cloud_emulator.control_plane import ControlPlane
+from polars_cloud_emulator.control_plane import ORGANIZATION_ID, WORKSPACE_ID, ControlPlane
 from polars_cloud_emulator.errors import UnknownCall
 from polars_cloud_emulator.faults import Connection, FaultMiddleware, Faults
 from polars_cloud_emulator.journal import Journal, JournalMiddleware
 from polars_cloud_emulator.object_store import ObjectStore, OutsideObjectStore
+from polars_cloud_emulator.pages import Pages
 from polars_cloud_emulator.rest_transport import refusal
 from polars_cloud_emulator.state import State
 from polars_cloud_emulator.state_directory import StateDirectory
@@ -104,6 +105,8 @@ class Emulator:
         """Every variable that a client in another process needs."""
         return {
             "POLARS_CLOUD_API_ADDR": self.rest_url,
+            # Read by no client, but by who links to the pages.
+            "POLARS_CLOUD_PORTAL": self.rest_url,
             # Before the @ stands a user name: it keeps the client's "auth." out of the host.
             "POLARS_CLOUD_DOMAIN": f"emulator@{self._address(self._tls_listener)}",
             "POLARS_CLOUD_CONFIG_DIR": str(self._files.client_config),
@@ -214,8 +217,16 @@ class Emulator:
             self._access_tokens,
             self._reset,
         )
+        pages = Pages(
+            self._state,
+            self.clock,
+            environment=self._compute.environment,
+            workspace_id=WORKSPACE_ID,
+            organization_id=ORGANIZATION_ID,
+        )
         application = Starlette(
             routes=[
+                *pages.routes(),
                 *admin.routes(),
                 *calls,
                 Route("/{path:path}", _unknown_call, methods=list(_METHODS)),

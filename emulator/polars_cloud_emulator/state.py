@@ -19,6 +19,8 @@ DEFAULT_IDLE_TIMEOUT_MINS = 60
 MINIMUM_IDLE_TIMEOUT_MINS = 10
 MAX_ENDED_QUERIES = 1_000
 MAX_STOPPED_CLUSTERS = 200
+MAX_KEPT_PLAN = 50_000
+"""Bytes of an ended query's plan."""
 
 
 class ClusterStatus(StrEnum):
@@ -130,7 +132,7 @@ class Query(msgspec.Struct, kw_only=True):
     labels: list[str]
     user: str | None
     plan: bytes
-    """Serialized LazyFrame; dropped when the query has ended."""
+    """Serialized LazyFrame; a large one is dropped when the query has ended."""
     submitted_at: datetime
     waits_until: datetime | None = None
     """When its turn may come, at the earliest."""
@@ -433,7 +435,8 @@ class State:
     def _end(self, query: Query, status: QueryStatus) -> None:
         query.status = status
         query.ended_at = self._clock.now()
-        query.plan = b""
+        if len(query.plan) > MAX_KEPT_PLAN:
+            query.plan = b""
         cluster = self.clusters[query.cluster_id]
         if cluster.is_live and not any(
             q.status is QueryStatus.IN_PROGRESS for q in self._active_queries(cluster.id)

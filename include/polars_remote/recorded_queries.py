@@ -15,7 +15,7 @@ from .client_internals import (
     not_found_error,
 )
 from .login import call_polars_cloud
-from .settings import WORKSPACE
+from .settings import PORTAL, WORKSPACE
 
 if TYPE_CHECKING:
     from polars_cloud import ComputeContext, DirectQuery, QueryStatus
@@ -117,5 +117,5 @@ def describe(query: DirectQuery) -> str:
 def get_page(query: DirectQuery) -> str:
     """The address of the query's page on Polars Cloud."""
     ctx = get_context(query)
-    page = f"portal/{ctx.workspace.id}/{get_cluster_id(ctx)}/queries/{get_query_id(query)}"
-    return f"https://{frontend_domain()}/{page}"
+    portal = PORTAL or f"https://{frontend_domain()}"
+    return f"{portal}/portal/{ctx.workspace.id}/{get_cluster_id(ctx)}/queries/{get_query_id(query)}"

@@ -2,6 +2,9 @@
 
 import os
 
+PORTAL = os.environ.get("POLARS_CLOUD_PORTAL")
+"""Address to which links to queries lead, with no slash at its end; None: Polars Cloud's own."""
+
 WORKSPACE = os.environ.get("POLARS_CLOUD_WORKSPACE", "playground")
 """Name of the Polars Cloud workspace."""
 

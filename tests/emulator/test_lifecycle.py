@@ -81,7 +81,7 @@ def test_connection_that_a_client_keeps_open_does_not_hold_up_the_end(
 ) -> None:
     served = serve("--port-base", 0)
     with tls_client(served.environment) as tls, rest_client(served.environment) as rest:
-        assert tls.get("/").status_code == rest.get("/").status_code == 501
+        assert tls.get("/nothing").status_code == rest.get("/nothing").status_code == 501
         served.process.send_signal(signal.SIGTERM)
         # An asyncio server would wait 30 s for a goodbye that does not come.
         _, errors = served.process.communicate(timeout=15)
@@ -137,6 +137,7 @@ def test_env_file_has_every_variable_and_only_its_owner_reads_it(
     assert set(environment) == {
         "POLARS_CLOUD_API_ADDR",
         "POLARS_CLOUD_DOMAIN",
+        "POLARS_CLOUD_PORTAL",
         "POLARS_CLOUD_CONFIG_DIR",
         "POLARS_CLOUD_CLIENT_ID",
         "POLARS_CLOUD_CLIENT_SECRET",

@@ -13,6 +13,7 @@ from polars_cloud_emulator.errors import Conflict, InvalidRequest, NotFound, Wro
 from polars_cloud_emulator.journal import MAX_ENTRIES, Journal
 from polars_cloud_emulator.state import (
     MAX_ENDED_QUERIES,
+    MAX_KEPT_PLAN,
     MAX_STOPPED_CLUSTERS,
     Cluster,
     ClusterSpec,
@@ -99,14 +100,24 @@ def test_cluster_runs_until_its_last_query_ends(
     assert (state.query_seconds(first), state.query_seconds(second)) == (0, 60)
 
 
-def test_ended_query_keeps_its_end_and_drops_its_plan(state: State, cluster: Cluster) -> None:
+def test_ended_query_keeps_its_end(state: State, cluster: Cluster) -> None:
     query = submit(state, cluster.id)
     state.start_next(cluster.id, 1)
     state.cancel(query.id)
     state.succeed(query, OUTCOME)
     state.fail(query, "ValueError: no")
     assert query.status is QueryStatus.CANCELED
-    assert (query.outcome, query.error, query.plan) == (None, None, b"")
+    assert (query.outcome, query.error) == (None, None)
+
+
+@pytest.mark.parametrize(("size", "kept"), [(MAX_KEPT_PLAN, MAX_KEPT_PLAN), (MAX_KEPT_PLAN + 1, 0)])
+def test_ended_query_drops_a_large_plan(
+    state: State, cluster: Cluster, size: int, kept: int
+) -> None:
+    query = submit(state, cluster.id)
+    query.plan = bytes(size)
+    state.cancel(query.id)
+    assert len(query.plan) == kept
 
 
 @pytest.mark.parametrize(

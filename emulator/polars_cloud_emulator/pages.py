@@ -1,0 +1,262 @@
+"""The emulator in a browser: what every cluster did, and each cluster and query by itself."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import jinja2
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from polars_cloud_emulator.clock import Clock
+from polars_cloud_emulator.errors import NotFound
+from polars_cloud_emulator.journal import ADMIN_PREFIX, PORTAL_PREFIX
+from polars_cloud_emulator.plan_text import explain
+from polars_cloud_emulator.state import (
+    Cluster,
+    ClusterStatus,
+    Query,
+    QueryStatus,
+    State,
+    TerminationReason,
+)
+from polars_cloud_emulator.timeline import Axis, Interval, Span, total_seconds
+
+FOLDER = Path(__file__).parent
+CLUSTERS = 50
+"""As many of the latest are shown."""
+LANES = 30
+"""As many queries of a cluster are drawn."""
+ENDS = {
+    TerminationReason.STOPPED_BY_USER: "stopped by its user",
+    TerminationReason.STOPPED_INACTIVE: "stopped at its idle timeout",
+    TerminationReason.FAILED: "failed",
+}
+WORDS = {
+    QueryStatus.SCHEDULED: "waiting",
+    QueryStatus.IN_PROGRESS: "running",
+    QueryStatus.SUCCESS: "succeeded",
+    QueryStatus.FAILED: "failed",
+    QueryStatus.CANCELED: "canceled",
+}
+HEADERS = {
+    "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'self'",
+    "cache-control": "no-store",
+    "referrer-policy": "no-referrer",
+}
+
+
+class Lane(NamedTuple):
+    """A query below its cluster."""
+
+    query: Query
+    name: str
+    href: str
+    waited: Span
+    ran: Span
+
+
+class Row(NamedTuple):
+    """A cluster on the axis."""
+
+    cluster: Cluster
+    name: str
+    dags: list[str]
+    href: str
+    starting: Span
+    live: Span
+    lanes: list[Lane]
+    more: int
+    """Queries that are not drawn."""
+    billed: float
+    used: float
+    """Seconds from its request to its end, and those in which a query ran."""
+
+
+class Pages:
+    """Server-side HTML, without a login like the admin API, and without a secret.
+
+    Parameters
+    ----------
+    environment
+        Of a process that explains a plan: a worker's.
+    workspace_id, organization_id
+        They stand in the addresses that the client gives to its pages.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        clock: Clock,
+        *,
+        environment: Mapping[str, str],
+        workspace_id: UUID,
+        organization_id: UUID,
+    ) -> None:
+        self._state = state
+        self._clock = clock
+        self._environment = environment
+        self._workspace_id = workspace_id
+        self._organization_id = organization_id
+        self._templates = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(FOLDER / "templates"),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            undefined=jinja2.StrictUndefined,
+        )
+        self._templates.globals |= {"words": WORDS, "static": f"{ADMIN_PREFIX}static"}
+        self._templates.filters |= {"moment": _moment, "seconds": _seconds, "end": self._end}
+
+    def routes(self) -> list[BaseRoute]:
+        workspace = f"{PORTAL_PREFIX}{{workspace:uuid}}"
+        return [
+            Route("/", self.get_timeline),
+            Route(f"{workspace}/{{cluster:uuid}}/queries/{{query:uuid}}", self.get_query),
+            Route(
+                f"{PORTAL_PREFIX}{{organization:uuid}}/{{workspace:uuid}}/compute/{{cluster:uuid}}",
+                self.get_cluster,
+            ),
+            Mount(f"{ADMIN_PREFIX}static", StaticFiles(directory=FOLDER / "static")),
+        ]
+
+    async def get_timeline(self, request: Request) -> Response:
+        dag = request.query_params.get("dag", "")
+        manifest = request.query_params.get("manifest", "")
+        clusters = list(self._state.clusters.values())
+        chosen = [
+            cluster
+            for cluster in clusters
+            if (not manifest or cluster.manifest == manifest)
+            and (not dag or dag in self._dags(cluster))
+        ]
+        shown = chosen[-CLUSTERS:]
+        axis = Axis(self._life(cluster) for cluster in shown)
+        rows = [self._row(cluster, axis, dag) for cluster in reversed(shown)]
+        return self._page(
+            "timeline.html",
+            rows=rows,
+            axis=axis,
+            older=len(chosen) - len(shown),
+            billed=sum(row.billed * row.cluster.spec.cluster_size for row in rows),
+            used=sum(row.used * row.cluster.spec.cluster_size for row in rows),
+            dag=dag,
+            dags=sorted({dag for cluster in clusters for dag in self._dags(cluster)}),
+            manifest=manifest,
+            manifests=sorted({c.manifest for c in clusters if c.manifest}),
+        )
+
+    async def get_cluster(self, request: Request) -> Response:
+        try:
+            cluster = self._state.find_cluster(request.path_params["cluster"])
+        except NotFound as error:
+            return self._missing(error)
+        axis = Axis([self._life(cluster)])
+        return self._page("cluster.html", row=self._row(cluster, axis), axis=axis)
+
+    async def get_query(self, request: Request) -> Response:
+        try:
+            query = self._state.find_query(request.path_params["query"])
+            cluster = self._state.find_cluster(query.cluster_id)
+        except NotFound as error:
+            return self._missing(error)
+        plan = "The plan was too large to be kept."
+        if query.plan:
+            plan = await explain(query.plan, self._environment)
+        row = self._row(cluster, Axis([self._life(cluster)]))
+        return self._page(
+            "query.html", query=query, name=_name(query), row=row, labels=_labels(query), plan=plan
+        )
+
+    def _page(self, template: str, status: int = 200, **values: Any) -> Response:
+        text = self._templates.get_template(template).render(now=self._clock.now(), **values)
+        return HTMLResponse(text, status, HEADERS)
+
+    def _missing(self, error: NotFound) -> Response:
+        return self._page("missing.html", 404, error=error)
+
+    def _row(self, cluster: Cluster, axis: Axis, dag: str = "") -> Row:
+        life = self._life(cluster)
+        queries = [q for q in self._queries(cluster) if not dag or _labels(q).get("dag") == dag]
+        lanes = [self._lane(query, axis) for query in queries[:LANES]]
+        ready = min(max(cluster.ready_at, life.start), life.end)
+        dags = sorted(self._dags(cluster))
+        return Row(
+            cluster,
+            cluster.manifest or ", ".join(dags) or f"cluster {_short(cluster.id)}",
+            dags,
+            f"{PORTAL_PREFIX}{self._organization_id}/{self._workspace_id}/compute/{cluster.id}",
+            axis.span(Interval(life.start, ready)),
+            axis.span(life),
+            lanes,
+            len(queries) - len(lanes),
+            self._state.billed_seconds(cluster),
+            total_seconds(self._ran(q) for q in queries if q.started_at),
+        )
+
+    def _lane(self, query: Query, axis: Axis) -> Lane:
+        ran = self._ran(query)
+        return Lane(
+            query,
+            _name(query),
+            f"{PORTAL_PREFIX}{self._workspace_id}/{query.cluster_id}/queries/{query.id}",
+            axis.span(Interval(query.submitted_at, ran.start)),
+            axis.span(ran),
+        )
+
+    def _life(self, cluster: Cluster) -> Interval:
+        return Interval(cluster.requested_at, cluster.stopped_at or self._clock.now())
+
+    def _ran(self, query: Query) -> Interval:
+        end = query.ended_at or self._clock.now()
+        return Interval(query.started_at or end, end)
+
+    def _queries(self, cluster: Cluster) -> Sequence[Query]:
+        return [q for q in self._state.queries.values() if q.cluster_id == cluster.id]
+
+    def _dags(self, cluster: Cluster) -> set[str]:
+        labels = (_labels(query) for query in self._queries(cluster))
+        return {each["dag"] for each in labels if "dag" in each}
+
+    def _end(self, cluster: Cluster) -> str:
+        """How a cluster is, or came to its end."""
+        if cluster.termination_reason is None:
+            return str(cluster.status).lower()
+        end = ENDS[cluster.termination_reason]
+        if cluster.status is ClusterStatus.STOPPING:
+            end = f"stopping, {end}"
+        return f"{end}: {cluster.termination_message}" if cluster.termination_message else end
+
+
+def _labels(query: Query) -> dict[str, str]:
+    """Those labels of a query that are a key and a value."""
+    pairs: Iterable[list[str]] = (label.split("=", 1) for label in query.labels)
+    return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
+
+
+def _name(query: Query) -> str:
+    """What it is called on a page: its task if its labels tell, and otherwise its id."""
+    labels = _labels(query)
+    if "task" not in labels:
+        return f"query {_short(query.id)}"
+    name = labels["task"]
+    if "map" in labels:
+        name += f"[{labels['map']}]"
+    return name if labels.get("try", "1") == "1" else f"{name}, try {labels['try']}"
+
+
+def _short(identifier: UUID) -> str:
+    return str(identifier)[:8]
+
+
+def _moment(moment: datetime | None) -> str:
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC" if moment else "not yet"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.1f} s"

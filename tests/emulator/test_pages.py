@@ -1,0 +1,205 @@
+"""What a person sees of the emulator in a browser."""
+
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from datetime import timedelta
+from typing import Any
+
+import httpx
+import polars as pl
+import pytest
+
+from polars_cloud_emulator.control_plane import ORGANIZATION_ID, WORKSPACE_ID
+from polars_cloud_emulator.testing import RunningEmulator
+from tests.emulator.blocking_query import BlockingQuery
+from tests.emulator.raw_calls import CLUSTER, WORKSPACE
+from tests.waiting import eventually
+
+StartCluster = Callable[..., Any]
+
+
+@pytest.fixture
+def browser(emulator: RunningEmulator) -> Iterator[httpx.Client]:
+    """Someone without a login."""
+    with httpx.Client(base_url=emulator.rest_url, trust_env=False) as client:
+        yield client
+
+
+def labels(dag: str, task: str, **others: str) -> list[str]:
+    return [f"{key}={value}" for key, value in {"dag": dag, "task": task, **others}.items()]
+
+
+def run(context: Any, frame: pl.LazyFrame, *, given: list[str]) -> None:
+    frame.remote(context).labels(given).sink_parquet("s3://your-bucket/pages/").await_result()
+
+
+def text(page: str) -> str:
+    """A page as it is read, without its markup."""
+    return re.sub(r"\s+", " ", re.sub("<[^>]+>", " ", page))
+
+
+def query_page(query: dict[str, Any]) -> str:
+    return f"/portal/{WORKSPACE_ID}/{query['cluster_id']}/queries/{query['id']}"
+
+
+def test_page_without_a_cluster_says_what_to_do(browser: httpx.Client) -> None:
+    assert "No cluster yet. Run a DAG" in text(browser.get("/").text)
+
+
+def test_clusters_are_named_by_what_ran_there_the_latest_first(
+    browser: httpx.Client, start_cluster: StartCluster
+) -> None:
+    for dag in ("first", "second"):
+        context = start_cluster(cluster_size=2)
+        run(
+            context,
+            pl.LazyFrame({"x": [1, 2]}),
+            given=labels(dag, "count", map="3", **{"try": "2"}),
+        )
+        context.stop()
+    page = text(browser.get("/").text)
+    assert page.index("second 2 nodes, stopped by its user") < page.index("first 2 nodes, stopped")
+    assert "count[3], try 2 succeeded, 2 rows" in page
+    assert "node-seconds billed" in page
+
+
+def test_query_without_labels_is_named_by_its_id(
+    emulator: RunningEmulator, browser: httpx.Client, start_cluster: StartCluster
+) -> None:
+    pl.LazyFrame({"x": [1]}).remote(start_cluster()).execute()
+    [query] = emulator.state()["queries"]
+    page = text(browser.get("/").text)
+    assert f"query {query['id'][:8]} succeeded" in page
+    assert f"cluster {query['cluster_id'][:8]} 1 node, idle" in page
+
+
+def test_filters_leave_the_clusters_of_one_dag_or_manifest(
+    browser: httpx.Client, start_cluster: StartCluster
+) -> None:
+    for dag in ("kept", "hidden"):
+        run(start_cluster(), pl.LazyFrame({"x": [1]}), given=labels(dag, f"task_of_{dag}"))
+    page = browser.get("/", params={"dag": "kept"}).text
+    assert "task_of_kept" in page
+    assert "task_of_hidden" not in page
+    assert "<option selected>kept</option>" in page
+    assert "task_of_kept" not in browser.get("/", params={"manifest": "other"}).text
+
+
+def test_running_and_waiting_queries_are_told_apart(
+    browser: httpx.Client,
+    start_cluster: StartCluster,
+    blocking: BlockingQuery,
+    background: Executor,
+) -> None:
+    context = start_cluster()
+    blocking.lazy_frame().remote(context).labels(labels("d", "slow")).execute(blocking=False)
+    blocking.wait_for_start()
+    pl.LazyFrame({"x": [1]}).remote(context).labels(labels("d", "next")).execute(blocking=False)
+    page = text(browser.get("/").text)
+    assert "slow running" in page
+    assert "next waiting" in page
+    blocking.release()
+    eventually(lambda: "next succeeded" in text(browser.get("/").text))
+
+
+def test_start_up_is_drawn(
+    emulator: RunningEmulator, browser: httpx.Client, rest: httpx.Client
+) -> None:
+    emulator.add_fault("POST compute/start", "startup_takes", seconds=60)
+    rest.post(f"{WORKSPACE}/compute/start", json=CLUSTER)
+    emulator.advance_clock(timedelta(seconds=30))
+    page = browser.get("/").text
+    assert "1 node, starting" in text(page)
+    assert 'class="starting" x="0.0%" width="100.0%"' in page
+
+
+def test_page_of_a_query_tells_all_about_it(
+    emulator: RunningEmulator, browser: httpx.Client, start_cluster: StartCluster
+) -> None:
+    frame = pl.LazyFrame({"x": [3, 1]}).sort("x")
+    run(start_cluster(), frame, given=labels("sales", "sort", run="monday"))
+    [query] = emulator.state()["queries"]
+    page = text(browser.get(query_page(query)).text)
+    for words in (
+        "sort succeeded on the cluster sales",
+        f"Id {query['id']}",
+        "Run monday",
+        "Rows 2",
+        "Written to s3://your-bucket/pages/00000000.parquet",
+        "SORT BY [col(&#34;x&#34;)]",
+    ):
+        assert words in page
+
+
+def test_page_of_a_failed_query_has_its_whole_error_as_text(
+    emulator: RunningEmulator, browser: httpx.Client, start_cluster: StartCluster
+) -> None:
+    frame = pl.LazyFrame({"x": ["<script>alert(1)</script>"]}).select(pl.col("x").cast(pl.Int8))
+    with pytest.raises(pl.exceptions.InvalidOperationError):
+        frame.remote(start_cluster()).execute()
+    [query] = emulator.state()["queries"]
+    page = browser.get(query_page(query)).text
+    assert "InvalidOperationError: conversion from `str` to `i8` failed" in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "<script>alert" not in page
+
+
+def test_link_in_the_clients_own_words_opens_the_page(
+    emulator: RunningEmulator, browser: httpx.Client, start_cluster: StartCluster
+) -> None:
+    context = start_cluster()
+    address = (
+        f"/portal/{context.organization.id}/{context.workspace.id}/compute/{context._compute_id}"
+    )
+    assert f"/portal/{ORGANIZATION_ID}/" in address
+    page = browser.get(address)
+    assert page.status_code == 200
+    assert "2 CPUs and 4 GB each" in text(page.text)
+
+
+def test_page_of_what_is_not_there_says_why(browser: httpx.Client) -> None:
+    nobody = WORKSPACE_ID
+    page = browser.get(f"/portal/{WORKSPACE_ID}/{nobody}/queries/{nobody}")
+    assert page.status_code == 404
+    assert f"Query {nobody} does not exist here: the emulator was started anew" in text(page.text)
+
+
+def test_pages_show_no_secret_and_are_no_calls_of_a_client(
+    emulator: RunningEmulator, browser: httpx.Client, start_cluster: StartCluster
+) -> None:
+    context = start_cluster(env_vars={"API_KEY": "a-secret-of-the-user"})
+    run(context, pl.LazyFrame({"x": [1]}), given=labels("d", "t"))
+    [query] = emulator.state()["queries"]
+    before = len(emulator.journal())
+    compute = f"/portal/{ORGANIZATION_ID}/{WORKSPACE_ID}/compute/{query['cluster_id']}"
+    pages = [browser.get(path) for path in ("/", query_page(query), compute)]
+    secret = emulator.environment["POLARS_CLOUD_CLIENT_SECRET"]
+    for page in pages:
+        assert page.status_code == 200
+        assert "a-secret-of-the-user" not in page.text
+        assert secret not in page.text
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert len(emulator.journal()) == before
+
+
+def test_pages_load_nothing_from_elsewhere(browser: httpx.Client) -> None:
+    page = browser.get("/").text
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page)
+    for source in sources:
+        assert source.startswith("/") or source == "data:,"
+    for source in sources:
+        if source.startswith("/_emulator/static/"):
+            assert browser.get(source).status_code == 200
+
+
+def test_many_queries_are_counted_and_the_first_are_drawn(
+    emulator: RunningEmulator, browser: httpx.Client, start_cluster: StartCluster
+) -> None:
+    context = start_cluster()
+    for _ in range(33):
+        pl.LazyFrame({"x": [1]}).remote(context).execute(blocking=False)
+    eventually(lambda: all(query["ended_at"] for query in emulator.state()["queries"]))
+    page = text(browser.get("/").text)
+    assert "33 queries" in page
+    assert "and 3 more" in page
