@@ -13,6 +13,7 @@ from polars_cloud_emulator.server import Emulator
 from polars_cloud_emulator.state_directory import UnreadableState
 
 DEFAULT_PORT_BASE = 7410
+PARENT_CHECK_SECONDS = 0.5
 
 
 def main() -> None:
@@ -35,6 +36,7 @@ def main() -> None:
         default="emulator",
         help="the emulator's own S3, or the one that the AWS_* variables lead to",
     )
+    serve.add_argument("--parent", type=int, help="end when this process, which started it, does")
     options = parser.parse_args()
 
     own_s3 = options.object_store == "emulator"
@@ -60,7 +62,9 @@ def main() -> None:
                 write_env_file(options.env_file, emulator.environment)
                 ready += f"; in another shell: set -a; . {options.env_file}; set +a"
             print(ready, flush=True)
-            stop.wait()
+            while not stop.wait(PARENT_CHECK_SECONDS if options.parent else None):
+                if os.getppid() != options.parent:
+                    break
     except UnreadableState as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     except UnusableEnvironment as error:

@@ -2,14 +2,14 @@
 
 import asyncio
 import contextlib
-import os
-import sys
 from asyncio.subprocess import Process
 from collections.abc import Callable, Coroutine, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
 
+from polars_cloud_emulator.errors import InvalidRequest
 from polars_cloud_emulator.faults import (
     ClusterLost,
     QueryFails,
@@ -22,8 +22,10 @@ from polars_cloud_emulator.faults import (
     StartupTakes,
     WorkerKilled,
 )
+from polars_cloud_emulator.isolated_python import worker_environment
+from polars_cloud_emulator.jobs import Answer, Failure, Job, Success
+from polars_cloud_emulator.requirements import importable_modules
 from polars_cloud_emulator.state import Cluster, Query, State, TerminationReason
-from polars_cloud_emulator.worker import Answer, Failure, Job, Success
 from polars_cloud_emulator.workers import Worker, WorkerDied, hang, kill, run
 
 TICK = timedelta(milliseconds=50)
@@ -43,11 +45,13 @@ class Compute:
     Parameters
     ----------
     environment
-        What a worker needs to reach the object store, on top of this process's variables.
+        What a worker needs to reach the object store.
     temporary_uri
         Prefix for results without a destination.
     delete_result
         Called in a thread with the id of each query that was dropped to stay within bounds.
+    folder
+        Working directory of the workers, empty as a cluster's.
     """
 
     def __init__(
@@ -57,14 +61,11 @@ class Compute:
         environment: Mapping[str, str],
         temporary_uri: str,
         delete_result: Callable[[UUID], None],
+        folder: Path,
     ) -> None:
         self._state = state
-        self.environment = {
-            **os.environ,
-            # A worker imports what this process can, installed or not.
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            **environment,
-        }
+        self._folder = folder
+        self.environment = {**worker_environment(), **environment}
         """Of a worker, beside what its cluster declares."""
         self._temporary_uri = temporary_uri
         self._delete_result = delete_result
@@ -85,19 +86,28 @@ class Compute:
         if cluster.id not in self._idle:
             match fault:
                 case StartupFails(message=message):
-                    self._state.begin_stop(cluster, TerminationReason.FAILED, message)
-                    self._state.end_stop(cluster)
+                    self._fail_to_start(cluster, message)
                     return
                 case StartupTakes(seconds=seconds):
                     self._state.postpone(cluster, timedelta(seconds=seconds))
+            try:
+                modules = importable_modules(cluster.spec.requirements_txt)
+            except InvalidRequest as error:
+                self._fail_to_start(cluster, str(error))
+                return
             environment = {**self.environment, **cluster.spec.env_vars}
 
             def give_up(reason: str) -> None:
                 self._run_in_background(self.stop(cluster.id, TerminationReason.FAILED, reason))
 
             self._idle[cluster.id] = [
-                Worker(environment, give_up) for _ in range(cluster.spec.cluster_size)
+                Worker(environment, give_up, self._folder, modules)
+                for _ in range(cluster.spec.cluster_size)
             ]
+
+    def _fail_to_start(self, cluster: Cluster, reason: str) -> None:
+        self._state.begin_stop(cluster, TerminationReason.FAILED, reason)
+        self._state.end_stop(cluster)
 
     async def stop(
         self, cluster_id: UUID, reason: TerminationReason, message: str | None = None

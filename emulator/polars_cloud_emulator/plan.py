@@ -107,8 +107,14 @@ def prepare(plan: bytes, temporary_uri: str) -> Prepared:
     """Make every sink's target a place that Polars can write, and let the first note its rows.
 
     A directory gets a part file; a result without a destination goes below ``temporary_uri``.
+
+    Raises
+    ------
+    FileNotFoundError
+        A scan reads a file of the client's machine, which a cluster does not have.
     """
     document = _taken_apart(plan)
+    _check_scans(document, results=temporary_uri.rpartition("/")[0].rpartition("/")[0])
     root = document.root_node
     if "SinkMultiple" in root:
         nodes = [node["Sink"] for node in root["SinkMultiple"]["inputs"]]
@@ -122,6 +128,17 @@ def prepare(plan: bytes, temporary_uri: str) -> Prepared:
         result = document.serialized(writing[0]["input"]["idx"])
         writing[0]["input"] = _observe(document, writing[0]["input"])
     return Prepared(document.serialized(document.root), sinks, result)
+
+
+def _check_scans(document: Document, results: str) -> None:
+    for node in document.nodes:
+        match node["value"]:
+            case {"Scan": {"sources": {"Paths": paths}}}:
+                for path in paths:
+                    uri = path["inner"]
+                    is_local = "://" not in uri or uri.startswith("file://")
+                    if is_local and not uri.startswith(f"{results}/"):
+                        raise FileNotFoundError(f"No such file or directory (os error 2): {uri}")
 
 
 def _observe(document: Document, rows: Node) -> Node:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 import polars as pl
 
+from polars_cloud_emulator.isolated_python import python
+
 TIMEOUT = 20.0
 """Seconds until an explanation is given up: a scan may wait for its files."""
 LONGEST = 100_000
@@ -24,7 +26,7 @@ async def explain(plan: bytes, environment: Mapping[str, str]) -> str:
         What a worker has to reach the object store: Polars looks at the files of a scan.
     """
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "polars_cloud_emulator.plan_text"),
+        *python("polars_cloud_emulator.plan_text"),
         stdin=PIPE,
         stdout=PIPE,
         env=environment,

@@ -189,6 +189,7 @@ class Emulator:
             environment=self._object_store.environment,
             temporary_uri=self._object_store.temporary_uri,
             delete_result=self._object_store.delete_result,
+            folder=self._files.workers,
         )
         self._access_tokens = AccessTokens(
             self.clock, self._files.client_secret(), self._token_lifetime

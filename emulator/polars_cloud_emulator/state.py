@@ -14,6 +14,7 @@ import msgspec
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.errors import Conflict, InvalidRequest, NotFound, WrongState
 from polars_cloud_emulator.instance_types import instance_types
+from polars_cloud_emulator.jobs import Outcome
 
 DEFAULT_IDLE_TIMEOUT_MINS = 60
 MINIMUM_IDLE_TIMEOUT_MINS = 10
@@ -111,15 +112,6 @@ class Cluster(msgspec.Struct, kw_only=True):
     @property
     def is_live(self) -> bool:
         return self.status in {ClusterStatus.STARTING, ClusterStatus.IDLE, ClusterStatus.RUNNING}
-
-
-class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What a successful query left behind."""
-
-    destinations: list[str]
-    file_type: Literal["parquet", "ipc", "csv", "ndjson"] | None
-    n_rows: int
-    head: bytes | None
 
 
 class Query(msgspec.Struct, kw_only=True):

@@ -23,12 +23,13 @@ class StateDirectory:
         self.client_config = path / "client-config"
         self.objects = path / "objects"
         self.results = path / "results"
+        self.workers = path / "workers"
         self.server_certificate = path / "server.pem"
         self._authority_key = path / "certificate-authority.key"
         self._authority = self.trusted_certificates / "certificate-authority.pem"
         self._client_secret = path / "client-secret"
         self._snapshot = path / "state.json"
-        for directory in (self.trusted_certificates, self.client_config):
+        for directory in (self.trusted_certificates, self.client_config, self.workers):
             directory.mkdir(exist_ok=True)
 
     def certificate_authority(self) -> trustme.CA:

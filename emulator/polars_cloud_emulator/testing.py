@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from polars_cloud_emulator.env_file import read_env_file
+from polars_cloud_emulator.isolated_python import python, without_path
 from polars_cloud_emulator.journal import ADMIN_PREFIX
 
 STOP_TIMEOUT = 30.0
@@ -113,7 +113,7 @@ class RunningEmulator:
 
 @contextlib.contextmanager
 def running_emulator(state_dir: Path | None = None) -> Iterator[RunningEmulator]:
-    """Run an emulator while the context is open.
+    """Run an emulator while the context is open; it ends with this process, however that ends.
 
     Put its ``environment`` into ``os.environ`` before ``polars_cloud`` is imported for the first
     time: the client reads it then.
@@ -130,15 +130,14 @@ def running_emulator(state_dir: Path | None = None) -> Iterator[RunningEmulator]
     """
     with tempfile.TemporaryDirectory() as scratch:
         env_file = Path(scratch) / "env"
-        command = [sys.executable, "-m", "polars_cloud_emulator", "serve"]
+        command = python("polars_cloud_emulator", "serve", "--parent", os.getpid())
         command += ["--port-base", "0", "--env-file", str(env_file)]
         command += ["--state-dir", str(state_dir or Path(scratch) / "state")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         with subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=without_path(os.environ),
             # Ctrl-C is for the test suite, which then stops the emulator.
             start_new_session=True,
         ) as process:

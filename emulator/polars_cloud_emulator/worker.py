@@ -19,7 +19,8 @@ import polars as pl
 
 from polars_cloud_emulator import plan as query_plan
 from polars_cloud_emulator import written_rows
-from polars_cloud_emulator.state import Outcome
+from polars_cloud_emulator.declared_imports import DeclaredImports
+from polars_cloud_emulator.jobs import Answer, Failure, Job, Outcome, Success
 
 OPTIMIZATION_BITS = {
     "projection_pushdown": 0,
@@ -37,26 +38,6 @@ OPTIMIZATION_BITS = {
     "join_order": 19,
 }
 """Where the client's bit mask keeps each option of ``polars.QueryOptFlags``."""
-
-
-class Job(msgspec.Struct, kw_only=True):
-    plan: bytes
-    engine: str
-    optimization_flags: int | None
-    temporary_uri: str
-    """Where a result without a destination of its own goes."""
-
-
-class Failure(msgspec.Struct, tag=True):
-    error: str
-    """``Type: message``, from which the client makes the exception again."""
-
-
-class Success(msgspec.Struct, tag=True):
-    outcome: Outcome
-
-
-Answer = Success | Failure
 
 
 def run(job: Job) -> Answer:
@@ -127,6 +108,7 @@ def main() -> None:
         answers.write(struct.pack(">I", len(frame)) + frame)
         answers.flush()
 
+    sys.meta_path.insert(0, DeclaredImports(sys.argv[1:]))
     threading.Thread(target=receive, daemon=True).start()
     send(b"")
     while True:

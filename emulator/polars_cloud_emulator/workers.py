@@ -4,14 +4,15 @@ import asyncio
 import contextlib
 import signal
 import struct
-import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import NoReturn
 
 import msgspec
 
-from polars_cloud_emulator.worker import Answer, Job
+from polars_cloud_emulator.isolated_python import python
+from polars_cloud_emulator.jobs import Answer, Job
 
 
 class WorkerDied(Exception):
@@ -27,10 +28,22 @@ class Worker:
         Variables of the process.
     give_up
         Called with the reason when a process cannot be started; there will be no further one.
+    folder
+        Working directory of the process.
+    modules
+        Top-level modules that it may import, beside those of Python and Polars.
     """
 
-    def __init__(self, environment: Mapping[str, str], give_up: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        give_up: Callable[[str], None],
+        folder: Path,
+        modules: Iterable[str],
+    ) -> None:
         self._environment = environment
+        self._folder = folder
+        self._modules = modules
         self._give_up = give_up
         self._process: Process | None = None
         self._ready = asyncio.Event()
@@ -66,10 +79,11 @@ class Worker:
             while True:
                 self._killed = False
                 self._process = process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-m", "polars_cloud_emulator.worker"),
+                    *python("polars_cloud_emulator.worker", *self._modules),
                     stdin=PIPE,
                     stdout=PIPE,
                     env=self._environment,
+                    cwd=self._folder,
                     # Ctrl-C in the emulator's terminal is the emulator's to handle.
                     start_new_session=True,
                 )

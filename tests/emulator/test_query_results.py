@@ -145,6 +145,9 @@ def test_secrets_of_a_sink_read_its_result_back(context: Any) -> None:
     assert result.n_rows_total == 2
 
 
+FRAME = "s3://your-bucket/frame/"
+
+
 def test_optimization_flags_reach_the_worker(context: Any, tmp_path: Path) -> None:
     columns = tmp_path / "columns"
 
@@ -152,8 +155,8 @@ def test_optimization_flags_reach_the_worker(context: Any, tmp_path: Path) -> No
         columns.write_text(" ".join(df.columns))
         return df
 
-    pl.DataFrame({"x": [1], "y": [2]}).write_parquet(tmp_path / "frame.parquet")
-    frame = pl.scan_parquet(tmp_path / "frame.parquet").map_batches(
+    pl.LazyFrame({"x": [1], "y": [2]}).remote(context).sink_parquet(FRAME).await_result()
+    frame = pl.scan_parquet(FRAME).map_batches(
         write_columns, projection_pushdown=True, validate_output_schema=False
     )
     for flags, seen in [(pl.QueryOptFlags(), "x"), (pl.QueryOptFlags.none(), "x y")]:
