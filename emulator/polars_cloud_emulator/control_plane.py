@@ -1,5 +1,6 @@
 """The control plane: REST for workspaces, manifests, clusters and queries; gRPC in proxy mode."""
 
+import functools
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from operator import itemgetter
@@ -16,8 +17,15 @@ from starlette.routing import Route
 from polars_cloud_emulator.access_tokens import ACCOUNT_ID, AccessTokens
 from polars_cloud_emulator.client_check import ClientCheck
 from polars_cloud_emulator.compute import Compute
-from polars_cloud_emulator.errors import EmulatorError, InvalidRequest, NotFound, Unauthenticated
+from polars_cloud_emulator.errors import (
+    EmulatorError,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+    Unauthenticated,
+)
 from polars_cloud_emulator.grpc_transport import grpc_route
+from polars_cloud_emulator.instance_types import instance_types
 from polars_cloud_emulator.messages import (
     ProxyQueryResultAnswer,
     ProxySubmitRequest,
@@ -51,6 +59,21 @@ ORGANIZATION_ID = UUID("5e41ce00-0000-4000-8000-000000000003")
 EPOCH = "2026-01-01T00:00:00Z"
 SERVICE = "/polars_cloud.control_plane.client.v1.ClientService"
 FILE_TYPE_NAMES = {"parquet": "Parquet", "ipc": "IPC", "csv": "Csv", "ndjson": "NDJSON", None: None}
+
+ONE_EACH = "the emulator has one workspace in one organization: it makes and deletes none"
+NOT_EMULATED = [
+    ("POST", "/api/v1/workspace", ONE_EACH),
+    ("DELETE", "/api/v1/workspace/{workspace_id:uuid}", ONE_EACH),
+    ("POST", "/api/v1/organization", ONE_EACH),
+    ("DELETE", "/api/v1/organization/{organization_id:uuid}", ONE_EACH),
+    (
+        "GET",
+        "/api/v1/workspace/aws/{workspace_id:uuid}/setup-url",
+        "the emulator runs on no cloud: there is none to connect",
+    ),
+    ("PATCH", "/api/v1/user", "the emulator keeps no settings of a user: name the workspace"),
+]
+"""Calls of the client that are refused, and why."""
 
 ORDERS = ("request_time", "created_at", "updated_at")
 
@@ -103,6 +126,7 @@ class ControlPlane:
             ("GET", "/api/v1/organization/{organization_id:uuid}", self.get_organization),
             ("GET", "/api/v1/workspace", self.list_workspaces),
             ("GET", workspace, self.get_workspace),
+            ("GET", workspace + "/aws", self.get_aws_connection),
             ("GET", workspace + "/cluster-defaults", self.get_cluster_defaults),
             ("POST", workspace + "/compute/start", self.start_cluster),
             ("GET", workspace + "/compute", self.list_clusters),
@@ -123,6 +147,13 @@ class ControlPlane:
             *(Route(path, self._checked(call), methods=[method]) for method, path, call in rest),
             grpc_route(f"{SERVICE}/SubmitQuery", ProxySubmitRequest, self.submit_query),
             grpc_route(f"{SERVICE}/GetQueryResult", QueryReference, self.get_query_result),
+        ]
+
+    def refusals(self) -> list[Route]:
+        """Calls that the client knows and the emulator refuses."""
+        return [
+            Route(path, self._checked(functools.partial(_refuse, words)), methods=[method])
+            for method, path, words in NOT_EMULATED
         ]
 
     def _checked(
@@ -181,6 +212,9 @@ class ControlPlane:
 
     async def get_workspace(self, request: Request) -> Model:
         return _workspace()
+
+    async def get_aws_connection(self, request: Request) -> Model:
+        raise NotFound("the emulator's workspace is connected to no AWS account")
 
     async def get_cluster_defaults(self, request: Request) -> Model:
         return {"instance_specs": {"specs": {"cpus": 2, "ram_gb": 4}}, "cluster_size": 1}
@@ -301,6 +335,10 @@ class ControlPlane:
         return ProxyQueryResultAnswer(query_result(self._state.find_query(parse_id(message.query))))
 
 
+async def _refuse(words: str, request: Request) -> None:
+    raise PermissionDenied(words)
+
+
 def _page(models: list[Model], request: Request) -> Model:
     page = positive_parameter(request, "page", 1)
     limit = positive_parameter(request, "limit", 1000)
@@ -360,11 +398,15 @@ def _hardware(spec: ClusterSpec) -> Model:
             "req_ram_gb": spec.specs.ram_gb,
             "req_big_instance_multiplier": spec.specs.multiplier,
             "cpu_architectures": spec.specs.cpu_architectures,
+            "vcpus": spec.specs.cpus,
+            "ram_mib": spec.specs.ram_gb * 1024,
         }
     if spec.instance_type is not None:
         model |= {
             "instance_type": spec.instance_type.standard,
             "big_instance_type": spec.instance_type.big,
+            "vcpus": instance_types()[spec.instance_type.standard].vcpus,
+            "ram_mib": instance_types()[spec.instance_type.standard].ram_mib,
         }
     return model
 

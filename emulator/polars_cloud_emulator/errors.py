@@ -44,6 +44,11 @@ class Unauthenticated(EmulatorError):
     grpc_status = GrpcStatus.UNAUTHENTICATED
 
 
+class PermissionDenied(EmulatorError):
+    http_status = 403
+    grpc_status = GrpcStatus.PERMISSION_DENIED
+
+
 class NotFound(EmulatorError):
     http_status = 404
     grpc_status = GrpcStatus.NOT_FOUND

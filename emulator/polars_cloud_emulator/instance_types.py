@@ -1,11 +1,21 @@
 """The instance types of AWS, as moto lists them."""
 
 import functools
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from moto.utilities.utils import load_resource
 
 
+class InstanceSize(NamedTuple):
+    vcpus: int
+    ram_mib: int
+
+
 @functools.cache
-def instance_types() -> frozenset[str]:
-    """All names, such as ``m5.large``; read when the first cluster asks for one."""
-    return frozenset(load_resource("ec2/resources/instance_types.json"))
+def instance_types() -> Mapping[str, InstanceSize]:
+    """Names, such as ``m5.large``, and sizes; read when the first cluster asks for one."""
+    return {
+        name: InstanceSize(each["VCpuInfo"]["DefaultVCpus"], each["MemoryInfo"]["SizeInMiB"])
+        for name, each in load_resource("ec2/resources/instance_types.json").items()
+    }

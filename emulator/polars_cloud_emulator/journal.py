@@ -66,9 +66,13 @@ class JournalMiddleware:
         self._access_tokens = access_tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _is_for_people(scope["path"]):
+        if scope["type"] == "http" and not _is_for_people(scope["path"]):
+            send = self._recorded(scope, send)
+        # A client that leaves in the middle of its request gets no answer: its entry has no status.
+        with suppress(ClientDisconnect):
             await self._app(scope, receive, send)
-            return
+
+    def _recorded(self, scope: Scope, send: Send) -> Send:
         entry = self._journal.record(scope)
         with suppress(Unauthenticated):
             entry.account = self._access_tokens.check(Headers(scope=scope).get("authorization"))
@@ -80,9 +84,7 @@ class JournalMiddleware:
                 entry.grpc_status = int(dict(message["headers"])[b"grpc-status"])
             await send(message)
 
-        # A client that leaves in the middle of its request gets no answer: its entry has no status.
-        with suppress(ClientDisconnect):
-            await self._app(scope, receive, observe)
+        return observe
 
 
 def _is_for_people(path: str) -> bool:

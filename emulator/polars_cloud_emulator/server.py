@@ -230,6 +230,7 @@ class Emulator:
                 *pages.routes(),
                 *admin.routes(),
                 *calls,
+                *control_plane.refusals(),
                 Route("/{path:path}", _unknown_call, methods=list(_METHODS)),
             ],
             lifespan=self._lifespan,

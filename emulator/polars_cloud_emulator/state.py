@@ -178,6 +178,11 @@ class State:
     # Manifests
 
     def register_manifest(self, name: str, spec: ClusterSpec) -> Manifest:
+        if not name or set(name) & set("&#%+"):
+            raise InvalidRequest(
+                f"'{name}' cannot name a manifest: the client asks for it in a URL, where "
+                "'&', '#', '%' and '+' mean something else"
+            )
         if name in self.manifests:
             raise Conflict(f"manifest '{name}' exists; unregister it to register it anew")
         self._check_spec(spec)
