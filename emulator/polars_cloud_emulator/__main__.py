@@ -8,9 +8,9 @@ import threading
 from pathlib import Path
 
 from polars_cloud_emulator.env_file import write_env_file
+from polars_cloud_emulator.kept_state import UnreadableState
 from polars_cloud_emulator.object_store import UnusableEnvironment
 from polars_cloud_emulator.server import Emulator
-from polars_cloud_emulator.state_directory import UnreadableState
 
 DEFAULT_PORT_BASE = 7410
 PARENT_CHECK_SECONDS = 0.5

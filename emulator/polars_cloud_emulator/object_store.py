@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote
 
 import boto3
 from botocore.config import Config
@@ -24,6 +23,7 @@ from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
 
 from polars_cloud_emulator import sample_data
+from polars_cloud_emulator.kept_objects import KeptObjects
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -46,19 +46,22 @@ class ObjectStore:
     ----------
     address
         ``host:port`` under which clients find it.
+    folder
+        Where the objects are kept.
     """
 
     temporary_uri = f"s3://{TEMPORARY_BUCKET}"
     """Prefix for results without a destination."""
 
-    def __init__(self, listener: socket.socket, address: str) -> None:
+    def __init__(self, listener: socket.socket, address: str, folder: Path) -> None:
         self.endpoint_url = f"http://{address}"
         logging.getLogger("werkzeug").setLevel(logging.WARNING)
+        self._kept = KeptObjects(folder, (DATA_BUCKET, TEMPORARY_BUCKET))
         host, port = listener.getsockname()[:2]
         self._server = make_server(
             host,
             port,
-            _in_their_regions(DomainDispatcherApplication(create_backend_app)),
+            _in_their_regions(self._kept.kept(DomainDispatcherApplication(create_backend_app))),
             threaded=True,
             request_handler=MotoRequestHandler,
             fd=listener.fileno(),
@@ -104,22 +107,10 @@ class ObjectStore:
             for key in self._keys(bucket):
                 self._client.delete_object(Bucket=bucket, Key=key)
 
-    def save(self, directory: Path) -> None:
-        """Make ``directory/bucket`` hold every object, and nothing else."""
-        shutil.rmtree(directory, ignore_errors=True)
-        for bucket in (DATA_BUCKET, TEMPORARY_BUCKET):
-            (directory / bucket).mkdir(parents=True)
-            for key in self._keys(bucket):
-                content = self._client.get_object(Bucket=bucket, Key=key)["Body"].read()
-                # Quoted, no key can leave the folder or be another's parent.
-                (directory / bucket / quote(key, safe="")).write_bytes(content)
-
-    def load(self, directory: Path) -> None:
-        """Read back what ``save`` wrote."""
-        for path in directory.glob("*/*"):
-            self._client.put_object(
-                Bucket=path.parent.name, Key=unquote(path.name), Body=path.read_bytes()
-            )
+    def load(self) -> None:
+        """Let moto know what was kept."""
+        for bucket, key, path in list(self._kept.each()):
+            self._client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
 
     def close(self) -> None:
         self._server.shutdown()
@@ -196,11 +187,8 @@ class OutsideObjectStore:
     def clear(self) -> None:
         shutil.rmtree(self._results, ignore_errors=True)
 
-    def save(self, directory: Path) -> None:
-        """Save nothing: all of it lies where a restarted emulator finds it."""
-
-    def load(self, directory: Path) -> None:
-        """Load nothing."""
+    def load(self) -> None:
+        """Load nothing: all of it lies where a restarted emulator finds it."""
 
     def close(self) -> None:
         """Close nothing: there is no server."""

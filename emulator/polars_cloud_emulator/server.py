@@ -33,6 +33,7 @@ from polars_cloud_emulator.control_plane import ORGANIZATION_ID, WORKSPACE_ID, C
 from polars_cloud_emulator.errors import UnknownCall
 from polars_cloud_emulator.faults import Connection, FaultMiddleware, Faults
 from polars_cloud_emulator.journal import Journal, JournalMiddleware
+from polars_cloud_emulator.kept_state import CommitMiddleware, KeptState
 from polars_cloud_emulator.object_store import ObjectStore, OutsideObjectStore
 from polars_cloud_emulator.pages import Pages
 from polars_cloud_emulator.rest_transport import refusal
@@ -130,11 +131,15 @@ class Emulator:
                 resources.enter_context(tempfile.TemporaryDirectory())
             )
             self._files = StateDirectory(state_dir.resolve())
-            self._snapshot = self._files.load()
+            self._kept = KeptState(self._files.state)
+            resources.callback(self._kept.close)
+            self._snapshot = self._kept.load()
             self._object_store: ObjectStore | OutsideObjectStore
             if self._outside_s3 is None:
                 [s3_listener] = s3_listeners
-                self._object_store = ObjectStore(s3_listener, self._address(s3_listener))
+                self._object_store = ObjectStore(
+                    s3_listener, self._address(s3_listener), self._files.objects
+                )
             else:
                 self._object_store = OutsideObjectStore(self._outside_s3, self._files.results)
             resources.callback(self._object_store.close)
@@ -237,7 +242,11 @@ class Emulator:
         )
         await hypercorn.asyncio.serve(
             JournalMiddleware(  # type: ignore[arg-type]
-                FaultMiddleware(application, self._faults, self._access_tokens),
+                FaultMiddleware(
+                    CommitMiddleware(application, self._kept, self._state),
+                    self._faults,
+                    self._access_tokens,
+                ),
                 self._journal,
                 self._access_tokens,
             ),
@@ -259,11 +268,10 @@ class Emulator:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, application: Starlette) -> AsyncIterator[None]:
-        await asyncio.to_thread(self._object_store.load, self._files.objects)
+        await asyncio.to_thread(self._object_store.load)
         opening = await self._open_the_shop()
-        if self._snapshot is not None:
-            self._state.restore(self._snapshot)
-            self._compute.resume()
+        self._state.restore(self._snapshot)
+        self._compute.resume()
         watches = [
             asyncio.create_task(self._compute.watch_clock()),
             asyncio.create_task(self._open_the_shop_each_day(opening)),
@@ -273,9 +281,7 @@ class Emulator:
         for watch in watches:
             watch.cancel()
         await self._compute.close()
-        if self._state_dir is not None:
-            self._files.save(self._state.snapshot())
-            await asyncio.to_thread(self._object_store.save, self._files.objects)
+        self._kept.commit(self._state)
 
     async def _released(self) -> None:
         """Return when the server is to stop, and no call has to wait for anything else."""

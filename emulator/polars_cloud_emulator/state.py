@@ -413,9 +413,6 @@ class State:
     def clear(self) -> None:
         self.restore(Snapshot({}, {}, {}))
 
-    def snapshot(self) -> Snapshot:
-        return Snapshot(self.manifests, self.clusters, self.queries)
-
     def restore(self, snapshot: Snapshot) -> None:
         """Go on where a stopped emulator was: what it ran starts again."""
         self.manifests = snapshot.manifests

@@ -1,16 +1,9 @@
-"""What outlives one run of the emulator: certificates, the first account's secret, the state."""
+"""What outlives one run of the emulator: certificates, the first account's secret, the rest."""
 
 import secrets
 from pathlib import Path
 
-import msgspec
 import trustme
-
-from polars_cloud_emulator.state import Snapshot
-
-
-class UnreadableState(Exception):
-    """The state in the directory is not this emulator's."""
 
 
 class StateDirectory:
@@ -21,14 +14,14 @@ class StateDirectory:
         path.chmod(0o700)
         self.trusted_certificates = path / "trusted-certificates"
         self.client_config = path / "client-config"
-        self.objects = path / "objects"
+        self.objects = path / "buckets"
         self.results = path / "results"
         self.workers = path / "workers"
         self.server_certificate = path / "server.pem"
         self._authority_key = path / "certificate-authority.key"
         self._authority = self.trusted_certificates / "certificate-authority.pem"
         self._client_secret = path / "client-secret"
-        self._snapshot = path / "state.json"
+        self.state = path / "state.sqlite"
         for directory in (self.trusted_certificates, self.client_config, self.workers):
             directory.mkdir(exist_ok=True)
 
@@ -47,23 +40,3 @@ class StateDirectory:
         if not self._client_secret.exists():
             self._client_secret.write_text(secrets.token_urlsafe(32))
         return self._client_secret.read_text()
-
-    def save(self, snapshot: Snapshot) -> None:
-        self._snapshot.write_bytes(msgspec.json.encode(snapshot))
-
-    def load(self) -> Snapshot | None:
-        """What was saved, if anything.
-
-        Raises
-        ------
-        UnreadableState
-            With the file to delete.
-        """
-        if not self._snapshot.exists():
-            return None
-        try:
-            return msgspec.json.decode(self._snapshot.read_bytes(), type=Snapshot)
-        except msgspec.DecodeError as error:
-            raise UnreadableState(
-                f"{self._snapshot} is not a state of this emulator ({error}); delete it"
-            ) from None

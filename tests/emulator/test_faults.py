@@ -458,7 +458,7 @@ def test_call_meets_one_fault_and_the_first_posted_comes_first(
         ),
         (
             {"operation": "SubmitQuery", "kind": "http_error", "status": 500, "message": ""},
-            "DELETE manifest, GET cluster-defaults, GET compute, GET compute/{id}, "
+            "DELETE manifest, GET aws, GET cluster-defaults, GET compute, GET compute/{id}, "
             "GET compute/{id}/public_info, GET manifest/find, GET organization, "
             "GET organization/{id}, GET query, GET query/{id}, GET user/me, GET workspace, "
             "GET workspace/{id}, POST compute/start, POST compute/{id}/stop, POST manifest, "

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+import sqlite3
 import ssl
 import subprocess
 import threading
@@ -304,9 +305,14 @@ def test_port_that_cannot_be_is_named() -> None:
     assert "Traceback" not in ran.stderr
 
 
-@pytest.mark.parametrize("state", ["{", "{}"])
-def test_state_that_cannot_be_read_is_named(state: str, tmp_path: Path) -> None:
-    (tmp_path / "state.json").write_text(state)
+@pytest.mark.parametrize("what", ["no database", "another's content"])
+def test_state_that_cannot_be_read_is_named(what: str, tmp_path: Path) -> None:
+    if what == "no database":
+        (tmp_path / "state.sqlite").write_text("{" * 1000)
+    else:
+        with contextlib.closing(sqlite3.connect(tmp_path / "state.sqlite")) as file, file:
+            file.execute("CREATE TABLE kept (kind TEXT, key TEXT, content BLOB)")
+            file.execute("INSERT INTO kept VALUES ('query', '1', 'x')")
     ran = subprocess.run(
         command("--port-base", 0, "--state-dir", tmp_path),
         capture_output=True,
@@ -314,5 +320,5 @@ def test_state_that_cannot_be_read_is_named(state: str, tmp_path: Path) -> None:
         timeout=20,
     )
     assert (ran.returncode, ran.stdout) == (1, "")
-    assert str(tmp_path / "state.json") in ran.stderr
+    assert str(tmp_path / "state.sqlite") in ran.stderr
     assert len(ran.stderr.splitlines()) == 1

@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
-import msgspec
 import pytest
 
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.errors import Conflict, InvalidRequest, NotFound, WrongState
 from polars_cloud_emulator.journal import MAX_ENTRIES, Journal
+from polars_cloud_emulator.kept_state import KeptState
 from polars_cloud_emulator.state import (
     MAX_ENDED_QUERIES,
     MAX_KEPT_PLAN,
@@ -21,7 +22,6 @@ from polars_cloud_emulator.state import (
     Outcome,
     Query,
     QueryStatus,
-    Snapshot,
     Specs,
     State,
     TerminationReason,
@@ -247,16 +247,17 @@ def test_unknown_id_is_not_found(state: State, find: str) -> None:
 
 
 def test_restart_runs_again_what_was_running(
-    state: State, clock: StoppedClock, cluster: Cluster
+    state: State, clock: StoppedClock, cluster: Cluster, tmp_path: Path
 ) -> None:
     ended, running, _queued = (submit(state, cluster.id) for _ in range(3))
     state.start_next(cluster.id, 2)
     state.succeed(ended, OUTCOME)
     state.start_next(cluster.id, 2)
-    written = msgspec.json.encode(state.snapshot())
+    kept = KeptState(tmp_path / "state.sqlite")
+    kept.commit(state)
 
     after = State(clock, python_version="3.11.7", polars_version="2.0.0")
-    after.restore(msgspec.json.decode(written, type=Snapshot))
+    after.restore(KeptState(tmp_path / "state.sqlite").load())
     statuses = [query.status for query in after.queries.values()]
     assert statuses == [QueryStatus.SUCCESS, QueryStatus.SCHEDULED, QueryStatus.SCHEDULED]
     again = after.start_next(cluster.id, 2)

@@ -1,0 +1,121 @@
+"""The state on disk, brought up to date before any answer: a client is told what will be kept."""
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from polars_cloud_emulator.state import Cluster, Manifest, Query, Snapshot, State
+
+
+class UnreadableState(Exception):
+    """The file in the state directory is not this emulator's."""
+
+
+class KeptState:
+    """An SQLite file with a row for each manifest, cluster and query.
+
+    A commit survives the end of this process at any moment, SIGKILL included, though not that of
+    the machine.
+
+    Raises
+    ------
+    UnreadableState
+        With the file to delete.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._kept: dict[tuple[str, str], tuple[Any, ...]] = {}
+        with self._reading():
+            # Opened by the thread that starts the emulator, used by the one that serves it.
+            self._file = sqlite3.connect(path, check_same_thread=False)
+            self._file.execute("PRAGMA journal_mode = WAL")
+            self._file.execute("PRAGMA synchronous = OFF")
+            self._file.execute(
+                "CREATE TABLE IF NOT EXISTS kept "
+                "(kind TEXT, key TEXT, content BLOB, PRIMARY KEY (kind, key))"
+            )
+
+    def load(self) -> Snapshot:
+        """What was kept, in the order in which it came to be."""
+        snapshot = Snapshot({}, {}, {})
+        with self._reading():
+            for kind, content in self._file.execute(
+                "SELECT kind, content FROM kept ORDER BY rowid"
+            ):
+                if kind == "manifest":
+                    manifest = msgspec.msgpack.decode(content, type=Manifest)
+                    snapshot.manifests[manifest.name] = manifest
+                elif kind == "cluster":
+                    cluster = msgspec.msgpack.decode(content, type=Cluster)
+                    snapshot.clusters[cluster.id] = cluster
+                else:
+                    query = msgspec.msgpack.decode(content, type=Query)
+                    snapshot.queries[query.id] = query
+        return snapshot
+
+    def commit(self, state: State) -> None:
+        """Keep what has changed since the last commit.
+
+        Raises
+        ------
+        sqlite3.OperationalError
+            It cannot be written: the disk is full.
+        """
+        kinds: dict[str, Mapping[Any, msgspec.Struct]] = {
+            "manifest": state.manifests,
+            "cluster": state.clusters,
+            "query": state.queries,
+        }
+        now = {
+            (kind, str(key)): each
+            for kind, objects in kinds.items()
+            for key, each in objects.items()
+        }
+        fields = {key: msgspec.structs.astuple(each) for key, each in now.items()}
+        changed = [key for key in fields if self._kept.get(key) != fields[key]]
+        gone = self._kept.keys() - fields.keys()
+        if not changed and not gone:
+            return
+        with self._file:
+            self._file.executemany("DELETE FROM kept WHERE kind = ? AND key = ?", gone)
+            self._file.executemany(
+                "INSERT INTO kept VALUES (?, ?, ?) "
+                "ON CONFLICT (kind, key) DO UPDATE SET content = excluded.content",
+                ((*key, msgspec.msgpack.encode(now[key])) for key in changed),
+            )
+        self._kept = fields
+
+    def close(self) -> None:
+        self._file.close()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.DatabaseError, msgspec.DecodeError, TypeError) as error:
+            raise UnreadableState(
+                f"{self._path} is not a state of this emulator ({error}); delete it"
+            ) from None
+
+
+class CommitMiddleware:
+    """Keeps the state before an answer leaves."""
+
+    def __init__(self, app: ASGIApp, kept: KeptState, state: State) -> None:
+        self._app = app
+        self._kept = kept
+        self._state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def commit_first(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._kept.commit(self._state)
+            await send(message)
+
+        await self._app(scope, receive, commit_first if scope["type"] == "http" else send)

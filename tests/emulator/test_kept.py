@@ -1,0 +1,227 @@
+"""What a client was told, and what it wrote, is there again after SIGKILL at any moment."""
+
+import contextlib
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import boto3
+import httpx
+import pytest
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from polars_cloud_emulator.kept_objects import KeptObjects
+from tests.emulator.command_line import Served
+from tests.emulator.raw_calls import CLUSTER, WORKSPACE, rest_client
+
+BUCKET = "your-bucket"
+KILLS = 6
+KEYS = ["a", "a/b", "a+", "=", "ü/%2F x", "k" * 900, "a" + "/" * 300]
+
+Restart = Callable[[], Served]
+
+
+def s3_client(served: Served) -> Any:
+    environment = served.environment
+    return boto3.client(
+        "s3",
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
+        region_name=environment["AWS_REGION"],
+        config=Config(s3={"addressing_style": "path"}, retries={"max_attempts": 1}),
+    )
+
+
+def kill(served: Served) -> None:
+    served.process.send_signal(signal.SIGKILL)
+    served.process.wait(30)
+
+
+@pytest.fixture
+def restart(serve: Callable[..., Served], tmp_path: Path) -> Restart:
+    return lambda: serve("--port-base", 0, "--state-dir", tmp_path / "state")
+
+
+@pytest.fixture
+def s3(serve: Callable[..., Served]) -> Iterator[Any]:
+    with contextlib.closing(s3_client(serve("--port-base", 0))) as client:
+        yield client
+
+
+def test_what_was_told_is_there_after_each_of_many_kills(restart: Restart) -> None:
+    told_objects: dict[str, bytes] = {}
+    told_manifests: set[str] = set()
+    told_clusters: set[str] = set()
+
+    def write_objects(served: Served, round_: int, told: threading.Event) -> None:
+        s3 = s3_client(served)
+        for number in range(100_000):
+            key, content = f"{round_}/{number % 7}", f"{round_} {number}".encode() * 1000
+            try:
+                s3.put_object(Bucket=BUCKET, Key=key, Body=content)
+            except (BotoCoreError, ClientError):
+                # The one in flight is there, or the one before it.
+                told_objects.pop(key, None)
+                return
+            told_objects[key] = content
+            told.set()
+
+    def register(served: Served, round_: int, told: threading.Event) -> None:
+        with contextlib.suppress(httpx.HTTPError), rest_client(served.environment) as rest:
+            started = rest.post(f"{WORKSPACE}/compute/start", json=CLUSTER)
+            told_clusters.add(started.json()["id"])
+            for number in range(100_000):
+                name = f"m-{round_}-{number}"
+                rest.post(f"{WORKSPACE}/manifest", json=CLUSTER | {"name": name})
+                told_manifests.add(name)
+                told.set()
+
+    moments = random.Random(1)
+    for round_ in range(KILLS):
+        served = restart()
+        told = [threading.Event(), threading.Event()]
+        with ThreadPoolExecutor() as clients:
+            for client, event in zip((write_objects, register), told, strict=True):
+                clients.submit(client, served, round_, event)
+            assert all(event.wait(60) for event in told)
+            # Any moment will do.
+            threading.Event().wait(moments.uniform(0, 0.5))
+            kill(served)
+
+    served = restart()
+    state = served.state()
+    assert told_manifests <= set(state["manifests"])
+    assert told_clusters <= {cluster["id"] for cluster in state["clusters"]}
+    assert len(told_clusters) == KILLS
+    s3 = s3_client(served)
+    assert len(told_objects) > KILLS
+    for key, content in told_objects.items():
+        assert s3.get_object(Bucket=BUCKET, Key=key)["Body"].read() == content
+
+
+def test_query_whose_end_was_told_does_not_run_again(
+    restart: Restart, run_client: Callable[..., str]
+) -> None:
+    served = restart()
+    run_client(
+        served.environment,
+        """
+ctx = pc.ComputeContext(workspace="playground", cpus=2, memory=4)
+ctx.start()
+query = pl.LazyFrame({"x": [1, 2]}).remote(ctx).sink_parquet("s3://your-bucket/mine/")
+assert query.await_result().n_rows_total == 2
+""",
+    )
+    [before] = served.state()["queries"]
+    kill(served)
+    [after] = restart().state()["queries"]
+    assert after == before
+    assert after["status"] == "Success"
+
+
+def test_object_of_any_key_is_kept(restart: Restart) -> None:
+    served = restart()
+    s3 = s3_client(served)
+    for key in KEYS:
+        s3.put_object(Bucket=BUCKET, Key=key, Body=key.encode())
+    s3.delete_object(Bucket=BUCKET, Key="a/b")
+    s3.put_object(Bucket=BUCKET, Key="gone", Body=b"x")
+    s3.delete_objects(Bucket=BUCKET, Delete={"Objects": [{"Key": "gone"}]})
+    kill(served)
+    s3 = s3_client(restart())
+    listed = {each["Key"] for each in s3.list_objects_v2(Bucket=BUCKET)["Contents"]}
+    assert set(KEYS) - {"a/b"} <= listed
+    assert not {"a/b", "gone"} & listed
+    for key in set(KEYS) - {"a/b"}:
+        assert s3.get_object(Bucket=BUCKET, Key=key)["Body"].read() == key.encode()
+
+
+def test_no_key_leaves_the_folder(tmp_path: Path) -> None:
+    for key in ("..", "../x", "/etc/x", "a/../../x"):
+        path = KeptObjects(tmp_path, [BUCKET])._path(BUCKET, key)
+        assert path.resolve().parent == (tmp_path / BUCKET).resolve()
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("bytes=0-9", slice(0, 10)),
+        ("bytes=90-", slice(90, None)),
+        ("bytes=-5", slice(-5, None)),
+        ("bytes=95-200", slice(95, None)),
+        ("bytes=-200", slice(None)),
+    ],
+)
+def test_part_of_an_object_is_read(s3: Any, asked: str, expected: slice) -> None:
+    content = bytes(range(100))
+    put = s3.put_object(
+        Bucket=BUCKET, Key="x", Body=content, Metadata={"of": "mine"}, ContentType="text/x"
+    )
+    got = s3.get_object(Bucket=BUCKET, Key="x", Range=asked)
+    part = content[expected]
+    assert got["Body"].read() == part
+    assert got["ContentLength"] == len(part)
+    assert got["ContentRange"].endswith("/100")
+    assert got["ETag"] == put["ETag"]
+    assert got["Metadata"] == {"of": "mine"}
+    assert got["ContentType"] == "text/x"
+
+
+def test_part_behind_the_end_of_an_object_is_refused(s3: Any) -> None:
+    s3.put_object(Bucket=BUCKET, Key="x", Body=b"short")
+    with pytest.raises(ClientError, match="InvalidRange"):
+        s3.get_object(Bucket=BUCKET, Key="x", Range="bytes=100-200")
+
+
+def test_object_of_parts_is_read_as_one(s3: Any) -> None:
+    big = {"Bucket": BUCKET, "Key": "big"}
+    upload = {**big, "UploadId": s3.create_multipart_upload(**big)["UploadId"]}
+    parts = []
+    for number, chunk in enumerate([b"a" * 5 * 2**20, b"b" * 10], 1):
+        put = s3.upload_part(**upload, PartNumber=number, Body=chunk)
+        parts.append({"PartNumber": number, "ETag": put["ETag"]})
+    s3.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
+    assert s3.get_object(**big, Range="bytes=-11")["Body"].read() == b"a" + b"b" * 10
+
+
+def test_policy_of_a_bucket_holds_for_what_is_on_disk(s3: Any) -> None:
+    s3.put_object(Bucket=BUCKET, Key="x", Body=b"x")
+    policy = (
+        '{"Version": "2012-10-17", "Statement": [{"Effect": "Deny", "Principal": "*", '
+        '"Action": "s3:GetObject", "Resource": "arn:aws:s3:::your-bucket/*"}]}'
+    )
+    s3.put_bucket_policy(Bucket=BUCKET, Policy=policy)
+    with pytest.raises(ClientError, match="Forbidden"):
+        s3.get_object(Bucket=BUCKET, Key="x")
+
+
+def test_missing_object_is_not_found(s3: Any) -> None:
+    with pytest.raises(ClientError, match="NoSuchKey"):
+        s3.get_object(Bucket=BUCKET, Key="nothing")
+
+
+def test_clients_of_one_key_read_what_one_of_them_wrote(s3: Any) -> None:
+    contents = [str(number).encode() * 5000 for number in range(40)]
+
+    def write(content: bytes) -> None:
+        s3.put_object(Bucket=BUCKET, Key="shared", Body=content)
+        assert s3.get_object(Bucket=BUCKET, Key="shared")["Body"].read() in contents
+
+    with ThreadPoolExecutor(8) as clients:
+        list(clients.map(write, contents))
+
+
+def test_object_that_the_disk_does_not_take_is_refused(restart: Restart, tmp_path: Path) -> None:
+    s3 = s3_client(restart())
+    folder = tmp_path / "state" / "buckets"
+    # A folder in the way stands for a disk that is full.
+    (folder / BUCKET / "=x" / "in the way").mkdir(parents=True)
+    with pytest.raises(ClientError, match="The emulator cannot keep this object"):
+        s3.put_object(Bucket=BUCKET, Key="x", Body=b"after")
+    assert not list(folder.glob("part"))
