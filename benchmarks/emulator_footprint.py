@@ -15,8 +15,10 @@ from datetime import UTC, datetime
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
+import boto3
 import psutil
 
+from polars_cloud_emulator.object_store import DATA_BUCKET
 from polars_cloud_emulator.testing import RunningEmulator, running_emulator
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ QUERIES = 20
 SHORTEST_QUERY_S = 0.25
 POLL_INTERVAL_S = 0.5
 SETTLE_TIMEOUT_S = 60.0
+SMALL_MB, LARGE_MB = 1, 232
+READS = 50
 
 EMULATOR = [sys.executable, "-m", "polars_cloud_emulator", "serve", "--port-base", "0"]
 BARE = "import polars, moto.server, hypercorn; print('ready', flush=True); input()"
@@ -184,7 +188,35 @@ def report_workers_and_waiting() -> None:
     )
 
 
+def report_part_reads() -> None:
+    """Read a small part of a small and of a large object, in turns."""
+    with running_emulator() as emulator:
+        s3 = boto3.client(
+            "s3",
+            endpoint_url=emulator.environment["AWS_ENDPOINT_URL"],
+            aws_access_key_id=emulator.environment["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=emulator.environment["AWS_SECRET_ACCESS_KEY"],
+            region_name=emulator.environment["AWS_REGION"],
+        )
+        for megabytes in (SMALL_MB, LARGE_MB):
+            s3.put_object(Bucket=DATA_BUCKET, Key=str(megabytes), Body=bytes(megabytes * 10**6))
+
+        def read_part(megabytes: int) -> float:
+            started = time.perf_counter()
+            part = f"bytes={megabytes * 500_000}-{megabytes * 500_000 + 999}"
+            s3.get_object(Bucket=DATA_BUCKET, Key=str(megabytes), Range=part)["Body"].read()
+            return (time.perf_counter() - started) * 1000
+
+        reads = [(read_part(SMALL_MB), read_part(LARGE_MB)) for _ in range(READS)]
+    small, large = (median(each) for each in zip(*reads, strict=True))
+    print(
+        f"1,000 bytes of an object of {LARGE_MB} MB, median of {READS}: {large:.1f} ms;",
+        f"{large / small:.2f} times those of one of {SMALL_MB} MB ({small:.1f} ms)",
+    )
+
+
 if __name__ == "__main__":
     report_start()
     report_idle()
+    report_part_reads()
     report_workers_and_waiting()
