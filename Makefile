@@ -16,7 +16,7 @@ export UV_CACHE_DIR := $(CURDIR)/.venv/cache
 export UV_COMPILE_BYTECODE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo emulator airflow copy preflight test failures versions celery lint benchmark \
+.PHONY: help demo emulator airflow copy preflight test failures versions wheel celery lint benchmark \
 	comparison waiting lock upgrade clean
 
 help: ## List the commands
@@ -50,6 +50,15 @@ versions: $(OLDER_AIRFLOWS:%=.venv/airflow-%/installed) ## Run the DAGs on older
 		.venv/airflow-$$version/bin/python -m pytest tests/failures --dist=load \
 			-m any_airflow -W default || exit; \
 	done
+
+wheel: .venv/installed ## Build the emulator's wheel, and try it where nothing else is installed
+	rm -rf .venv/wheel && .venv/bin/uv build --quiet --wheel --out-dir .venv/wheel emulator
+	.venv/bin/uv venv --quiet --python .venv/bin/python .venv/wheel/venv
+	.venv/bin/uv pip install --quiet --python .venv/wheel/venv .venv/wheel/*.whl pytest
+	env --unset PYTHONPATH .venv/wheel/venv/bin/polars-cloud-emulator serve --help >/dev/null
+	cp emulator/examples/test_queries.py .venv/wheel
+	cd .venv/wheel && env --unset PYTHONPATH venv/bin/python -m pytest -q --rootdir . -c /dev/null -W error \
+		test_queries.py
 
 celery: .venv/installed ## Run the DAGs on two Celery workers; needs redis-server
 	.venv/bin/python -m pytest tests/celery --numprocesses=0
