@@ -16,8 +16,8 @@ export UV_CACHE_DIR := $(CURDIR)/.venv/cache
 export UV_COMPILE_BYTECODE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo emulator airflow copy preflight test failures versions wheel celery lint benchmark \
-	comparison waiting lock upgrade clean
+.PHONY: help demo emulator airflow copy preflight check check-style check-file check-run test failures \
+	versions wheel celery lint benchmark comparison waiting lock upgrade clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -62,6 +62,21 @@ wheel: .venv/installed ## Build the emulator's wheel, and try it where nothing e
 
 celery: .venv/installed ## Run the DAGs on two Celery workers; needs redis-server
 	.venv/bin/python -m pytest tests/celery --numprocesses=0
+
+# Side by side: a parse and a run take a core each.
+check: .venv/installed ## Check a DAG that you edited, and what it writes: DAG=multi_stage; without it, all
+	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target check-style check-file check-run
+
+check-style:
+	.venv/bin/python -m ruff check dags include
+	.venv/bin/python -m ruff format --check dags include
+
+check-file:
+	.venv/bin/python -m pytest -q --numprocesses=0 tests/test_dag_integrity.py \
+		$(if $(DAG),-k "$(DAG) or touches_nothing")
+
+check-run:
+	.venv/bin/python scripts/demo.py $(DAG)
 
 lint: .venv/installed ## Check style, imports and types
 	.venv/bin/python -m ruff check

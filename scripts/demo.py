@@ -50,18 +50,23 @@ def describe(uri: str) -> str:
     )
 
 
-def main(stay: bool) -> int:
+def main(dag_ids: list[str], stay: bool) -> int:
     """Run the DAGs; the exit code.
 
     Parameters
     ----------
+    dag_ids
+        Those to run; all if there are none.
     stay
         Whether the emulator is served on, with its page, until Ctrl-C.
     """
-    with running_emulator() as emulator, airflow_output_in(LOG) as console:
+    with airflow_output_in(LOG) as console, contextlib.ExitStack() as started:
+        console.print("Starting Airflow and the emulator ...")
         use_airflow(AIRFLOW_HOME)
+        # Beside the start of the emulator, and Airflow's import below.
+        migration = subprocess.Popen([sys.executable, "-m", "airflow", "db", "migrate"])
+        emulator = started.enter_context(running_emulator())
         use_emulator(emulator.environment)
-        subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], check=True)
         console.print(f"Emulator at {emulator.rest_url}, Airflow's log in {LOG.relative_to(ROOT)}")
 
         from airflow.dag_processing.dagbag import DagBag
@@ -69,6 +74,12 @@ def main(stay: bool) -> int:
         dag_bag = DagBag()
         for path, error in dag_bag.import_errors.items():
             console.print(f"{path}: {error}", style="red")
+        if missing := set(dag_ids) - dag_bag.dags.keys():
+            console.print(f"No DAG {', '.join(sorted(missing))} in dags/", style="red")
+            return 1
+        if migration.wait():
+            console.print(f"The migration of Airflow's database failed: see {LOG}", style="red")
+            return 1
 
         table = Table(
             *("DAG", "Seconds", "Cluster s"),
@@ -80,7 +91,7 @@ def main(stay: bool) -> int:
         )
         known: set[str] = set()
         failures = len(dag_bag.import_errors)
-        for dag_id in PATTERNS:
+        for dag_id in dag_ids or PATTERNS:
             console.print(f"{dag_id} ...", end=" ")
             start = time.monotonic()
             run = dag_bag.dags[dag_id].test()
@@ -113,5 +124,6 @@ def main(stay: bool) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dag_ids", nargs="*", metavar="DAG")
     parser.add_argument("--open", action="store_true", dest="stay")
     sys.exit(main(**vars(parser.parse_args())))
