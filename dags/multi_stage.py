@@ -1,5 +1,5 @@
 """
-### Stages that hand over where their result is
+### Multi-stage pipeline: pass URIs, not data
 
 Each stage returns the location of its result, and the next stage scans that location. Only the URIs
 pass through Airflow, never the data. Use it when a stage is worth checking or retrying on its own:

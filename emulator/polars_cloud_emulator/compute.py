@@ -158,7 +158,7 @@ class Compute:
                 self.queue(query)
 
     async def watch_clock(self) -> None:
-        """Start-ups, waits and idle timeouts, until cancelled."""
+        """Start-ups, waits and idle timeouts, until canceled."""
         while True:
             for cluster_id in (*self._state.become_ready(), *self._state.end_waits()):
                 self._start_queries(cluster_id)

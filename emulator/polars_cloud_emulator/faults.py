@@ -98,7 +98,7 @@ class QueryFails(Fault):
 
 
 class QueryHangs(Fault):
-    """Holds its workers until it is cancelled or the cluster stops."""
+    """Holds its workers until it is canceled or the cluster stops."""
 
     operations = SUBMIT
 

@@ -137,7 +137,7 @@ class Query(msgspec.Struct, kw_only=True):
     error: str | None = None
     """``Type: message`` of a failed query."""
     cancels: int = 0
-    """How often it was to be cancelled, in time or not."""
+    """How often it was to be canceled, in time or not."""
 
     @property
     def has_ended(self) -> bool:
