@@ -28,7 +28,7 @@ from tests.waiting import eventually
 T = TypeVar("T")
 
 TESTS = Path(__file__).parent
-OUTAGE = 8.0
+OUTAGE = 15.0
 """Seconds for which the DAGs bear an outage here."""
 READY_IN = 240.0
 API_SERVER = "api-server"
