@@ -19,6 +19,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from polars_cloud_emulator.errors import EmulatorError, GrpcStatus, InvalidRequest
+from polars_cloud_emulator.rest_transport import refusal
 
 CONTENT_TYPE = "application/grpc"
 TIMEOUT_UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
@@ -79,6 +80,13 @@ class GrpcResponse(Response):
         await send({**start, "trailers": True})
         await send({"type": "http.response.body", "body": self._frame})
         await send({"type": "http.response.trailers", "headers": self._trailers})
+
+
+def refusal_in_kind(request: Request, error: EmulatorError) -> Response:
+    """A refusal in the form that the caller reads: gRPC's or REST's."""
+    if request.headers.get("content-type", "").startswith(CONTENT_TYPE):
+        return GrpcResponse(error=error)
+    return refusal(error)
 
 
 def _decode(request_type: type[M], body: bytes) -> M:

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from polars_cloud_emulator.errors import EmulatorError
+from polars_cloud_emulator.grpc_transport import refusal_in_kind
 from polars_cloud_emulator.state import Cluster, Manifest, Query, Snapshot, State
 
 
@@ -33,7 +36,7 @@ class KeptState:
         self._kept: dict[tuple[str, str], tuple[Any, ...]] = {}
         with self._reading():
             # Opened by the thread that starts the emulator, used by the one that serves it.
-            self._file = sqlite3.connect(path, check_same_thread=False)
+            self._file = sqlite3.connect(path, timeout=0, check_same_thread=False)
             self._file.execute("PRAGMA journal_mode = WAL")
             self._file.execute("PRAGMA synchronous = OFF")
             self._file.execute(
@@ -65,7 +68,7 @@ class KeptState:
         Raises
         ------
         sqlite3.OperationalError
-            It cannot be written: the disk is full.
+            It cannot be written, as on a full disk.
         """
         kinds: dict[str, Mapping[Any, msgspec.Struct]] = {
             "manifest": state.manifests,
@@ -105,7 +108,7 @@ class KeptState:
 
 
 class CommitMiddleware:
-    """Keeps the state before an answer leaves."""
+    """Keeps the state before an answer leaves, and refuses a call whose outcome cannot be kept."""
 
     def __init__(self, app: ASGIApp, kept: KeptState, state: State) -> None:
         self._app = app
@@ -118,4 +121,11 @@ class CommitMiddleware:
                 self._kept.commit(self._state)
             await send(message)
 
-        await self._app(scope, receive, commit_first if scope["type"] == "http" else send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, commit_first)
+        except sqlite3.OperationalError as error:
+            words = f"the emulator cannot keep its state ({error}): make room for it, and ask again"
+            await refusal_in_kind(Request(scope), EmulatorError(words))(scope, receive, send)

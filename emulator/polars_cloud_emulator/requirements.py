@@ -1,7 +1,7 @@
 """What a cluster declares that its workers need beside Python and Polars.
 
 A cluster installs what is in its ``requirements_txt``. The emulator installs nothing: its workers
-import that from where the emulator itself is installed, and a start that needs more is refused.
+import that from where the emulator itself is installed, and a cluster that needs more fails.
 """
 
 import functools

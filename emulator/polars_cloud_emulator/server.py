@@ -22,7 +22,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from polars_cloud_emulator import grpc_transport
 from polars_cloud_emulator.access_tokens import CLIENT_ID, AccessTokens
 from polars_cloud_emulator.admin import Admin
 from polars_cloud_emulator.client_check import ClientCheck
@@ -32,11 +31,11 @@ from polars_cloud_emulator.compute_plane import ComputePlane
 from polars_cloud_emulator.control_plane import ORGANIZATION_ID, WORKSPACE_ID, ControlPlane
 from polars_cloud_emulator.errors import UnknownCall
 from polars_cloud_emulator.faults import Connection, FaultMiddleware, Faults
+from polars_cloud_emulator.grpc_transport import refusal_in_kind
 from polars_cloud_emulator.journal import Journal, JournalMiddleware
 from polars_cloud_emulator.kept_state import CommitMiddleware, KeptState
 from polars_cloud_emulator.object_store import ObjectStore, OutsideObjectStore
 from polars_cloud_emulator.pages import Pages
-from polars_cloud_emulator.rest_transport import refusal
 from polars_cloud_emulator.state import State
 from polars_cloud_emulator.state_directory import StateDirectory
 
@@ -336,9 +335,7 @@ async def _unknown_call(request: Request) -> Response:
     # An answer before the end of the request makes hypercorn drop the whole connection.
     await request.body()
     error = UnknownCall(f"the emulator does not know {request.method} {request.url.path}")
-    if request.headers.get("content-type", "").startswith(grpc_transport.CONTENT_TYPE):
-        return grpc_transport.GrpcResponse(error=error)
-    return refusal(error)
+    return refusal_in_kind(request, error)
 
 
 def _listen(host: str, port: int) -> socket.socket:

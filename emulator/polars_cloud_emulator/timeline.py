@@ -76,7 +76,7 @@ class Axis:
         return Span(left, round(max(self.position(interval.end) - left, 0.0), 3))
 
     def ticks(self) -> list[Tick]:
-        """Round times of the day, and how long the times are that were left out."""
+        """Round times of the day."""
         shown = sum((part.length for part in self._parts), timedelta())
         step = next((step for step in STEPS if shown / step <= TICKS), STEPS[-1])
         ticks = []

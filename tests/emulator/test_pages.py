@@ -75,7 +75,7 @@ def test_query_without_labels_is_named_by_its_id(
 
 
 def test_filters_leave_the_clusters_of_one_dag_or_manifest(
-    browser: httpx.Client, start_cluster: StartCluster
+    browser: httpx.Client, rest: httpx.Client, start_cluster: StartCluster
 ) -> None:
     for dag in ("kept", "hidden"):
         run(start_cluster(), pl.LazyFrame({"x": [1]}), given=labels(dag, f"task_of_{dag}"))
@@ -83,7 +83,12 @@ def test_filters_leave_the_clusters_of_one_dag_or_manifest(
     assert "task_of_kept" in page
     assert "task_of_hidden" not in page
     assert "<option selected>kept</option>" in page
-    assert "task_of_kept" not in browser.get("/", params={"manifest": "other"}).text
+    assert "task_of_kept" not in browser.get("/", params={"manifest": "nightly"}).text
+    rest.post(f"{WORKSPACE}/manifest", json=CLUSTER | {"name": "nightly"})
+    rest.post(f"{WORKSPACE}/manifest/start", json={"name": "nightly"})
+    page = browser.get("/", params={"manifest": "nightly"}).text
+    assert ">nightly</a></h2>" in page
+    assert "task_of_kept" not in page
 
 
 def test_running_and_waiting_queries_are_told_apart(
