@@ -4,6 +4,7 @@ moto answers everything else. It reads an object whole for each part of it that 
 and forgets all of them with its process.
 """
 
+import io
 import os
 import re
 import threading
@@ -39,7 +40,7 @@ class KeptObjects:
     def __init__(self, folder: Path, buckets: Iterable[str]) -> None:
         self._folder = folder
         self._buckets = set(buckets)
-        self._writing = threading.Lock()
+        self._turn = threading.Lock()
         for bucket in self._buckets:
             (folder / bucket).mkdir(parents=True, exist_ok=True)
 
@@ -60,15 +61,20 @@ class KeptObjects:
         ) -> Iterable[bytes]:
             request = Request(environ)
             bucket, _, key = request.path.lstrip("/").partition("/")
-            if bucket not in self._buckets:
+            if bucket not in self._buckets or not (key or "delete" in request.args):
                 return moto(environ, start_response)
-            if request.method == "GET" and key and not request.args.keys() - PLAIN_READ:
+            if request.method == "GET" and not request.args.keys() - PLAIN_READ:
                 response = self._read(request, bucket, key)
                 if response is not None:
                     return response(environ, start_response)
-            elif request.method in {"PUT", "POST", "DELETE"} and (key or "delete" in request.args):
-                return self._write(environ, start_response, moto, bucket, key)
-            return moto(environ, start_response)
+            # Before its turn: a client may take long to send it.
+            body = request.get_data()
+            environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
+            # One at a time: moto closes an object that is replaced while others read it.
+            with self._turn:
+                if request.method in {"PUT", "POST", "DELETE"}:
+                    return self._write(environ, start_response, moto, bucket, key)
+                return list(moto(environ, start_response))
 
         return application
 
@@ -84,10 +90,10 @@ class KeptObjects:
             or not _is_up_to_date(path, found)
         ):
             return None
-        # To S3 a tail longer than the object is the whole object.
         tail = re.fullmatch(r"bytes=-(\d+)", request.headers.get("range", ""))
-        asked = {"HTTP_RANGE": f"bytes=-{min(int(tail[1]), found.size)}"} if tail else {}
         try:
+            # To S3 a tail longer than the object is the whole object.
+            asked = {"HTTP_RANGE": f"bytes=-{min(int(tail[1]), found.size)}"} if tail else {}
             response = send_file(
                 path,
                 {**request.environ, **asked},
@@ -96,7 +102,8 @@ class KeptObjects:
                 last_modified=found.last_modified,
                 conditional=True,
             )
-        except (RequestedRangeNotSatisfiable, ValueError):  # the latter of one that was replaced
+        # The latter two of one that has been replaced or deleted since.
+        except (RequestedRangeNotSatisfiable, ValueError, FileNotFoundError):
             return None
         response.headers["accept-ranges"] = "bytes"
         for name, value in found.metadata.items():
@@ -121,7 +128,8 @@ class KeptObjects:
         body = list(moto(environ, wait))
         try:
             # Without a key many are deleted at once.
-            self._keep(bucket, [key] if key else [k for b, k, _ in self.each() if b == bucket])
+            for each in [key] if key else [k for b, k, _ in self.each() if b == bucket]:
+                self._keep(bucket, each)
         except OSError as error:
             refusal = Response(
                 "<Error><Code>InternalError</Code><Message>The emulator cannot keep this object: "
@@ -133,35 +141,23 @@ class KeptObjects:
         start_response(*answered[-1])
         return body
 
-    def _keep(self, bucket: str, keys: Iterable[str]) -> None:
-        with self._writing:
-            for key in keys:
-                while not self._is_kept(bucket, key):
-                    pass
-
-    def _is_kept(self, bucket: str, key: str) -> bool:
-        """Keep the object; whether it was not replaced meanwhile."""
+    def _keep(self, bucket: str, key: str) -> None:
         found = _moto().get_object(bucket, key)
         path = self._path(bucket, key)
         if found is None:
             path.unlink(missing_ok=True)
-            return True
+            return
         if _is_up_to_date(path, found):
-            return True
-        try:
-            content = found.value
-        except ValueError:  # moto has closed it, as there is a newer one
-            return False
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         # Beside the buckets: what is not whole is no object.
         part = self._folder / "part"
         try:
-            part.write_bytes(content)
+            part.write_bytes(found.value)
             os.utime(part, ns=(_written_at(found),) * 2)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
-        return True
 
     def _path(self, bucket: str, key: str) -> Path:
         # Quoted, no key can leave the folder; marked, no part of one is another's file.

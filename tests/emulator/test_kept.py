@@ -208,13 +208,13 @@ def test_missing_object_is_not_found(s3: Any) -> None:
 
 
 def test_clients_of_one_key_read_what_one_of_them_wrote(s3: Any) -> None:
-    contents = [str(number).encode() * 5000 for number in range(40)]
+    contents = [str(number).encode() * 5000 for number in range(1000)]
 
     def write(content: bytes) -> None:
         s3.put_object(Bucket=BUCKET, Key="shared", Body=content)
         assert s3.get_object(Bucket=BUCKET, Key="shared")["Body"].read() in contents
 
-    with ThreadPoolExecutor(8) as clients:
+    with ThreadPoolExecutor(16) as clients:
         list(clients.map(write, contents))
 
 
