@@ -1,6 +1,7 @@
 """What became of a run, as Airflow and the emulator's own counters tell it."""
 
 import contextlib
+import re
 from dataclasses import dataclass
 
 from tests.failures.deployment import Deployment, Run
@@ -8,7 +9,7 @@ from tests.failures.scenarios import Expected
 from tests.waiting import eventually
 
 SETTLES_IN = 20.0
-"""Seconds after the run's end for what it left to stop."""
+"""Seconds after the run's end for what it left to stop, and for the triggerer to log its part."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Outcome:
 
 
 def observe(airflow: Deployment, run: Run, expected: Expected) -> Outcome:
-    """Look at a run that has ended, once as much is left of it as is expected, or never will be."""
+    """Look at a run that has ended, once all is as expected, or never will be."""
     emulator = airflow.emulator
 
     def left() -> tuple[int, int]:
@@ -35,7 +36,11 @@ def observe(airflow: Deployment, run: Run, expected: Expected) -> Outcome:
 
     wanted = (expected.queries_left, expected.clusters_left)
     with contextlib.suppress(AssertionError):  # the outcome says so
-        eventually(lambda: left() == wanted, SETTLES_IN, pause=0.2)
+        eventually(
+            lambda: left() == wanted and re.search(expected.cause, run.log()),
+            SETTLES_IN,
+            pause=0.2,
+        )
     queries = emulator.queries()
     cancels = sum(query["cancels"] for query in queries)
     queries_left, clusters_left = left()
