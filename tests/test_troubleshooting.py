@@ -1,0 +1,66 @@
+"""docs/troubleshooting.md has a row for each sentence that the helpers raise or warn with."""
+
+import ast
+import re
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
+ROWS = [" ".join(row.split()) for row in re.findall(r"^- `([^`]+)`", PAGE, re.MULTILINE)]
+ERRORS = ("Error", "Exception", "Timeout")
+LOGS = {"logger.warning", "logger.error", "logger.exception", "error.add_note"}
+INSIDE_ANOTHER = {
+    "it is still running",
+    "the query for … is still running",
+    "… is no key of the ledger",
+}
+"""Stand where `…` does in another sentence, or are for those who change the helpers."""
+
+
+def sentences() -> Iterator[str]:
+    for path in sorted((ROOT / "include").rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and call.args:
+                name = ast.unparse(call.func)
+                if name.endswith(ERRORS) or name in LOGS:
+                    yield from texts(call.args[0])
+
+
+def texts(node: ast.expr) -> Iterator[str]:
+    """Yield what a string may read, with `…` for what differs from case to case."""
+    match node:
+        case ast.Constant(value=str(text)):
+            yield re.sub(r"%[sd]|%\.\df", "…", text)
+        case ast.JoinedStr(values=parts):
+            yield from map("".join, product(*map(list, map(texts, parts))))
+        case ast.IfExp(body=one, orelse=other):
+            yield from texts(one)
+            yield from texts(other)
+        case _:
+            yield "…"
+
+
+def pattern(sentence: str) -> str:
+    return ".+".join(map(re.escape, sentence.split("…")))
+
+
+SENTENCES = sorted({*sentences()} - INSIDE_ANOTHER - {"…"})
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_a_sentence_of_the_helpers_is_explained(sentence: str) -> None:
+    assert any(re.fullmatch(pattern(sentence), row) for row in ROWS), sentence
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_explains_a_sentence_that_exists(row: str) -> None:
+    assert any(re.fullmatch(pattern(sentence), row) for sentence in SENTENCES), row
+
+
+def test_sentences_are_found() -> None:
+    assert "Query … failed" in SENTENCES
+    assert len(SENTENCES) > 40
