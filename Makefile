@@ -22,8 +22,8 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: .venv/installed ## Run the eight DAGs against the emulator, once, and print what they did; OPEN=1: show it
-	.venv/bin/python scripts/demo.py $(if $(OPEN),--open)
+demo: .venv/installed ## Run the eight DAGs on the emulator, print what they did; OPEN=1: show it; REALISTIC=1
+	.venv/bin/python scripts/demo.py $(if $(OPEN),--open) $(if $(REALISTIC),--realistic)
 
 emulator: .venv/installed ## Serve the emulator until Ctrl-C
 	.venv/bin/python -m polars_cloud_emulator serve --state-dir .emulator --env-file .emulator/env

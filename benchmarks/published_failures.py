@@ -18,10 +18,10 @@ from local_airflow import PATTERNS, ROOT, use_airflow
 _airflow_home = tempfile.TemporaryDirectory(prefix="airflow-home-")
 use_airflow(Path(_airflow_home.name))  # before the first import of Airflow
 
-from tests.emulator.raw_calls import CLUSTER, WORKSPACE, rest_client  # noqa: E402
 from tests.failures.deployment import VARIANTS, Deployment, running_deployment  # noqa: E402
 from tests.failures.outcome import Outcome, observe  # noqa: E402
 from tests.failures.scenarios import SCENARIOS, Expected  # noqa: E402
+from tests.manifest_body import MANIFEST_BODY  # noqa: E402
 
 PATIENCE = 60.0
 """Seconds after which a run, or its query, counts as one that does not end."""
@@ -80,9 +80,8 @@ def broken_promise(outcome: Outcome, expected: Expected) -> str:
 
 def register_manifest(airflow: Deployment) -> None:
     """The published DAGs take it for granted."""
-    manifest = {**CLUSTER, "name": "airflow-production", "cluster_size": 3}
-    with rest_client(airflow.emulator.api.environment) as rest:
-        rest.post(f"{WORKSPACE}/manifest", json=manifest).raise_for_status()
+    manifest = {**MANIFEST_BODY, "name": "airflow-production", "cluster_size": 3}
+    airflow.emulator.api.call("POST", "manifest", manifest)
 
 
 def verdicts(share: int) -> list[tuple[str, str, str]]:

@@ -50,7 +50,7 @@ def describe(uri: str) -> str:
     )
 
 
-def main(dag_ids: list[str], stay: bool) -> int:
+def main(dag_ids: list[str], stay: bool, realistic: bool) -> int:
     """Run the DAGs; the exit code.
 
     Parameters
@@ -59,13 +59,15 @@ def main(dag_ids: list[str], stay: bool) -> int:
         Those to run; all if there are none.
     stay
         Whether the emulator is served on, with its page, until Ctrl-C.
+    realistic
+        Whether the emulator is as slow and forgetful as a cloud.
     """
     with airflow_output_in(LOG) as console, contextlib.ExitStack() as started:
         console.print("Starting Airflow and the emulator ...")
         use_airflow(AIRFLOW_HOME)
         # Beside the start of the emulator, and Airflow's import below.
         migration = subprocess.Popen([sys.executable, "-m", "airflow", "db", "migrate"])
-        emulator = started.enter_context(running_emulator())
+        emulator = started.enter_context(running_emulator(realistic=realistic))
         use_emulator(emulator.environment)
         console.print(f"Emulator at {emulator.rest_url}, Airflow's log in {LOG.relative_to(ROOT)}")
 
@@ -126,4 +128,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dag_ids", nargs="*", metavar="DAG")
     parser.add_argument("--open", action="store_true", dest="stay")
+    parser.add_argument("--realistic", action="store_true")
     sys.exit(main(**vars(parser.parse_args())))

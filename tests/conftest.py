@@ -1,4 +1,4 @@
-"""What the tests share: an emulator to talk to, and an Airflow of their own."""
+"""What the tests of the DAGs share: an Airflow of their own."""
 
 import fcntl
 import os
@@ -10,13 +10,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
 
-from local_airflow import use_airflow, use_emulator
-from polars_cloud_emulator.testing import RunningEmulator, running_emulator
+from local_airflow import use_airflow
+from polars_cloud_emulator.testing import RunningEmulator
+from tests.eight_dags import DELETED
 
 if TYPE_CHECKING:
     from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
@@ -31,32 +31,19 @@ os.environ["POLARS_CLOUD_API_ADDR"] = "http://127.0.0.1:9"
 os.environ["POLARS_CLOUD_DOMAIN"] = "nobody@127.0.0.1:9"
 
 
-@pytest.fixture(scope="session")
-def running() -> Iterator[RunningEmulator]:
-    """One emulator for the whole run, in this process's environment."""
-    with running_emulator() as emulator:
-        use_emulator(emulator.environment)
-        yield emulator
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is about a DAG of the template that was deleted."""
 
+    def is_about_deleted(item: pytest.Item) -> bool:
+        names = [name for mark in item.iter_markers("dag") for name in mark.args]
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            names += [item.callspec.params.get("dag_id")]
+        return any(f"{name}_".startswith(f"{deleted}_") for name in names for deleted in DELETED)
 
-@pytest.fixture
-def emulator(running: RunningEmulator) -> RunningEmulator:
-    """The emulator as it was at its start."""
-    running.reset()
-    return running
-
-
-@pytest.fixture
-def pc(emulator: RunningEmulator) -> ModuleType:
-    """`polars_cloud`, logged in. It reads the emulator's address when it is imported."""
-    import polars_cloud
-
-    polars_cloud.authenticate(
-        client_id=emulator.environment["POLARS_CLOUD_CLIENT_ID"],
-        client_secret=emulator.environment["POLARS_CLOUD_CLIENT_SECRET"],
-        interactive=False,
-    )
-    return polars_cloud
+    deselected = [item for item in items if is_about_deleted(item)]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,9 @@ from airflow.sdk.exceptions import AirflowFailException
 from include.polars_remote import accounts
 from include.polars_remote.accounts import acting_as
 from include.polars_remote.outages import start_thread
-from polars_cloud_emulator.testing import RunningEmulator
+from polars_cloud_emulator.testing import RunningEmulator, eventually
 from tests.observed import calls
 from tests.tries import Supervisor
-from tests.waiting import eventually
 
 FIRST, SECOND = "polars_cloud", "second"
 CLIENT_IDS = {FIRST: "polars-cloud-emulator", SECOND: "polars-cloud-emulator-second"}

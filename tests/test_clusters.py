@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
 from threading import Barrier
 from types import ModuleType
 from typing import Any
@@ -19,13 +18,10 @@ from include.polars_remote.ledger import Owner
 from include.polars_remote.manifests import ensure_manifest
 from include.polars_remote.queries import leave, run_query, submit, wait_for
 from include.polars_remote.shared_clusters import shared_cluster, start_cluster, stop_cluster
-from polars_cloud_emulator.testing import RunningEmulator
-from tests.emulator.blocking_query import BlockingQuery
-from tests.emulator.raw_calls import CLUSTER as RAW_CLUSTER
-from tests.emulator.raw_calls import WORKSPACE, rest_client
+from polars_cloud_emulator.testing import RunningEmulator, eventually
+from tests.manifest_body import MANIFEST_BODY
 from tests.observed import calls, cluster_statuses, entries, query_statuses
 from tests.tries import StartTry, Supervisor, freeze, kill
-from tests.waiting import eventually
 
 CLUSTER = {"name": "shop", "cpus": 2, "memory": 4}
 OTHER_CLUSTER = {**CLUSTER, "name": "warehouse"}
@@ -120,10 +116,9 @@ def looks_at_the_cluster(emulator: RunningEmulator) -> int:
 def start_slowly(emulator: RunningEmulator) -> None:
     """Let the manifest's cluster be Starting, as after a worker that was killed meanwhile."""
     emulator.add_fault("POST manifest/start", "startup_takes", seconds=STARTUP.total_seconds())
-    versions = {key: RAW_CLUSTER[key] for key in ("python_version", "polars_version")}
-    with rest_client(emulator.environment) as rest:
-        start = {"name": "shop", **versions}
-        rest.post(f"{WORKSPACE}/manifest/start", json=start).raise_for_status()
+    versions = {key: MANIFEST_BODY[key] for key in ("python_version", "polars_version")}
+    start = {"name": "shop", **versions}
+    emulator.call("POST", "manifest/start", start)
     assert cluster_statuses(emulator) == ["Starting"]
 
 
@@ -176,18 +171,17 @@ def test_a_cluster_on_which_somebody_elses_query_runs_is_left_running(
 
 @pytest.mark.usefixtures("ti")
 def test_a_cluster_whose_last_query_is_just_ending_is_stopped(
-    by_name: Callable[[], Any], emulator: RunningEmulator, tmp_path: Path
+    by_name: Callable[[], Any], emulator: RunningEmulator
 ) -> None:
-    blocking = BlockingQuery(tmp_path)
-
     def release() -> None:
         asked = looks_at_the_cluster(emulator)
         eventually(lambda: looks_at_the_cluster(emulator) > asked)
-        blocking.release()
+        emulator.advance_clock(timedelta(minutes=1))
 
     with ThreadPoolExecutor() as background, use_cluster(CLUSTER):
-        blocking.lazy_frame().remote(by_name()).execute(blocking=False)
-        blocking.wait_for_start()
+        emulator.add_fault("SubmitQuery", "query_takes", seconds=60)
+        ONE_ROW.remote(by_name()).execute(blocking=False)
+        eventually(lambda: query_statuses(emulator) == ["InProgress"])
         released = background.submit(release)
     released.result()
     assert cluster_statuses(emulator) == ["Stopped"]
@@ -565,9 +559,8 @@ def test_making_a_context_survives_an_outage(
 def test_a_task_that_is_run_alone_after_an_upgrade_registers_the_manifest_anew(
     emulator: RunningEmulator, use: Any, drift: dict[str, Any]
 ) -> None:
-    with rest_client(emulator.environment) as rest:
-        manifest = {**RAW_CLUSTER, **drift, "name": "shop"}
-        rest.post(f"{WORKSPACE}/manifest", json=manifest).raise_for_status()
+    manifest = {**MANIFEST_BODY, **drift, "name": "shop"}
+    emulator.call("POST", "manifest", manifest)
     if use is use_cluster:
         with use_cluster(CLUSTER) as ctx:
             run_query(ONE_ROW.remote(ctx).execute)

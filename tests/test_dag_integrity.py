@@ -16,25 +16,13 @@ from airflow.sdk import DAG
 
 from include.polars_remote import clean_up
 from local_airflow import PATTERNS, ROOT
+from tests.eight_dags import KEPT
 
 DAG_IDS = set(PATTERNS)
-EXAMPLES = DAG_IDS & {
-    "complete_pipeline",
-    "context_manager_shutdown",
-    "manifest_reuse",
-    "manual_shutdown",
-    "multi_stage",
-    "parallel_single_node",
-    "single_query",
-    "status_check",
-}
-"""The DAGs of the template; what a copy of it has beside them need not run on the shop's data."""
 PREFLIGHT = "preflight"
 """Shows no pattern: it looks at the deployment."""
 SHUT_DOWN_BY_TASK = {
-    dag_id
-    for dag_id in EXAMPLES
-    if "shared_cluster(" in (ROOT / "dags" / f"{dag_id}.py").read_text()
+    dag_id for dag_id in KEPT if "shared_cluster(" in (ROOT / "dags" / f"{dag_id}.py").read_text()
 }
 CLUSTER_TASKS = {"start_cluster", "stop_cluster"}
 """Made by `shared_cluster`, which logs them in."""
@@ -130,7 +118,7 @@ def test_a_dag_is_named_like_its_file_and_says_what_it_is_for(
     dag = dags[dag_id]
     assert Path(dag.fileloc).stem == dag_id
     assert dag.doc_md
-    if dag_id in EXAMPLES:
+    if dag_id in KEPT:
         assert "What it costs" in dag.doc_md
         assert {"polars-cloud", "shop"} <= dag.tags
         assert not dag.catchup
@@ -138,7 +126,7 @@ def test_a_dag_is_named_like_its_file_and_says_what_it_is_for(
         assert dag.default_args["retry_delay"].total_seconds() > 0
 
 
-@pytest.mark.parametrize("dag_id", sorted(EXAMPLES | {PREFLIGHT}))
+@pytest.mark.parametrize("dag_id", sorted(KEPT | {PREFLIGHT}))
 def test_a_dag_works_in_another_deployment_with_only_what_it_names(
     dags: dict[str, DAG], tmp_path: Path, dag_id: str
 ) -> None:
@@ -153,7 +141,7 @@ def test_a_dag_works_in_another_deployment_with_only_what_it_names(
     assert report["dags"] == [dag_id]
 
 
-@pytest.mark.parametrize("dag_id", sorted(EXAMPLES | {PREFLIGHT}))
+@pytest.mark.parametrize("dag_id", sorted(KEPT | {PREFLIGHT}))
 def test_a_dag_works_beside_an_include_folder_of_the_users_own(
     dags: dict[str, DAG], tmp_path: Path, dag_id: str
 ) -> None:
@@ -205,7 +193,7 @@ def test_every_task_that_makes_a_query_is_authenticated(dags: dict[str, DAG], da
     tasks = [task for task in dags[dag_id].tasks if task.task_id not in CLUSTER_TASKS]
     assert tasks
     for task in tasks:
-        if dag_id not in EXAMPLES and ".remote(" not in source_of(task):
+        if dag_id not in KEPT and ".remote(" not in source_of(task):
             continue
         wrapper = task.python_callable.__code__
         assert Path(wrapper.co_filename) == ROOT / "include" / "auth.py", task.task_id
@@ -236,7 +224,7 @@ def test_every_query_lies_between_the_start_and_the_stop_of_its_cluster(
         assert stop.task_id in query.get_flat_relative_ids(upstream=False), query.task_id
 
 
-@pytest.mark.parametrize("dag_id", sorted(EXAMPLES - {"single_query"} | {PREFLIGHT}))
+@pytest.mark.parametrize("dag_id", sorted(KEPT - {"single_query"} | {PREFLIGHT}))
 def test_a_failed_run_is_cleaned_up(dags: dict[str, DAG], dag_id: str) -> None:
     assert dags[dag_id].on_failure_callback is clean_up
 
@@ -251,6 +239,6 @@ def test_preflight_runs_by_hand_alone_and_asks_before_it_spends(dags: dict[str, 
 
 
 def test_only_a_teardown_starts_regardless_of_how_others_ended(dags: dict[str, DAG]) -> None:
-    for dag_id in EXAMPLES:
+    for dag_id in KEPT:
         for task in dags[dag_id].tasks:
             assert task.is_teardown or task.trigger_rule == "all_success", task

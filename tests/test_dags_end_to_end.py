@@ -17,9 +17,8 @@ from sqlalchemy import select
 
 from include.polars_remote import deferral
 from local_airflow import PATTERNS, ROOT
-from polars_cloud_emulator.testing import RunningEmulator
+from polars_cloud_emulator.testing import RunningEmulator, eventually
 from tests.observed import variables
-from tests.waiting import eventually
 
 BUCKET = "your-bucket"
 DATA = f"s3://{BUCKET}"
@@ -248,6 +247,7 @@ def test_a_failed_query_fails_the_run_with_its_own_exception_and_leaves_no_more_
     assert live_clusters(emulator) == (dag_id in LEAVES_IT_TO_THE_IDLE_TIMEOUT)
 
 
+@pytest.mark.dag("single_query")
 def test_a_failed_query_does_not_fail_who_left_without_waiting(
     dags: dict[str, DAG], emulator: RunningEmulator, tables: Tables
 ) -> None:
@@ -257,6 +257,7 @@ def test_a_failed_query_does_not_fail_who_left_without_waiting(
     assert [query["status"] for query in all_ended(emulator)] == ["Failed"]
 
 
+@pytest.mark.dag("complete_pipeline")
 def test_the_cluster_stops_only_after_the_siblings_of_a_failed_query_have_ended(
     dags: dict[str, DAG], emulator: RunningEmulator, tables: Tables
 ) -> None:
@@ -278,6 +279,7 @@ def test_the_cluster_stops_only_after_the_siblings_of_a_failed_query_have_ended(
     assert max(query["ended_at"] for query in all_ended(emulator)) < cluster["stopped_at"]
 
 
+@pytest.mark.dag("complete_pipeline")
 def test_a_run_without_a_logical_date_reports_the_day_of_its_start(
     dags: dict[str, DAG], emulator: RunningEmulator, tables: Tables
 ) -> None:
@@ -289,6 +291,7 @@ def test_a_run_without_a_logical_date_reports_the_day_of_its_start(
     assert report["date"].unique().to_list() == [run.run_after.date()]
 
 
+@pytest.mark.dag("complete_pipeline")
 def test_the_report_is_announced_as_an_asset_with_date_rows_and_location(
     dags: dict[str, DAG], emulator: RunningEmulator
 ) -> None:
@@ -305,6 +308,7 @@ def test_the_report_is_announced_as_an_asset_with_date_rows_and_location(
     )
 
 
+@pytest.mark.dag("complete_pipeline")
 def test_tasks_that_are_deferred_hand_over_and_announce_the_same(
     dags: dict[str, DAG],
     emulator: RunningEmulator,
@@ -336,6 +340,7 @@ def test_tasks_that_are_deferred_hand_over_and_announce_the_same(
     assert live_clusters(emulator) == 0
 
 
+@pytest.mark.dag("complete_pipeline")
 def test_running_a_day_again_replaces_exactly_that_days_report(
     dags: dict[str, DAG], emulator: RunningEmulator, tables: Tables
 ) -> None:

@@ -22,11 +22,9 @@ from include.polars_remote.queries import submit
 from include.polars_remote.shared_clusters import shared_cluster
 from include.polars_remote.task_scope import TaskKilled, current_scope
 from include.polars_remote.triggers import ClusterTrigger, QueryTrigger
-from polars_cloud_emulator.testing import RunningEmulator
-from tests.emulator.raw_calls import WORKSPACE, rest_client
+from polars_cloud_emulator.testing import RunningEmulator, eventually
 from tests.observed import calls, cluster_statuses, entries, query_statuses
 from tests.tries import StartTry, Supervisor, TriedTask, deferral_of, kill
-from tests.waiting import eventually
 
 FILE = "s3://your-bucket/results/two.parquet"
 OTHER_FILE = "s3://your-bucket/results/other.parquet"
@@ -123,8 +121,7 @@ def find(emulator: RunningEmulator, manifest: str) -> list[str]:
 
 
 def stop(emulator: RunningEmulator, cluster_id: str) -> None:
-    with rest_client(emulator.environment) as rest:
-        rest.post(f"{WORKSPACE}/compute/{cluster_id}/stop").raise_for_status()
+    emulator.call("POST", f"compute/{cluster_id}/stop")
 
 
 def stop_all(emulator: RunningEmulator) -> None:

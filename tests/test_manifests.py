@@ -14,8 +14,7 @@ from include.polars_remote.clusters import compute_context, use_cluster
 from include.polars_remote.manifests import ensure_manifest
 from include.polars_remote.queries import run_query
 from polars_cloud_emulator.testing import RunningEmulator
-from tests.emulator.raw_calls import CLUSTER as RAW_CLUSTER
-from tests.emulator.raw_calls import WORKSPACE, rest_client
+from tests.manifest_body import MANIFEST_BODY
 from tests.observed import cluster_statuses
 from tests.tries import StartTry, Supervisor, kill
 
@@ -34,9 +33,8 @@ def told(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def registered(emulator: RunningEmulator) -> dict[str, Any]:
-    with rest_client(emulator.environment) as rest:
-        manifest: dict[str, Any] = rest.get(f"{WORKSPACE}/manifest/find?name=shop").json()
-        return manifest
+    manifest: dict[str, Any] = emulator.call("GET", "manifest/find?name=shop")
+    return manifest
 
 
 def calls(emulator: RunningEmulator, method: str) -> int:
@@ -78,10 +76,7 @@ def test_a_fitting_manifest_is_left_alone(
 def test_a_manifest_of_other_versions_is_registered_anew(
     emulator: RunningEmulator, drift: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with rest_client(emulator.environment) as rest:
-        rest.post(
-            f"{WORKSPACE}/manifest", json={**RAW_CLUSTER, **drift, "name": "shop"}
-        ).raise_for_status()
+    emulator.call("POST", "manifest", {**MANIFEST_BODY, **drift, "name": "shop"})
     ensure_manifest(CLUSTER)
     healed = registered(emulator)
     assert healed["polars_version"] == pl.__version__

@@ -21,14 +21,13 @@ from include.polars_remote import login, preflight
 from include.polars_remote.airflow_versions import AirflowFailException
 from include.polars_remote.clusters import use_cluster
 from include.polars_remote.manifests import ensure_manifest
-from local_airflow import PATTERNS, ROOT
-from polars_cloud_emulator.testing import RunningEmulator
+from local_airflow import ROOT
+from polars_cloud_emulator.testing import RunningEmulator, eventually
 from tests.buckets import create_bucket_elsewhere, create_bucket_of_others
-from tests.emulator.raw_calls import CLUSTER as RAW_CLUSTER
-from tests.emulator.raw_calls import WORKSPACE, rest_client
+from tests.eight_dags import KEPT
+from tests.manifest_body import MANIFEST_BODY
 from tests.observed import calls, cluster_statuses, variables
 from tests.tries import StartTry
-from tests.waiting import eventually
 
 CLUSTER = {"name": "airflow-preflight", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
 LIMIT = timedelta(minutes=20)
@@ -132,8 +131,8 @@ def test_each_step_tells_in_a_line_what_it_has_found(
         "Connection: ok: polars_cloud has type http, login polars-cloud-emulator and a password",
         "Login: ok: accepted by the emulator",
         "Workspace: ok: playground",
-        "Manifest: ok: airflow-production does not exist yet, and will be registered by "
-        "manifest_reuse",
+        "Manifest: ok: airflow-production does not exist yet: "
+        "the first task that uses it registers it",
     ]
     assert emulator.environment["POLARS_CLOUD_CLIENT_SECRET"] not in caplog.text
     assert_nothing_was_started(emulator)
@@ -324,10 +323,9 @@ def test_a_manifest_is_told_with_its_versions(
     expected = f"Manifest: ok: airflow-production is for {versions}, as this worker has them"
     assert lines(caplog)[-1] == expected
 
-    old = {**RAW_CLUSTER, "name": "airflow-production", "polars_version": "1.44.2"}
-    with rest_client(emulator.environment) as rest:
-        rest.delete(f"{WORKSPACE}/manifest", params={"name": old["name"]}).raise_for_status()
-        rest.post(f"{WORKSPACE}/manifest", json=old).raise_for_status()
+    old = {**MANIFEST_BODY, "name": "airflow-production", "polars_version": "1.44.2"}
+    emulator.call("DELETE", "manifest?name=airflow-production")
+    emulator.call("POST", "manifest", old)
     preflight.take_free_steps()
     assert "Manifest: ok: airflow-production will be registered anew" in lines(caplog)[-1]
     assert "specified in manifest (1.44.2)" in lines(caplog)[-1]
@@ -593,7 +591,7 @@ def test_a_mistake_fails_a_dag_before_a_cluster_is_started_and_names_the_variabl
 
 
 @pytest.mark.usefixtures("on_the_service")
-@pytest.mark.parametrize("dag_id", PATTERNS)
+@pytest.mark.parametrize("dag_id", sorted(KEPT))
 def test_a_dag_that_is_to_use_the_emulators_bucket_on_the_service_starts_no_cluster(
     emulator: RunningEmulator,
     load: Callable[[str], DAG],
@@ -616,6 +614,7 @@ def test_a_dag_that_knows_its_uris_from_elsewhere_needs_no_data_location(
     assert cluster_statuses(emulator) == ["Stopped"]
 
 
+@pytest.mark.dag("complete_pipeline")
 def test_a_dag_that_meets_a_missing_bucket_names_the_variable_and_leaves_no_cluster(
     emulator: RunningEmulator,
     load: Callable[[str], DAG],

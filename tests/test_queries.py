@@ -1,10 +1,10 @@
 """`queries.py`: a query is submitted once, and its end becomes the task's end."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,12 +18,9 @@ from include.polars_remote.clusters import compute_context
 from include.polars_remote.labels import get_labels
 from include.polars_remote.queries import METHODS, leave, run_query, submit, wait_for
 from include.polars_remote.recorded_queries import describe
-from polars_cloud_emulator.testing import RunningEmulator
-from tests.emulator.blocking_query import BlockingQuery
-from tests.emulator.raw_calls import WORKSPACE, rest_client
+from polars_cloud_emulator.testing import RunningEmulator, eventually
 from tests.observed import calls, cluster_statuses, entries, query_statuses
 from tests.tries import StartTry, Supervisor, kill
-from tests.waiting import eventually
 
 FILE = "s3://your-bucket/results/two.parquet"
 OTHER_FILE = "s3://your-bucket/results/other.parquet"
@@ -73,11 +70,6 @@ def ctx(new_ctx: Callable[[], Any]) -> Any:
 def remote(ctx: Any) -> Any:
     """A query that is ready to run on a cluster of one worker."""
     return TWO_ROWS.remote(ctx).single_node()
-
-
-@pytest.fixture
-def blocking(tmp_path: Path) -> BlockingQuery:
-    return BlockingQuery(tmp_path)
 
 
 # wait_for
@@ -132,8 +124,7 @@ def test_a_query_canceled_from_elsewhere_fails_the_task_for_good(
     emulator.add_fault("SubmitQuery", "query_hangs")
     query = submit(remote.sink_parquet, FILE)
     query_id = get_query_id(query)
-    with rest_client(emulator.environment) as rest:
-        rest.post(f"{WORKSPACE}/query/{query_id}/cancel").raise_for_status()
+    emulator.call("POST", f"query/{query_id}/cancel")
     with pytest.raises(AirflowFailException, match=f"{query_id} .* was canceled"):
         wait_for(query)
 
@@ -474,12 +465,16 @@ def test_a_submission_that_is_refused_is_an_error_and_runs_nowhere(
 
 
 def test_a_submission_that_is_given_up_after_it_was_accepted_is_canceled(
-    ctx: Any, emulator: RunningEmulator, blocking: BlockingQuery, start_try: StartTry
+    ctx: Any, emulator: RunningEmulator, start_try: StartTry
 ) -> None:
+    def take_long(df: pl.DataFrame) -> pl.DataFrame:
+        time.sleep(600)
+        return df
+
     with start_try(raises=ValueError, match="for good"):
         emulator.add_fault("SubmitQuery", "answer_lost")
         emulator.add_fault("GET query", "http_error", nth=2, status=403, message="for good")
-        submit(blocking.lazy_frame().remote(ctx).single_node().sink_parquet, FILE)
+        submit(ONE_ROW.map_batches(take_long).remote(ctx).single_node().sink_parquet, FILE)
     assert query_statuses(emulator) == ["Canceled"]
 
 

@@ -21,11 +21,9 @@ from include.polars_remote.client_internals import get_query_id
 from include.polars_remote.clusters import compute_context, use_cluster
 from include.polars_remote.queries import Query, run_query, submit
 from include.polars_remote.query_tasks import QueryLink
-from polars_cloud_emulator.testing import RunningEmulator
-from tests.emulator.raw_calls import WORKSPACE, rest_client
+from polars_cloud_emulator.testing import RunningEmulator, eventually
 from tests.observed import calls, cluster_statuses, entries, query_statuses
 from tests.tries import StartTry, Supervisor, TriedTask, deferral_of
-from tests.waiting import eventually
 
 FILE = "s3://your-bucket/results/two.parquet"
 OTHER_FILE = "s3://your-bucket/results/other.parquet"
@@ -431,8 +429,7 @@ def test_a_query_that_is_canceled_from_elsewhere_fails_the_task_for_good(
     hold()
     deferral_of(task.run)
     [query] = emulator.state()["queries"]
-    with rest_client(emulator.environment) as rest:
-        rest.post(f"{WORKSPACE}/query/{query['id']}/cancel").raise_for_status()
+    emulator.call("POST", f"query/{query['id']}/cancel")
     with pytest.raises(AirflowFailException, match=f"{query['id']} .* was canceled"):
         task.resume()
     assert cluster_statuses(emulator) == ["Stopped"]
@@ -447,8 +444,7 @@ def test_a_cluster_that_has_stopped_before_the_query_ended_is_an_error(
     hold()
     deferral_of(task.run)
     [cluster] = emulator.state()["clusters"]
-    with rest_client(emulator.environment) as rest:
-        rest.post(f"{WORKSPACE}/compute/{cluster['id']}/stop").raise_for_status()
+    emulator.call("POST", f"compute/{cluster['id']}/stop")
     with pytest.raises(RuntimeError, match=f"{cluster['id']} has stopped .* before query .* ended"):
         task.resume()
     assert supervisor.variables == {}
@@ -546,8 +542,7 @@ def stop_the_first_cluster(emulator: RunningEmulator) -> None:
     [cluster_id] = (
         each["id"] for each in emulator.state()["clusters"] if each["manifest"] == "shop"
     )
-    with rest_client(emulator.environment) as rest:
-        rest.post(f"{WORKSPACE}/compute/{cluster_id}/stop").raise_for_status()
+    emulator.call("POST", f"compute/{cluster_id}/stop")
 
 
 def test_a_result_outlives_its_cluster_while_the_task_is_deferred_for_another_query(

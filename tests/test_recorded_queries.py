@@ -18,7 +18,7 @@ from include.polars_remote.recorded_queries import (
     find_status,
 )
 from polars_cloud_emulator.testing import RunningEmulator
-from tests.emulator.raw_calls import WORKSPACE
+from polars_cloud_emulator.workspace import WORKSPACE_ID
 from tests.observed import calls, query_statuses
 
 FILE = "s3://your-bucket/results/one.parquet"
@@ -146,6 +146,6 @@ def test_a_cancel_that_fails_is_logged_and_not_raised(
 
 def test_a_query_is_described_by_its_id_and_its_page(query: Any, ctx: Any) -> None:
     query_id = get_query_id(query)
-    page = f"portal/{WORKSPACE.rpartition('/')[2]}/{get_cluster_id(ctx)}/queries/{query_id}"
+    page = f"portal/{WORKSPACE_ID}/{get_cluster_id(ctx)}/queries/{query_id}"
     assert describe(query).startswith(f"{query_id} (https://")
     assert describe(query).endswith(f"/{page})")

@@ -21,10 +21,9 @@ from include.polars_remote.clusters import compute_context, use_cluster
 from include.polars_remote.queries import leave, run_query, submit, wait_for
 from include.polars_remote.recorded_queries import describe
 from include.polars_remote.task_scope import TaskKilled, current_scope
-from polars_cloud_emulator.testing import RunningEmulator
+from polars_cloud_emulator.testing import RunningEmulator, eventually
 from tests.observed import calls, cluster_statuses, entries, query_statuses
 from tests.tries import StartTry, Supervisor, freeze, kill
-from tests.waiting import eventually
 
 FILE = "s3://your-bucket/results/two.parquet"
 OTHER_FILE = "s3://your-bucket/results/other.parquet"

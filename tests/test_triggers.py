@@ -23,11 +23,9 @@ from include.polars_remote.manifests import ensure_manifest
 from include.polars_remote.queries import submit
 from include.polars_remote.task_scope import current_scope
 from include.polars_remote.triggers import ClusterTrigger, PolarsCloudTrigger
-from polars_cloud_emulator.testing import RunningEmulator
-from tests.emulator.raw_calls import WORKSPACE, rest_client
+from polars_cloud_emulator.testing import RunningEmulator, eventually
 from tests.observed import calls, cluster_statuses, entries, query_statuses
 from tests.tries import StartTry, Supervisor, kill
-from tests.waiting import eventually
 
 CLUSTER = {"name": "shop", "cpus": 2, "memory": 4, "cluster_size": 2}
 FILES = ["s3://your-bucket/results/one.parquet", "s3://your-bucket/results/two.parquet"]
@@ -118,9 +116,8 @@ def test_a_trigger_fires_with_nothing_when_a_query_was_canceled(
     defer: Defer, emulator: RunningEmulator
 ) -> None:
     trigger = defer("query_hangs")
-    with rest_client(emulator.environment) as rest:
-        query_id = emulator.state()["queries"][0]["id"]
-        rest.post(f"{WORKSPACE}/query/{query_id}/cancel").raise_for_status()
+    query_id = emulator.state()["queries"][0]["id"]
+    emulator.call("POST", f"query/{query_id}/cancel")
     assert first_event(trigger) == {"results": {}}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from polars_cloud_emulator.env_file import write_env_file
 from polars_cloud_emulator.kept_state import UnreadableState
 from polars_cloud_emulator.object_store import UnusableEnvironment
+from polars_cloud_emulator.realism import CONVENIENT, REALISTIC
 from polars_cloud_emulator.server import Emulator
 
 DEFAULT_PORT_BASE = 7410
@@ -36,6 +37,12 @@ def main() -> None:
         default="emulator",
         help="the emulator's own S3, or the one that the AWS_* variables lead to",
     )
+    serve.add_argument(
+        "--realistic",
+        action="store_true",
+        help="be slow and forgetful: a cluster starts in minutes, which a fast clock passes over; "
+        "results without a destination expire; files in a directory are never replaced",
+    )
     serve.add_argument("--parent", type=int, help="end when this process, which started it, does")
     options = parser.parse_args()
 
@@ -55,6 +62,7 @@ def main() -> None:
             port_base=options.port_base,
             state_dir=options.state_dir,
             outside_s3=outside_s3,
+            realism=REALISTIC if options.realistic else CONVENIENT,
         )
         with emulator:
             ready = f"Polars Cloud emulator ready at {emulator.rest_url}"

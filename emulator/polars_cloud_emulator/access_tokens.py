@@ -74,7 +74,7 @@ class AccessTokens:
             # What the client goes by: the system's time, which is its own.
             "exp": int((datetime.now(UTC) + self._lifetime).timestamp()),
             # What counts here.
-            "good_until": int((self._clock.now() + self._lifetime).timestamp()),
+            "good_until": int((self._clock.now_for_logins() + self._lifetime).timestamp()),
             "generation": self._generation,
         }
         return jwt.encode(claims, self._signing_key)
@@ -104,7 +104,7 @@ class AccessTokens:
         except jwt.InvalidTokenError:
             raise Unauthenticated("this access token was not issued here") from None
         if (
-            claims["good_until"] <= self._clock.now().timestamp()
+            claims["good_until"] <= self._clock.now_for_logins().timestamp()
             or claims["generation"] < self._generation
         ):
             raise Unauthenticated("the access token has expired")

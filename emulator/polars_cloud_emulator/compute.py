@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
 
+from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.errors import InvalidRequest
 from polars_cloud_emulator.faults import (
     ClusterLost,
@@ -24,6 +25,7 @@ from polars_cloud_emulator.faults import (
 )
 from polars_cloud_emulator.isolated_python import worker_environment
 from polars_cloud_emulator.jobs import Answer, Failure, Job, Success
+from polars_cloud_emulator.realism import Realism
 from polars_cloud_emulator.requirements import importable_modules
 from polars_cloud_emulator.state import Cluster, Query, State, TerminationReason
 from polars_cloud_emulator.workers import Worker, WorkerDied, hang, kill, run
@@ -52,18 +54,24 @@ class Compute:
         Called in a thread with the id of each query that was dropped to stay within bounds.
     folder
         Working directory of the workers, empty as a cluster's.
+    realism
+        How long a start takes and a result is kept.
     """
 
     def __init__(
         self,
         state: State,
+        clock: Clock,
         *,
         environment: Mapping[str, str],
         temporary_uri: str,
         delete_result: Callable[[UUID], None],
         folder: Path,
+        realism: Realism,
     ) -> None:
         self._state = state
+        self._clock = clock
+        self._realism = realism
         self._folder = folder
         self.environment = {**worker_environment(), **environment}
         """Of a worker, beside what its cluster declares."""
@@ -74,6 +82,7 @@ class Compute:
         self._ended: dict[UUID, asyncio.Event] = {}
         self._faults: dict[UUID, QueryFault] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._expired: set[UUID] = set()
 
     def worker_pids(self, cluster_id: UUID) -> list[int]:
         workers = [*self._idle.get(cluster_id, [])]
@@ -164,8 +173,10 @@ class Compute:
                 self._start_queries(cluster_id)
             for cluster_id in self._state.idle_too_long():
                 await self.stop(cluster_id, TerminationReason.STOPPED_INACTIVE, "idle timeout")
-            for query_id in self._state.forget_oldest():
+            for query_id in (*self._state.forget_oldest(), *self._expire_results()):
                 await asyncio.to_thread(self._delete_result, query_id)
+            if self._state.is_starting():
+                self._clock.pass_over(TICK * (self._realism.speed - 1))
             await asyncio.sleep(TICK.total_seconds())
 
     async def close(self) -> None:
@@ -182,12 +193,22 @@ class Compute:
         self.release_waiters()
         self._ended.clear()
         self._faults.clear()
+        self._expired.clear()
 
     async def _end_workers(self, cluster_id: UUID) -> None:
         workers = self._idle.pop(cluster_id, [])
         for lease in self._leases_on(cluster_id):
             workers += self._leases.pop(lease.query.id).workers
         await asyncio.gather(*(worker.close() for worker in workers))
+
+    def _expire_results(self) -> set[UUID]:
+        """Queries whose results have become too old."""
+        if self._realism.result_life is None:
+            return set()
+        old = self._state.ended_before(self._clock.now() - self._realism.result_life)
+        expired = {*old} - self._expired
+        self._expired |= expired
+        return expired
 
     def _leases_on(self, cluster_id: UUID) -> list[Lease]:
         return [lease for lease in self._leases.values() if lease.query.cluster_id == cluster_id]
@@ -211,6 +232,7 @@ class Compute:
             engine=query.engine,
             optimization_flags=query.optimization_flags,
             temporary_uri=f"{self._temporary_uri}/{query.id}/00000000.parquet",
+            part_name=f"{query.id}-00000000" if self._realism.names_differ else "00000000",
         )
         process = await worker.ready()
         # A cancel or a stop may have come while the process started.

@@ -6,7 +6,6 @@ from datetime import datetime
 from operator import itemgetter
 from typing import Any
 from urllib.parse import parse_qsl
-from uuid import UUID
 
 import msgspec
 from pure_protobuf.message import BaseMessage
@@ -52,10 +51,8 @@ from polars_cloud_emulator.state import (
     State,
     TerminationReason,
 )
+from polars_cloud_emulator.workspace import ORGANIZATION_ID, WORKSPACE, WORKSPACE_ID
 
-WORKSPACE = "playground"
-WORKSPACE_ID = UUID("5e41ce00-0000-4000-8000-000000000002")
-ORGANIZATION_ID = UUID("5e41ce00-0000-4000-8000-000000000003")
 EPOCH = "2026-01-01T00:00:00Z"
 SERVICE = "/polars_cloud.control_plane.client.v1.ClientService"
 FILE_TYPE_NAMES = {"parquet": "Parquet", "ipc": "IPC", "csv": "Csv", "ndjson": "NDJSON", None: None}

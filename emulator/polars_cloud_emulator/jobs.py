@@ -20,6 +20,8 @@ class Job(msgspec.Struct, kw_only=True):
     optimization_flags: int | None
     temporary_uri: str
     """Where a result without a destination of its own goes."""
+    part_name: str
+    """Of a file in a directory, without its ending."""
 
 
 class Failure(msgspec.Struct, tag=True):

@@ -103,10 +103,11 @@ def output_location(plan: bytes) -> str | None:
     return None
 
 
-def prepare(plan: bytes, temporary_uri: str) -> Prepared:
+def prepare(plan: bytes, temporary_uri: str, part_name: str) -> Prepared:
     """Make every sink's target a place that Polars can write, and let the first note its rows.
 
-    A directory gets a part file; a result without a destination goes below ``temporary_uri``.
+    A directory gets a file that is called ``part_name``; a result without a destination goes below
+    ``temporary_uri``.
 
     Raises
     ------
@@ -122,7 +123,7 @@ def prepare(plan: bytes, temporary_uri: str) -> Prepared:
         nodes = [root["Sink"]]
     # A callback writes nothing itself.
     writing = [node for node in nodes if "Callback" not in node["payload"]]
-    sinks = [_place(node["payload"], temporary_uri) for node in writing]
+    sinks = [_place(node["payload"], temporary_uri, part_name) for node in writing]
     result = None
     if writing:
         result = document.serialized(writing[0]["input"]["idx"])
@@ -167,7 +168,7 @@ def _taken_apart(plan: bytes) -> Document:
     raise InvalidRequest("this plan is not one that Polars serialized")
 
 
-def _place(payload: Node, temporary_uri: str) -> Sink:
+def _place(payload: Node, temporary_uri: str, part_name: str) -> Sink:
     """Settle where one sink writes."""
     [(kind, sink)] = payload.items()
     arguments = sink["unified_sink_args"]
@@ -181,7 +182,7 @@ def _place(payload: Node, temporary_uri: str) -> Sink:
         target["inner"] = temporary_uri
         arguments["cloud_options"] = _own_cloud_options(temporary_uri)
     if "." not in target["inner"].rpartition("/")[2]:
-        target["inner"] = f"{target['inner'].rstrip('/')}/00000000.{file_type}"
+        target["inner"] = f"{target['inner'].rstrip('/')}/{part_name}.{file_type}"
     return Sink(target["inner"], file_type)
 
 

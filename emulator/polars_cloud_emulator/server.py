@@ -28,7 +28,7 @@ from polars_cloud_emulator.client_check import ClientCheck
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.compute import TICK, Compute
 from polars_cloud_emulator.compute_plane import ComputePlane
-from polars_cloud_emulator.control_plane import ORGANIZATION_ID, WORKSPACE_ID, ControlPlane
+from polars_cloud_emulator.control_plane import ControlPlane
 from polars_cloud_emulator.errors import UnknownCall
 from polars_cloud_emulator.faults import Connection, FaultMiddleware, Faults
 from polars_cloud_emulator.grpc_transport import refusal_in_kind
@@ -36,8 +36,10 @@ from polars_cloud_emulator.journal import Journal, JournalMiddleware
 from polars_cloud_emulator.kept_state import CommitMiddleware, KeptState
 from polars_cloud_emulator.object_store import ObjectStore, OutsideObjectStore
 from polars_cloud_emulator.pages import Pages
+from polars_cloud_emulator.realism import CONVENIENT, Realism
 from polars_cloud_emulator.state import State
 from polars_cloud_emulator.state_directory import StateDirectory
+from polars_cloud_emulator.workspace import ORGANIZATION_ID, WORKSPACE_ID
 
 START_TIMEOUT = 60.0
 """Seconds until a start is given up."""
@@ -65,6 +67,8 @@ class Emulator:
         Time for billing, idle timeouts, start-up and tokens.
     token_lifetime
         How long an access token is good.
+    realism
+        How long a start takes and a result is kept, and how files are named.
 
     Raises
     ------
@@ -85,6 +89,7 @@ class Emulator:
         outside_s3: Mapping[str, str] | None = None,
         clock: Clock | None = None,
         token_lifetime: timedelta = timedelta(minutes=5),
+        realism: Realism = CONVENIENT,
     ) -> None:
         self.clock = clock or Clock()
         self._host = host
@@ -94,6 +99,7 @@ class Emulator:
         self._state_dir = state_dir
         self._outside_s3 = outside_s3
         self._token_lifetime = token_lifetime
+        self._realism = realism
         self._resources = contextlib.ExitStack()
 
     @property
@@ -187,13 +193,16 @@ class Emulator:
             self.clock,
             python_version=platform.python_version(),
             polars_version=pl.__version__,
+            startup=self._realism.startup,
         )
         self._compute = Compute(
             self._state,
+            self.clock,
             environment=self._object_store.environment,
             temporary_uri=self._object_store.temporary_uri,
             delete_result=self._object_store.delete_result,
             folder=self._files.workers,
+            realism=self._realism,
         )
         self._access_tokens = AccessTokens(
             self.clock, self._files.client_secret(), self._token_lifetime

@@ -159,6 +159,8 @@ class State:
     ----------
     python_version, polars_version
         What the workers run. Clusters cannot run anything else.
+    startup
+        How long a cluster is ``Starting``.
     """
 
     def __init__(
@@ -167,8 +169,10 @@ class State:
         *,
         python_version: str,
         polars_version: str,
+        startup: timedelta = timedelta(0),
     ) -> None:
         self._clock = clock
+        self._startup = startup
         self._python_version = python_version
         self._polars_version = polars_version
         self.manifests: dict[str, Manifest] = {}
@@ -236,6 +240,8 @@ class State:
             ready_at=now,
             idle_since=now,
         )
+        if self._startup:
+            self.postpone(cluster, self._startup)
         self.clusters[cluster.id] = cluster
         return cluster
 
@@ -269,6 +275,10 @@ class State:
         failed = cluster.termination_reason is TerminationReason.FAILED
         cluster.status = ClusterStatus.FAILED if failed else ClusterStatus.STOPPED
         cluster.stopped_at = self._clock.now()
+
+    def is_starting(self) -> bool:
+        """Whether a cluster is on its way."""
+        return any(c.status is ClusterStatus.STARTING for c in self.clusters.values())
 
     def become_ready(self) -> list[UUID]:
         """Clusters whose start-up has come to its end."""
@@ -407,6 +417,10 @@ class State:
         for cluster_id in stopped[: max(0, len(stopped) - MAX_STOPPED_CLUSTERS)]:
             del self.clusters[cluster_id]
         return dropped
+
+    def ended_before(self, moment: datetime) -> list[UUID]:
+        """Queries that had ended by then."""
+        return [q.id for q in self.queries.values() if q.ended_at and q.ended_at <= moment]
 
     # Restarts
 

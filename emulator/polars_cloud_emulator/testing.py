@@ -3,19 +3,26 @@
 import contextlib
 import json
 import os
+import ssl
 import subprocess
 import tempfile
+import time
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from polars_cloud_emulator.env_file import read_env_file
 from polars_cloud_emulator.isolated_python import python, without_path
 from polars_cloud_emulator.journal import ADMIN_PREFIX
+from polars_cloud_emulator.workspace import WORKSPACE_ID
+
+T = TypeVar("T")
 
 STOP_TIMEOUT = 30.0
 """Seconds until a stopping emulator is killed."""
@@ -97,22 +104,59 @@ class RunningEmulator:
         answer = self._ask("POST", "clock", {"advance_seconds": by.total_seconds()})
         return datetime.fromisoformat(answer["now"])
 
-    def _ask(self, method: str, call: str, body: dict[str, object] | None = None) -> Any:
-        request = urllib.request.Request(
-            f"{self.rest_url}{ADMIN_PREFIX}{call}",
-            data=json.dumps(body).encode() if body else None,
-            method=method,
+    def call(self, method: str, path: str, body: dict[str, object] | None = None) -> Any:
+        """Call the workspace's REST API past the client, as somebody else would; the answer.
+
+        Parameters
+        ----------
+        path
+            Below the workspace, such as ``query/{id}/cancel``.
+
+        Raises
+        ------
+        ValueError
+            The emulator refuses the call; with its words.
+        """
+        user = f"{self.environment['POLARS_CLOUD_CLIENT_ID']}@sa.cloud.pola.rs"
+        form = {"username": user, "password": self.environment["POLARS_CLOUD_CLIENT_SECRET"]}
+        login = f"https://{self.environment['POLARS_CLOUD_DOMAIN'].partition('@')[2]}"
+        [authority] = Path(self.environment["SSL_CERT_DIR"]).iterdir()
+        token = _send(
+            urllib.request.Request(
+                f"{login}/realms/Polars/protocol/openid-connect/token",
+                data=urllib.parse.urlencode(form).encode(),
+            ),
+            authority,
         )
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with direct.open(request) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            raise ValueError(json.load(error)["message"]) from None
+        headers = {
+            "authorization": f"Bearer {token['access_token']}",
+            "content-type": "application/json",
+            "x-client-version": version("polars-cloud"),
+            "x-polars-version": version("polars"),
+        }
+        return _send(
+            urllib.request.Request(
+                f"{self.rest_url}/api/v1/workspace/{WORKSPACE_ID}/{path}",
+                data=json.dumps(body).encode() if body else None,
+                headers=headers,
+                method=method,
+            )
+        )
+
+    def _ask(self, method: str, call: str, body: dict[str, object] | None = None) -> Any:
+        return _send(
+            urllib.request.Request(
+                f"{self.rest_url}{ADMIN_PREFIX}{call}",
+                data=json.dumps(body).encode() if body else None,
+                method=method,
+            )
+        )
 
 
 @contextlib.contextmanager
-def running_emulator(state_dir: Path | None = None) -> Iterator[RunningEmulator]:
+def running_emulator(
+    state_dir: Path | None = None, *, realistic: bool = False
+) -> Iterator[RunningEmulator]:
     """Run an emulator while the context is open; it ends with this process, however that ends.
 
     Put its ``environment`` into ``os.environ`` before ``polars_cloud`` is imported for the first
@@ -122,6 +166,8 @@ def running_emulator(state_dir: Path | None = None) -> Iterator[RunningEmulator]
     ----------
     state_dir
         Directory in which a restarted emulator finds its state; a temporary one if None.
+    realistic
+        Whether clusters start, results expire and files are named as on a cloud.
 
     Raises
     ------
@@ -133,6 +179,7 @@ def running_emulator(state_dir: Path | None = None) -> Iterator[RunningEmulator]
         command = python("polars_cloud_emulator", "serve", "--parent", os.getpid())
         command += ["--port-base", "0", "--env-file", str(env_file)]
         command += ["--state-dir", str(state_dir or Path(scratch) / "state")]
+        command += ["--realistic"] if realistic else []
         with subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -153,3 +200,38 @@ def running_emulator(state_dir: Path | None = None) -> Iterator[RunningEmulator]
                 except subprocess.TimeoutExpired:
                     process.kill()
                     raise
+
+
+def eventually(condition: Callable[[], T], seconds: float = 120.0, *, pause: float = 0.01) -> T:
+    """Wait for a condition; its first true value.
+
+    Parameters
+    ----------
+    seconds
+        Until the condition has to hold.
+    pause
+        Seconds between two looks; more where looking slows down what is waited for.
+
+    Raises
+    ------
+    AssertionError
+        The condition did not hold in time.
+    """
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"still {value!r} after {seconds} s"
+        time.sleep(pause)
+    return value
+
+
+def _send(request: urllib.request.Request, authority: Path | None = None) -> Any:
+    """Send a request past any proxy, and return the JSON of its answer, or None without one."""
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}),
+        urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=authority)),
+    )
+    try:
+        with opener.open(request) as answer:
+            return json.loads(answer.read() or "null")
+    except urllib.error.HTTPError as error:
+        raise ValueError(json.load(error)["message"]) from None

@@ -54,7 +54,7 @@ def run(job: Job) -> Answer:
 
 
 def _run_plan(job: Job) -> Outcome:
-    prepared = query_plan.prepare(job.plan, job.temporary_uri)
+    prepared = query_plan.prepare(job.plan, job.temporary_uri, job.part_name)
     written_rows.forget()
     pl.LazyFrame.deserialize(io.BytesIO(prepared.plan)).collect(
         engine="in-memory" if job.engine == "in-memory" else "streaming",

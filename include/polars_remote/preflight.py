@@ -177,7 +177,7 @@ def look_at_manifest() -> str:
     except misspecified_error() as error:
         return f"{MANIFEST} will be registered anew by the next task that uses it: {error}"
     if found is None:
-        return f"{MANIFEST} does not exist yet, and will be registered by manifest_reuse"
+        return f"{MANIFEST} does not exist yet: the first task that uses it registers it"
     polars, python = version("polars"), platform.python_version()
     return f"{MANIFEST} is for polars {polars} and Python {python}, as this worker has them"
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from local_airflow import PATTERNS
+from polars_cloud_emulator.testing import eventually
+from tests.eight_dags import KEPT
 from tests.failures.deployment import QUICK_INTERVALS, Deployment, free_ports, running_deployment
 from tests.failures.events import LONG, let_queries_end
-from tests.waiting import eventually
 
 WORKERS = {
     name: f"celery worker --skip-serve-logs --concurrency 3 --celery-hostname {name}@%h"
@@ -61,7 +61,7 @@ def airflow(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def test_every_pattern_succeeds_on_two_workers(airflow: Deployment) -> None:
-    runs = [airflow.trigger(dag_id) for dag_id in PATTERNS]
+    runs = [airflow.trigger(dag_id) for dag_id in sorted(KEPT)]
     for run in runs:
         run.wait_for_end()
         assert (run.state, run.tries()) == ("success", 1), run.log()[-6000:]
@@ -71,6 +71,7 @@ def test_every_pattern_succeeds_on_two_workers(airflow: Deployment) -> None:
     assert all(query["n_rows"] for query in emulator.queries())
 
 
+@pytest.mark.dag("context_manager_shutdown")
 def test_a_query_whose_worker_is_killed_is_resumed_on_the_other_one(airflow: Deployment) -> None:
     airflow.end_runs()
     airflow.emulator.api.add_fault("SubmitQuery", "query_takes", seconds=LONG)

@@ -8,7 +8,6 @@ import boto3
 import polars as pl
 import psutil
 
-from tests.emulator.raw_calls import CLUSTER, WORKSPACE, rest_client
 from tests.failures.deployment import (
     API_SERVER,
     DAG_PROCESSOR,
@@ -17,6 +16,7 @@ from tests.failures.deployment import (
     Deployment,
     Run,
 )
+from tests.manifest_body import MANIFEST_BODY
 
 BUCKET = "your-bucket"
 SECOND_TRIGGERER = f"{TRIGGERER} --capacity 999"
@@ -165,8 +165,7 @@ def while_the_cluster_starts(then: Callable[[Deployment, Run], None]) -> Act:
 
 def cancel_from_elsewhere(airflow: Deployment, run: Run) -> None:
     [query] = airflow.emulator.running_queries()
-    with rest_client(airflow.emulator.api.environment) as rest:
-        rest.post(f"{WORKSPACE}/query/{query['id']}/cancel").raise_for_status()
+    airflow.emulator.api.call("POST", f"query/{query['id']}/cancel")
 
 
 def mark_task_failed(airflow: Deployment, run: Run) -> None:
@@ -288,9 +287,8 @@ def manifest_of(dag_id: str) -> str:
 
 def outdated_manifest(**drift: object) -> Act:
     def act(airflow: Deployment, dag_id: str) -> Run:
-        with rest_client(airflow.emulator.api.environment) as rest:
-            manifest = {**CLUSTER, **drift, "name": manifest_of(dag_id)}
-            rest.post(f"{WORKSPACE}/manifest", json=manifest).raise_for_status()
+        manifest = {**MANIFEST_BODY, **drift, "name": manifest_of(dag_id)}
+        airflow.emulator.api.call("POST", "manifest", manifest)
         return meet()(airflow, dag_id)
 
     return act
@@ -477,11 +475,10 @@ def side_by_side(runs: int) -> Act:
 def upgrade_and_clear_one_task(airflow: Deployment, dag_id: str) -> Run:
     """A task is cleared alone after Polars was upgraded: the manifest is for the one before."""
     run = meet()(airflow, dag_id)
-    with rest_client(airflow.emulator.api.environment) as rest:
-        name = manifest_of(dag_id)
-        rest.delete(f"{WORKSPACE}/manifest", params={"name": name}).raise_for_status()
-        manifest = {**CLUSTER, "polars_version": "1.41.2", "name": name}
-        rest.post(f"{WORKSPACE}/manifest", json=manifest).raise_for_status()
+    name = manifest_of(dag_id)
+    airflow.emulator.api.call("DELETE", f"manifest?name={name}")
+    manifest = {**MANIFEST_BODY, "polars_version": "1.41.2", "name": name}
+    airflow.emulator.api.call("POST", "manifest", manifest)
     run.clear("sum_refunds")
     airflow.eventually(lambda: run.state != "success")
     run.wait_for_end()

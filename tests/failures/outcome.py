@@ -4,9 +4,9 @@ import contextlib
 import re
 from dataclasses import dataclass
 
+from polars_cloud_emulator.testing import eventually
 from tests.failures.deployment import Deployment, Run
 from tests.failures.scenarios import Expected
-from tests.waiting import eventually
 
 SETTLES_IN = 20.0
 """Seconds after the run's end for what it left to stop, and for the triggerer to log its part."""

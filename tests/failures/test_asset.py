@@ -1,9 +1,12 @@
 """The daily report is announced as an Asset, and the DAG of docs/helpers.md runs on it."""
 
+import pytest
+
+from polars_cloud_emulator.testing import eventually
 from tests.failures.deployment import Deployment, Run
-from tests.waiting import eventually
 
 
+@pytest.mark.dag("complete_pipeline")
 def test_another_dag_runs_on_the_daily_report(airflow: Deployment) -> None:
     def runs() -> list[Run]:
         answer = airflow.call("GET", "dags/mail_report/dagRuns?state=success&limit=100")

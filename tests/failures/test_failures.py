@@ -4,10 +4,10 @@ import re
 
 import pytest
 
+from polars_cloud_emulator.testing import eventually
 from tests.failures.deployment import Deployment
 from tests.failures.outcome import observe
 from tests.failures.scenarios import IDLE_TIMEOUT, SCENARIOS
-from tests.waiting import eventually
 
 ON_ANY_AIRFLOW = {
     "a user marks the task failed",

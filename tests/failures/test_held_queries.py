@@ -1,7 +1,7 @@
 """Many queries, and few slots."""
 
+from polars_cloud_emulator.testing import eventually
 from tests.failures.deployment import Deployment
-from tests.waiting import eventually
 
 QUERIES = 50
 

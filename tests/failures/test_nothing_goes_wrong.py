@@ -2,9 +2,9 @@
 
 import pytest
 
-from local_airflow import PATTERNS
+from polars_cloud_emulator.testing import eventually
+from tests.eight_dags import KEPT
 from tests.failures.deployment import Deployment
-from tests.waiting import eventually
 
 LEAVE_THEIR_CLUSTER = {"airflow-production", "airflow-single-query", "airflow-status-check"}
 """Manifests of the clusters that are left to their idle timeout by design."""
@@ -13,7 +13,7 @@ LEAVE_THEIR_CLUSTER = {"airflow-production", "airflow-single-query", "airflow-st
 @pytest.mark.any_airflow
 def test_every_pattern_succeeds_and_leaves_nothing(airflow: Deployment) -> None:
     emulator = airflow.emulator
-    for run in [airflow.trigger(dag_id) for dag_id in PATTERNS]:
+    for run in [airflow.trigger(dag_id) for dag_id in sorted(KEPT)]:
         run.wait_for_end()
         assert (run.state, run.tries()) == ("success", 1), run.log()[-6000:]
     eventually(lambda: not emulator.running_queries())

@@ -9,8 +9,8 @@ import httpx
 import polars as pl
 import pytest
 
+from emulator.tests.raw_calls import CLUSTER, WORKSPACE
 from polars_cloud_emulator.testing import RunningEmulator
-from tests.emulator.raw_calls import CLUSTER, WORKSPACE
 
 NAME = "airflow-production"
 

@@ -10,12 +10,11 @@ import httpx
 import polars as pl
 import pytest
 
+from emulator.tests.blocking_query import BlockingQuery
+from emulator.tests.processes import is_running, none_running
+from emulator.tests.raw_calls import CLUSTER, WORKSPACE, rest_client
 from polars_cloud_emulator.clock import Clock
-from polars_cloud_emulator.testing import RunningEmulator
-from tests.emulator.blocking_query import BlockingQuery
-from tests.emulator.processes import is_running, none_running
-from tests.emulator.raw_calls import CLUSTER, WORKSPACE, rest_client
-from tests.waiting import eventually
+from polars_cloud_emulator.testing import RunningEmulator, eventually
 
 StartCluster = Callable[..., Any]
 StartEmulator = Callable[..., RunningEmulator]
@@ -199,7 +198,7 @@ def test_idle_timeout_stops_a_cluster_that_does_nothing(
 
     start_and_query = f"""
 from pathlib import Path
-from tests.emulator.blocking_query import BlockingQuery
+from emulator.tests.blocking_query import BlockingQuery
 for minutes in (10, 15, 20):
     ctx = pc.ComputeContext(
         workspace="playground", cpus=2, memory=4, idle_timeout_mins=minutes

@@ -12,11 +12,10 @@ from typing import Any
 import polars as pl
 import pytest
 
-from polars_cloud_emulator.testing import RunningEmulator
-from tests.emulator.blocking_query import BlockingQuery
-from tests.emulator.processes import is_running
-from tests.emulator.raw_calls import COMPUTE_PLANE
-from tests.waiting import eventually
+from emulator.tests.blocking_query import BlockingQuery
+from emulator.tests.processes import is_running
+from emulator.tests.raw_calls import COMPUTE_PLANE
+from polars_cloud_emulator.testing import RunningEmulator, eventually
 
 StartCluster = Callable[..., Any]
 

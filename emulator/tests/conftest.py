@@ -13,12 +13,12 @@ from typing import Any
 import httpx
 import pytest
 
+from emulator.tests.blocking_query import BlockingQuery
+from emulator.tests.command_line import Served, command
+from emulator.tests.raw_calls import rest_client
 from polars_cloud_emulator.env_file import read_env_file
 from polars_cloud_emulator.server import Emulator
 from polars_cloud_emulator.testing import RunningEmulator
-from tests.emulator.blocking_query import BlockingQuery
-from tests.emulator.command_line import Served, command
-from tests.emulator.raw_calls import rest_client
 
 LOG_IN = """
 import os

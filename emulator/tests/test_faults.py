@@ -14,9 +14,8 @@ import polars as pl
 import psutil
 import pytest
 
-from polars_cloud_emulator.testing import RunningEmulator, running_emulator
-from tests.emulator.processes import none_running
-from tests.emulator.raw_calls import (
+from emulator.tests.processes import none_running
+from emulator.tests.raw_calls import (
     CLUSTER,
     COMPUTE_PLANE,
     VERSIONS,
@@ -25,7 +24,7 @@ from tests.emulator.raw_calls import (
     call_grpc,
     rest_client,
 )
-from tests.waiting import eventually
+from polars_cloud_emulator.testing import RunningEmulator, eventually, running_emulator
 
 ME = "/api/v1/user/me"
 

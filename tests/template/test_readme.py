@@ -14,7 +14,8 @@ from polars_cloud_emulator.testing import RunningEmulator
 from tests.failures.table import table
 
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+YOUR_OWN = ROOT / "docs" / "your-own.md"
+PAGES = [README, *sorted({*(ROOT / "docs").glob("*.md")} - {YOUR_OWN})]
 RUN_A_DAG = """
 from airflow.dag_processing.dagbag import DagBag
 print("the run ended:", DagBag().dags["orders"].test().state)
@@ -48,6 +49,11 @@ def test_every_command_of_a_page_is_run_by_ci(page: Path) -> None:
             assert re.search(rf"^[^#]*\b{re.escape(typed)}{end}", ci["run"], re.MULTILINE), command
 
 
+def test_every_command_of_the_page_about_a_repository_of_your_own_is_run_by_ci() -> None:
+    assert "step .ci/your_own\n" in (ROOT / ".ci" / "run").read_text()
+    assert f"$PWD/docs/{YOUR_OWN.name}" in (ROOT / ".ci" / "your_own").read_text()
+
+
 def test_the_dag_of_the_readme_runs(
     emulator: RunningEmulator, airflow_db: None, tmp_path: Path
 ) -> None:
@@ -55,7 +61,7 @@ def test_the_dag_of_the_readme_runs(
     (tmp_path / "orders.py").write_text(code)
     ran = run_python(RUN_A_DAG, {"AIRFLOW__CORE__DAGS_FOLDER": str(tmp_path)})
     assert "the run ended: success" in ran.stdout, ran.stdout + ran.stderr
-    counts = pl.read_parquet("s3://your-bucket/results/orders/")
+    counts = pl.read_parquet("s3://your-bucket/results/orders.parquet")
     rows = pl.scan_parquet("s3://your-bucket/sales/").select(pl.len()).collect().item()
     assert counts["len"].sum() == rows
 

@@ -16,9 +16,9 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from emulator.tests.command_line import Served
+from emulator.tests.raw_calls import CLUSTER, WORKSPACE, rest_client
 from polars_cloud_emulator.kept_objects import KeptObjects
-from tests.emulator.command_line import Served
-from tests.emulator.raw_calls import CLUSTER, WORKSPACE, rest_client
 
 BUCKET = "your-bucket"
 KILLS = 6

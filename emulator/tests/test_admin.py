@@ -11,10 +11,10 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from emulator.tests.blocking_query import BlockingQuery
+from emulator.tests.processes import none_running
+from emulator.tests.raw_calls import COMPUTE_PLANE, VERSIONS, access_token, call_grpc
 from polars_cloud_emulator.testing import RunningEmulator
-from tests.emulator.blocking_query import BlockingQuery
-from tests.emulator.processes import none_running
-from tests.emulator.raw_calls import COMPUTE_PLANE, VERSIONS, access_token, call_grpc
 
 StartCluster = Callable[..., Any]
 

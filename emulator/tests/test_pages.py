@@ -10,11 +10,10 @@ import httpx
 import polars as pl
 import pytest
 
+from emulator.tests.blocking_query import BlockingQuery
+from emulator.tests.raw_calls import CLUSTER, WORKSPACE
 from polars_cloud_emulator.control_plane import ORGANIZATION_ID, WORKSPACE_ID
-from polars_cloud_emulator.testing import RunningEmulator
-from tests.emulator.blocking_query import BlockingQuery
-from tests.emulator.raw_calls import CLUSTER, WORKSPACE
-from tests.waiting import eventually
+from polars_cloud_emulator.testing import RunningEmulator, eventually
 
 StartCluster = Callable[..., Any]
 

@@ -13,7 +13,7 @@ import pytest
 from moto.backends import get_backend
 from moto.server import ThreadedMotoServer
 
-from tests.emulator.command_line import Served, command
+from emulator.tests.command_line import Served, command
 
 Serve = Callable[..., Served]
 RunClient = Callable[..., str]

@@ -12,10 +12,9 @@ import httpx
 import polars as pl
 import pytest
 
-from polars_cloud_emulator.testing import RunningEmulator
-from tests.emulator.processes import descendants, none_running
-from tests.emulator.raw_calls import CLUSTER, WORKSPACE
-from tests.waiting import eventually
+from emulator.tests.processes import descendants, none_running
+from emulator.tests.raw_calls import CLUSTER, WORKSPACE
+from polars_cloud_emulator.testing import RunningEmulator, eventually
 
 StartCluster = Callable[..., Any]
 
@@ -67,7 +66,7 @@ def test_emulator_and_its_workers_end_with_the_process_that_started_them(
         STARTS_ONE.format(
             then="""
     import httpx
-    from tests.emulator.raw_calls import CLUSTER, WORKSPACE, rest_client
+    from emulator.tests.raw_calls import CLUSTER, WORKSPACE, rest_client
     with rest_client(emulator.environment) as rest:
         rest.post(f"{WORKSPACE}/compute/start", json=CLUSTER | {"cluster_size": 2})
     print("started", flush=True)

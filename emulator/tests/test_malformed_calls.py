@@ -8,9 +8,8 @@ import httpx
 import polars as pl
 import pytest
 
-from polars_cloud_emulator.testing import RunningEmulator
-from tests.emulator.command_line import Served
-from tests.emulator.raw_calls import (
+from emulator.tests.command_line import Served
+from emulator.tests.raw_calls import (
     CLUSTER,
     COMPUTE_PLANE,
     CONTROL_PLANE,
@@ -21,6 +20,7 @@ from tests.emulator.raw_calls import (
     rest_client,
     tls_client,
 )
+from polars_cloud_emulator.testing import RunningEmulator
 
 TOKEN_PATH = "/realms/Polars/protocol/openid-connect/token"
 HEADER = pl.LazyFrame().serialize()[:79]

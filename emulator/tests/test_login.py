@@ -13,9 +13,7 @@ import jwt
 import polars as pl
 import pytest
 
-from polars_cloud_emulator.clock import Clock
-from polars_cloud_emulator.testing import RunningEmulator, running_emulator
-from tests.emulator.raw_calls import (
+from emulator.tests.raw_calls import (
     COMPUTE_PLANE,
     CONTROL_PLANE,
     VERSIONS,
@@ -23,6 +21,8 @@ from tests.emulator.raw_calls import (
     call_grpc,
     rest_client,
 )
+from polars_cloud_emulator.clock import Clock
+from polars_cloud_emulator.testing import RunningEmulator, running_emulator
 
 TOKEN_PATH = "/realms/Polars/protocol/openid-connect/token"
 ME = "/api/v1/user/me"

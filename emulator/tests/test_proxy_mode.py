@@ -8,9 +8,9 @@ from typing import Any
 import polars as pl
 import pytest
 
+from emulator.tests.blocking_query import BlockingQuery
+from emulator.tests.raw_calls import COMPUTE_PLANE
 from polars_cloud_emulator.testing import RunningEmulator
-from tests.emulator.blocking_query import BlockingQuery
-from tests.emulator.raw_calls import COMPUTE_PLANE
 
 StartCluster = Callable[..., Any]
 

@@ -8,9 +8,9 @@ import httpx
 import polars as pl
 import pytest
 
+from emulator.tests.blocking_query import BlockingQuery
+from emulator.tests.raw_calls import WORKSPACE
 from polars_cloud_emulator.testing import RunningEmulator
-from tests.emulator.blocking_query import BlockingQuery
-from tests.emulator.raw_calls import WORKSPACE
 
 StartCluster = Callable[..., Any]
 LF = pl.LazyFrame({"x": [1, 2]})

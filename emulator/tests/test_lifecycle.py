@@ -20,19 +20,19 @@ import polars as pl
 import psutil
 import pytest
 
+from emulator.tests.blocking_query import BlockingQuery
+from emulator.tests.command_line import Served, command
+from emulator.tests.processes import descendants, none_running
+from emulator.tests.raw_calls import access_token, rest_client, tls_client
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.env_file import read_env_file, write_env_file
 from polars_cloud_emulator.server import Emulator
-from tests.emulator.blocking_query import BlockingQuery
-from tests.emulator.command_line import Served, command
-from tests.emulator.processes import descendants, none_running
-from tests.emulator.raw_calls import access_token, rest_client, tls_client
-from tests.waiting import eventually
+from polars_cloud_emulator.testing import eventually
 
 RunClient = Callable[..., str]
 SUBMIT = """
 from pathlib import Path
-from tests.emulator.blocking_query import BlockingQuery
+from emulator.tests.blocking_query import BlockingQuery
 ctx = pc.ComputeContext(workspace="playground", cpus=2, memory=4, cluster_size=2)
 ctx.start()
 blocking = BlockingQuery(Path("{directory}"))

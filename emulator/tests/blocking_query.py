@@ -5,7 +5,7 @@ from pathlib import Path
 
 import polars as pl
 
-from tests.waiting import eventually
+from polars_cloud_emulator.testing import eventually
 
 
 class BlockingQuery:

@@ -212,10 +212,12 @@ Looks = dict[str, tuple[Deployment, Future[dict[str, Any]]]]
 
 @pytest.fixture(scope="module")
 def looks(
-    running: RunningEmulator, migrated_database: Path, tmp_path_factory: pytest.TempPathFactory
+    polars_cloud_emulator_session: RunningEmulator,
+    migrated_database: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Looks]:
     """Every deployment, and what its parts see, by the names of its layouts."""
-    running.reset()
+    polars_cloud_emulator_session.reset()
     deployments = [build(tmp_path_factory.mktemp(build.__name__)) for build in DEPLOYMENTS]
     with ThreadPoolExecutor(max_workers=2) as pool:
         futures = [pool.submit(deployment.look, migrated_database) for deployment in deployments]

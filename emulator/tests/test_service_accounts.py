@@ -10,8 +10,7 @@ import httpx
 import polars as pl
 import pytest
 
-from polars_cloud_emulator.testing import RunningEmulator
-from tests.emulator.raw_calls import (
+from emulator.tests.raw_calls import (
     COMPUTE_PLANE,
     CONTROL_PLANE,
     VERSIONS,
@@ -19,6 +18,7 @@ from tests.emulator.raw_calls import (
     call_grpc,
     rest_client,
 )
+from polars_cloud_emulator.testing import RunningEmulator
 
 FIRST = "polars-cloud-emulator"
 SECOND = "polars-cloud-emulator-second"

@@ -4,11 +4,11 @@ import ast
 import re
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from local_airflow import ROOT
+
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
 ROWS = [" ".join(row.split()) for row in re.findall(r"^- `([^`]+)`", PAGE, re.MULTILINE)]
 ERRORS = ("Error", "Exception", "Timeout")
