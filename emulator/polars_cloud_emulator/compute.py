@@ -11,7 +11,7 @@ from uuid import UUID
 
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.errors import InvalidRequest
-from polars_cloud_emulator.faults import (
+from polars_cloud_emulator.fault_kinds import (
     ClusterLost,
     QueryFails,
     QueryFault,
@@ -28,7 +28,7 @@ from polars_cloud_emulator.jobs import Answer, Failure, Job, Success
 from polars_cloud_emulator.realism import Realism
 from polars_cloud_emulator.requirements import importable_modules
 from polars_cloud_emulator.state import Cluster, Query, State, TerminationReason
-from polars_cloud_emulator.workers import Worker, WorkerDied, hang, kill, run
+from polars_cloud_emulator.worker_handle import Worker, WorkerDied, hang, kill, run
 
 TICK = timedelta(milliseconds=50)
 """How often the clock is looked at for start-ups and idle timeouts."""

@@ -2,9 +2,7 @@
 
 import functools
 from collections.abc import Awaitable, Callable
-from datetime import datetime
 from operator import itemgetter
-from typing import Any
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -24,36 +22,34 @@ from polars_cloud_emulator.errors import (
     Unauthenticated,
 )
 from polars_cloud_emulator.grpc_transport import grpc_route
-from polars_cloud_emulator.instance_types import instance_types
 from polars_cloud_emulator.messages import (
     ProxyQueryResultAnswer,
     ProxySubmitRequest,
     QueryReference,
 )
 from polars_cloud_emulator.query_messages import (
-    ENGINE_NAMES,
-    QUERY_TYPE_NAMES,
     parse_id,
     query_result,
     submitted,
 )
-from polars_cloud_emulator.rest_transport import (
-    decode_body,
-    json_response,
-    positive_parameter,
-    refusal,
+from polars_cloud_emulator.rest_answers import (
+    Model,
+    cluster_answer,
+    manifest_answer,
+    organization_answer,
+    page_of,
+    query_answer,
+    workspace_answer,
 )
+from polars_cloud_emulator.rest_transport import decode_body, json_response, refusal
 from polars_cloud_emulator.state import (
-    Cluster,
     ClusterSpec,
     Manifest,
-    Query,
     State,
     TerminationReason,
 )
 from polars_cloud_emulator.workspace import ORGANIZATION_ID, WORKSPACE, WORKSPACE_ID
 
-EPOCH = "2026-01-01T00:00:00Z"
 SERVICE = "/polars_cloud.control_plane.client.v1.ClientService"
 FILE_TYPE_NAMES = {"parquet": "Parquet", "ipc": "IPC", "csv": "Csv", "ndjson": "NDJSON", None: None}
 
@@ -73,8 +69,6 @@ NOT_EMULATED = [
 """Calls of the client that are refused, and why."""
 
 ORDERS = ("request_time", "created_at", "updated_at")
-
-Model = dict[str, Any]
 
 
 class RegisterManifest(ClusterSpec, kw_only=True):
@@ -196,19 +190,19 @@ class ControlPlane:
         }
 
     async def list_organizations(self, request: Request) -> Model:
-        return _page([_organization()], request)
+        return page_of([organization_answer()], request)
 
     async def get_organization(self, request: Request) -> Model:
         if request.path_params["organization_id"] != ORGANIZATION_ID:
             raise NotFound("organization does not exist")
-        return _organization()
+        return organization_answer()
 
     async def list_workspaces(self, request: Request) -> Model:
         name = request.query_params.get("name", "").lower()
-        return _page([_workspace()] if name in WORKSPACE else [], request)
+        return page_of([workspace_answer()] if name in WORKSPACE else [], request)
 
     async def get_workspace(self, request: Request) -> Model:
-        return _workspace()
+        return workspace_answer()
 
     async def get_aws_connection(self, request: Request) -> Model:
         raise NotFound("the emulator's workspace is connected to no AWS account")
@@ -221,18 +215,16 @@ class ControlPlane:
     async def start_cluster(self, request: Request) -> Model:
         cluster = self._state.start_cluster(await decode_body(request, ClusterSpec))
         self._compute.launch(cluster, request.scope["fault"])
-        return _cluster(cluster)
+        return cluster_answer(cluster)
 
     async def list_clusters(self, request: Request) -> Model:
         wanted = request.query_params.get("status")
         clusters = self._state.clusters.values()
-        return _page(
-            [_cluster(c) for c in clusters if wanted is None or c.status in wanted.split(",")],
-            request,
-        )
+        listed = [c for c in clusters if wanted is None or c.status in wanted.split(",")]
+        return page_of([cluster_answer(cluster) for cluster in listed], request)
 
     async def get_cluster(self, request: Request) -> Model:
-        return _cluster(self._state.find_cluster(request.path_params["cluster_id"]))
+        return cluster_answer(self._state.find_cluster(request.path_params["cluster_id"]))
 
     async def stop_cluster(self, request: Request) -> None:
         await self._compute.stop(
@@ -272,40 +264,28 @@ class ControlPlane:
     async def start_manifest(self, request: Request) -> Model:
         cluster = self._state.start_manifest((await decode_body(request, StartManifest)).name)
         self._compute.launch(cluster, request.scope["fault"])
-        return _cluster(cluster)
+        return cluster_answer(cluster)
 
     def _manifest(self, manifest: Manifest) -> Model:
         live = self._state.live_cluster_of(manifest.name)
-        spec = manifest.spec
-        return {
-            "id": manifest.id,
-            "workspace_id": WORKSPACE_ID,
-            "name": manifest.name,
-            "polars_version": spec.polars_version,
-            "python_version": str(spec.python_version),
-            "idle_timeout_mins": spec.idle_timeout_mins,
-            "requirements_txt": spec.requirements_txt,
-            "env_vars": spec.env_vars,
-            "live_cluster_id": live.id if live else None,
-            **_hardware(spec),
-        }
+        return manifest_answer(manifest, live.id if live else None)
 
     # Queries
 
     async def list_queries(self, request: Request) -> Model:
-        models = [_query(q) | {"active_share_count": 0} for q in self._state.queries.values()]
+        models = [query_answer(q) | {"active_share_count": 0} for q in self._state.queries.values()]
         field, _, direction = request.query_params.get("order", "request_time,asc").partition(",")
         if field not in ORDERS or direction not in {"asc", "desc"}:
             raise InvalidRequest(
                 f"order is a field of {', '.join(ORDERS)}, a comma, and asc or desc"
             )
         models.sort(key=itemgetter(field), reverse=direction == "desc")
-        return _page(models, request)
+        return page_of(models, request)
 
     async def get_query(self, request: Request) -> Model:
         query = self._state.find_query(request.path_params["query_id"])
         result = query_result(query)
-        model = _query(query)
+        model = query_answer(query)
         if query.has_ended:
             file_type = query.outcome.file_type if query.outcome else None
             model["result"] = {
@@ -334,120 +314,3 @@ class ControlPlane:
 
 async def _refuse(words: str, request: Request) -> None:
     raise PermissionDenied(words)
-
-
-def _page(models: list[Model], request: Request) -> Model:
-    page = positive_parameter(request, "page", 1)
-    limit = positive_parameter(request, "limit", 1000)
-    result = models[(page - 1) * limit : page * limit]
-    return {
-        "pagination": {
-            "page": page,
-            "limit": limit,
-            "amount": len(result),
-            "total_pages": -(-len(models) // limit),
-            "total_count": len(models),
-        },
-        "result": result,
-    }
-
-
-def _organization() -> Model:
-    return {
-        "id": ORGANIZATION_ID,
-        "name": "emulator",
-        "description": "",
-        "creator_id": ACCOUNT_ID,
-        "avatar_url": None,
-        "subscription_state": "Subscribed",
-        "tier": "PayAsYouGo",
-        "created_at": EPOCH,
-        "updated_at": EPOCH,
-    }
-
-
-def _workspace() -> Model:
-    return {
-        "id": WORKSPACE_ID,
-        "organization_id": ORGANIZATION_ID,
-        "name": WORKSPACE,
-        "description": "",
-        "creator_id": ACCOUNT_ID,
-        "status": "Active",
-        "deployment": "OnPrem",
-        "idle_timeout_mins": 60,
-        "created_at": EPOCH,
-        "updated_at": EPOCH,
-    }
-
-
-def _hardware(spec: ClusterSpec) -> Model:
-    model: Model = {
-        "cluster_size": spec.cluster_size,
-        "mode": spec.mode,
-        "log_level": spec.log_level or "Info",
-        "req_storage": spec.storage,
-        "req_big_instance_storage": spec.big_instance_storage,
-    }
-    if spec.specs is not None:
-        model |= {
-            "req_cpu_cores": spec.specs.cpus,
-            "req_ram_gb": spec.specs.ram_gb,
-            "req_big_instance_multiplier": spec.specs.multiplier,
-            "cpu_architectures": spec.specs.cpu_architectures,
-            "vcpus": spec.specs.cpus,
-            "ram_mib": spec.specs.ram_gb * 1024,
-        }
-    if spec.instance_type is not None:
-        model |= {
-            "instance_type": spec.instance_type.standard,
-            "big_instance_type": spec.instance_type.big,
-            "vcpus": instance_types()[spec.instance_type.standard].vcpus,
-            "ram_mib": instance_types()[spec.instance_type.standard].ram_mib,
-        }
-    return model
-
-
-def _cluster(cluster: Cluster) -> Model:
-    model = {
-        "id": cluster.id,
-        "user_id": ACCOUNT_ID,
-        "workspace_id": WORKSPACE_ID,
-        "name": cluster.manifest,
-        "request_time": cluster.requested_at,
-        "deployment_type": "OnPrem",
-        "connection_status": "Connected",
-        "status": cluster.status,
-        "polars_version": cluster.spec.polars_version,
-        "gc_inactive_hours": 1,
-        **_hardware(cluster.spec),
-    }
-    if cluster.termination_reason is not None:
-        model["termination"] = {
-            "termination_reason": cluster.termination_reason,
-            "termination_time": cluster.stopped_at or cluster.requested_at,
-            "termination_message": cluster.termination_message,
-        }
-    return model
-
-
-def _query(query: Query) -> Model:
-    changed: datetime = query.ended_at or query.started_at or query.submitted_at
-    return {
-        "id": query.id,
-        "workspace_id": WORKSPACE_ID,
-        "cluster_id": query.cluster_id,
-        "user_id": ACCOUNT_ID,
-        "request_time": query.submitted_at,
-        "output_location": query.output_location,
-        "started_at": query.started_at,
-        "ended_at": query.ended_at,
-        "status_code": query.status,
-        "latest_status": query.status,
-        "status_updated_at": changed,
-        "latest_status_time": changed,
-        "created_at": query.submitted_at,
-        "updated_at": changed,
-        "query_type": QUERY_TYPE_NAMES[query.distributed],
-        "engine": ENGINE_NAMES[query.engine],
-    }

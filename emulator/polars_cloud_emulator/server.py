@@ -28,9 +28,11 @@ from polars_cloud_emulator.client_check import ClientCheck
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.compute import TICK, Compute
 from polars_cloud_emulator.compute_plane import ComputePlane
+from polars_cloud_emulator.connections import Connection
 from polars_cloud_emulator.control_plane import ControlPlane
 from polars_cloud_emulator.errors import UnknownCall
-from polars_cloud_emulator.faults import Connection, FaultMiddleware, Faults
+from polars_cloud_emulator.fault_middleware import FaultMiddleware
+from polars_cloud_emulator.faults import Faults
 from polars_cloud_emulator.grpc_transport import refusal_in_kind
 from polars_cloud_emulator.journal import Journal, JournalMiddleware
 from polars_cloud_emulator.kept_state import CommitMiddleware, KeptState

@@ -79,7 +79,7 @@ class Worker:
             while True:
                 self._killed = False
                 self._process = process = await asyncio.create_subprocess_exec(
-                    *python("polars_cloud_emulator.worker", *self._modules),
+                    *python("polars_cloud_emulator.worker_main", *self._modules),
                     stdin=PIPE,
                     stdout=PIPE,
                     env=self._environment,
