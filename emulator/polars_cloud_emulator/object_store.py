@@ -1,11 +1,12 @@
 """Where queries read and write: moto's S3 server, or an S3 outside the emulator."""
 
+import hashlib
 import logging
 import re
 import shutil
 import socket
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,18 +95,24 @@ class ObjectStore:
         }
 
     def write_sample_data(self, last_day: date) -> None:
+        """Write what of the sample data is missing, or is not what it was."""
+        there = self._tags(DATA_BUCKET)
         for key, content in sample_data.parquet_files(last_day):
-            self._client.put_object(Bucket=DATA_BUCKET, Key=key, Body=content)
+            if there.get(key) != _tag(content):
+                self._client.put_object(Bucket=DATA_BUCKET, Key=key, Body=content)
 
     def delete_result(self, query_id: object) -> None:
         """Delete what the query left in the temporary bucket."""
-        for key in self._keys(TEMPORARY_BUCKET, prefix=f"{query_id}/"):
+        for key in self._tags(TEMPORARY_BUCKET, prefix=f"{query_id}/"):
             self._client.delete_object(Bucket=TEMPORARY_BUCKET, Key=key)
 
-    def clear(self) -> None:
-        for bucket in (DATA_BUCKET, TEMPORARY_BUCKET):
-            for key in self._keys(bucket):
-                self._client.delete_object(Bucket=bucket, Key=key)
+    def clear(self, last_day: date) -> None:
+        """Delete everything, but leave the sample data where it is as it was."""
+        sample = {key: _tag(content) for key, content in sample_data.parquet_files(last_day)}
+        for bucket, kept in ((DATA_BUCKET, sample), (TEMPORARY_BUCKET, {})):
+            for key, tag in self._tags(bucket).items():
+                if kept.get(key) != tag:
+                    self._client.delete_object(Bucket=bucket, Key=key)
 
     def load(self) -> None:
         """Let moto know what was kept."""
@@ -117,9 +124,15 @@ class ObjectStore:
         self._thread.join()
         self._client.close()
 
-    def _keys(self, bucket: str, prefix: str = "") -> Iterator[str]:
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        return (entry["Key"] for page in pages for entry in page.get("Contents", []))
+    def _tags(self, bucket: str, prefix: str = "") -> dict[str, str]:
+        """Keys of the objects, each with the ETag of what it holds."""
+        objects = list(s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[bucket].keys.values())
+        return {each.name: each.etag for each in objects if each.name.startswith(prefix)}
+
+
+def _tag(content: bytes) -> str:
+    """The ETag of an object that was written as a whole."""
+    return f'"{hashlib.md5(content, usedforsecurity=False).hexdigest()}"'
 
 
 def _in_their_regions(moto: "WSGIApplication") -> "WSGIApplication":
@@ -184,7 +197,8 @@ class OutsideObjectStore:
     def delete_result(self, query_id: object) -> None:
         shutil.rmtree(self._results / str(query_id), ignore_errors=True)
 
-    def clear(self) -> None:
+    def clear(self, last_day: date) -> None:
+        """Delete the results; the bucket is the user's."""
         shutil.rmtree(self._results, ignore_errors=True)
 
     def load(self) -> None:

@@ -306,14 +306,17 @@ class Emulator:
         self._faults.clear()
         self._access_tokens.forget_added_accounts()
         self.clock.reset()
-        await asyncio.to_thread(self._object_store.clear)
+        await asyncio.to_thread(self._object_store.clear, self._last_day())
         await self._open_the_shop()
 
     async def _open_the_shop(self) -> date:
         """Write the sample data up to tomorrow, so that a run just after midnight finds sales."""
         today = self.clock.now().date()
-        await asyncio.to_thread(self._object_store.write_sample_data, today + timedelta(days=1))
+        await asyncio.to_thread(self._object_store.write_sample_data, self._last_day())
         return today
+
+    def _last_day(self) -> date:
+        return self.clock.now().date() + timedelta(days=1)
 
     async def _open_the_shop_each_day(self, opened: date) -> None:
         while True:

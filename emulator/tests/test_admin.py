@@ -5,6 +5,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import boto3
 import grpc
 import httpx
 import polars as pl
@@ -152,3 +153,27 @@ def test_reset_brings_back_the_first_state_and_ends_the_workers(
     with pytest.raises(RuntimeError, match="does not exist"):
         running.get_status()
     assert pc.Workspace("playground").name == "playground"
+
+
+def test_reset_restores_the_sample_data_that_was_changed_and_deletes_what_was_added(
+    emulator: RunningEmulator,
+) -> None:
+    s3: Any = boto3.client("s3")
+
+    def contents() -> dict[str, str]:
+        listed = s3.list_objects_v2(Bucket="your-bucket")["Contents"]
+        return {entry["Key"]: entry["ETag"] for entry in listed}
+
+    before = contents()
+    changed, deleted, *_ = before
+    s3.put_object(Bucket="your-bucket", Key=changed, Body=b"something else")
+    s3.delete_object(Bucket="your-bucket", Key=deleted)
+    s3.put_object(Bucket="your-bucket", Key="results/new", Body=b"new")
+    emulator.reset()
+    assert contents() == before
+    assert s3.get_object(Bucket="your-bucket", Key=changed)["Body"].read() != b"something else"
+
+
+def test_call_past_the_client_that_is_refused_says_why(emulator: RunningEmulator) -> None:
+    with pytest.raises(ValueError, match="manifest 'nobodys' does not exist"):
+        emulator.call("POST", "manifest/start", {"name": "nobodys"})

@@ -1,0 +1,123 @@
+"""How the emulator bears load: large inputs and results, and thousands of queries in a row.
+
+Each figure is a ratio to another one of the same run. Linux only.
+"""
+
+import contextlib
+import os
+import statistics
+import threading
+import time
+import urllib.request
+from typing import Any
+
+import psutil
+
+from polars_cloud_emulator.testing import RunningEmulator, running_emulator
+
+INPUT_MB = 100
+QUERIES, BATCH = 5_000, 250
+MAX_INPUT_RATIO, MAX_OTHER_CALL_MS, MAX_LATENCY_RATIO = 3.0, 50.0, 1.2
+PAUSE_S = 0.02
+
+
+class Watch:
+    """What the emulator's processes use at most, and how long another call takes at most."""
+
+    def __init__(self, emulator: RunningEmulator) -> None:
+        self._health = f"{emulator.rest_url}/_emulator/health"
+        self._root = psutil.Process(emulator.pid)
+        self._before = self._memory()
+        self._over = threading.Event()
+        self.most_mb = 0.0
+        self.calls_ms: list[float] = []
+
+    def _memory(self) -> float:
+        used = 0
+        for each in (self._root, *self._root.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                used += each.memory_full_info().pss
+        return used / 1e6
+
+    def _look(self) -> None:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        while not self._over.wait(PAUSE_S):
+            started = time.perf_counter()
+            direct.open(self._health).read()
+            self.calls_ms.append((time.perf_counter() - started) * 1000)
+            self.most_mb = max(self.most_mb, self._memory() - self._before)
+
+    def __enter__(self) -> "Watch":
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def verdict(value: float, target: float) -> str:
+    return f"target {target:g} {'met' if value <= target else 'missed'}"
+
+
+def report_large_frames(emulator: RunningEmulator, ctx: Any) -> None:
+    """Send a frame of numbers that do not compress, and have a result of some megabytes back."""
+    import polars as pl
+
+    rows = INPUT_MB * 10**6 // 8
+    frame = pl.select(x=pl.int_range(rows).hash(seed=1))
+    single = pl.LazyFrame({"x": [1]}).remote(ctx).single_node()
+    single.execute()
+    with Watch(emulator) as watch:
+        started = time.perf_counter()
+        answer = frame.lazy().select(pl.col("x").max()).remote(ctx).single_node().execute()
+        seconds = time.perf_counter() - started
+    assert answer.head is not None
+    assert answer.head.item() == frame["x"].max()
+    memory, other = watch.most_mb / INPUT_MB, max(watch.calls_ms)
+    print(
+        f"an input of {INPUT_MB} MB in memory: {seconds:.1f} s;",
+        f"{memory:.1f} times its size in memory, {verdict(memory, MAX_INPUT_RATIO)};",
+        f"another call meanwhile at most {other:.0f} ms,",
+        f"{verdict(other, MAX_OTHER_CALL_MS)} ms",
+    )
+    wide = pl.LazyFrame({"x": ["y" * 1000]}).select(pl.col("x").repeat_by(5_000).explode())
+    started = time.perf_counter()
+    wide.remote(ctx).single_node().execute()
+    print(f"a result of 5 MB: {time.perf_counter() - started:.1f} s")
+
+
+def report_latency(ctx: Any) -> None:
+    """Run query after query; the last compared with the first."""
+    import polars as pl
+
+    query = pl.LazyFrame({"x": [1]}).remote(ctx).single_node()
+    query.execute()
+    took = []
+    for _ in range(QUERIES):
+        started = time.perf_counter()
+        query.execute()
+        took.append((time.perf_counter() - started) * 1000)
+    first, last = statistics.median(took[:BATCH]), statistics.median(took[-BATCH:])
+    ratio = last / first
+    print(
+        f"{QUERIES} queries in a row: median of the last {BATCH} {last:.1f} ms,",
+        f"{ratio:.2f} times the first ({first:.1f} ms), {verdict(ratio, MAX_LATENCY_RATIO)}",
+    )
+
+
+if __name__ == "__main__":
+    with running_emulator() as emulator:
+        os.environ |= emulator.environment
+        import polars_cloud as pc
+
+        pc.authenticate(
+            client_id=emulator.environment["POLARS_CLOUD_CLIENT_ID"],
+            client_secret=emulator.environment["POLARS_CLOUD_CLIENT_SECRET"],
+            interactive=False,
+        )
+        ctx = pc.ComputeContext(workspace="playground", cpus=2, memory=4)
+        ctx.start()
+        report_large_frames(emulator, ctx)
+        report_latency(ctx)

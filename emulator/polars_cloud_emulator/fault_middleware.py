@@ -1,0 +1,110 @@
+"""The door at which calls meet faults."""
+
+import asyncio
+from collections.abc import Coroutine
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from polars_cloud_emulator.access_tokens import AccessTokens
+from polars_cloud_emulator.connections import Connection
+from polars_cloud_emulator.errors import EmulatorError, GrpcStatus
+from polars_cloud_emulator.fault_kinds import (
+    AnswerLost,
+    ConnectionReset,
+    CredentialsRevoked,
+    Delay,
+    GrpcError,
+    HttpError,
+    QueryFault,
+    Stall,
+    StartupFault,
+    TokensExpire,
+)
+from polars_cloud_emulator.faults import Faults
+from polars_cloud_emulator.grpc_transport import GrpcResponse
+from polars_cloud_emulator.rest_transport import refusal
+
+
+class FaultMiddleware:
+    """Lets a call in, unless the fault that it meets keeps it out.
+
+    What is to go wrong behind the door, with a query or a start-up, goes in as
+    ``scope["fault"]``.
+    """
+
+    def __init__(self, app: ASGIApp, faults: Faults, access_tokens: AccessTokens) -> None:
+        self._app = app
+        self._faults = faults
+        self._access_tokens = access_tokens
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        fault = self._faults.due(scope) if scope["type"] == "http" else None
+        scope["fault"] = fault if isinstance(fault, QueryFault | StartupFault) else None
+        match fault:
+            case HttpError() | GrpcError():
+                # An answer before the end of the request makes hypercorn drop the connection.
+                await Request(scope, receive).body()
+                await _refusal(fault)(scope, receive, send)
+                return
+            case Stall():
+                if not await self._hold(_end_of_call(scope, receive)):
+                    await _reset_connection(scope, receive)
+                return
+            case ConnectionReset():
+                await _reset_connection(scope, receive)
+                return
+            case AnswerLost():
+                await self._app(scope, receive, _lose)
+                await _reset_connection(scope, receive)
+                return
+            case Delay(seconds=seconds):
+                await self._hold(asyncio.sleep(seconds))
+            case TokensExpire():
+                self._access_tokens.expire()
+            case CredentialsRevoked():
+                self._access_tokens.expire()
+                self._access_tokens.revoked = True
+        await self._app(scope, receive, send)
+
+    async def _hold(self, until: Coroutine[None, None, None]) -> bool:
+        """Wait; whether it was to the end, and not cut short by the clearing of the faults."""
+        cleared = self._faults.cleared
+        waits = [asyncio.create_task(until), asyncio.create_task(cleared.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return not cleared.is_set()
+
+
+def _refusal(fault: HttpError | GrpcError) -> Response:
+    if isinstance(fault, HttpError) and fault.message is None:
+        return Response("<html>no service</html>", fault.status)
+    error = EmulatorError(fault.message)
+    if isinstance(fault, HttpError):
+        error.http_status = fault.status
+        return refusal(error)
+    error.grpc_status = GrpcStatus[fault.code]
+    return GrpcResponse(error=error)
+
+
+async def _lose(message: Message) -> None:
+    pass
+
+
+async def _reset_connection(scope: Scope, receive: Receive) -> None:
+    Connection.current.get().reset()
+    # An answer to a connection that is gone would wait in hypercorn for ever.
+    await _end_of_call(scope, receive)
+
+
+async def _end_of_call(scope: Scope, receive: Receive) -> None:
+    """Return when the client has given up this call or its connection is gone."""
+    if scope["http_version"] == "2":
+        while (await receive())["type"] != "http.disconnect":
+            pass
+    else:  # hypercorn reads nothing on while a call has no answer
+        await Connection.current.get().ended.wait()
