@@ -60,11 +60,18 @@ class Worker:
         Until a job is done, the process may have died and been replaced: the job ends with it.
         """
         await self._ready.wait()
+        while self._is_dead() and not self._supervisor.done():
+            await asyncio.sleep(0)  # the supervisor is about to notice
+            await self._ready.wait()
         return self._process
+
+    def _is_dead(self) -> bool:
+        return self._process is not None and self._process.returncode is not None
 
     def kill(self) -> None:
         """End the process now, whether or not it is ready."""
         self._killed = True
+        self._ready.clear()
         if self._process is not None:
             kill(self._process)
 

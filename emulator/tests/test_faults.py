@@ -257,7 +257,7 @@ def test_query_that_waits_lets_others_run_and_ends_when_the_clock_has_come_to_it
 def test_query_that_takes_long_frees_its_worker_when_it_is_cancelled(
     emulator: RunningEmulator, remote: Any
 ) -> None:
-    for _ in range(3):
+    for _ in range(10):
         emulator.add_fault("SubmitQuery", "query_takes", seconds=60)
         query = remote.execute(blocking=False)
         eventually(lambda: emulator.state()["queries"][-1]["status"] == "InProgress")
