@@ -287,7 +287,7 @@ class Run:
 class Deployment:
     """Airflow under its own scheduler, LocalExecutor and SQLite, against one emulator."""
 
-    patience = 120.0
+    patience = 300.0
     """Seconds after which what has not happened in Airflow never will."""
 
     def __init__(self, home: Path, port: int, emulator: Emulator) -> None:
