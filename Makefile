@@ -57,8 +57,8 @@ wheel: .venv/installed ## Build the emulator's wheel, and try it where nothing e
 	.venv/bin/uv pip install --quiet --python .venv/wheel/venv .venv/wheel/*.whl pytest
 	env --unset PYTHONPATH .venv/wheel/venv/bin/polars-cloud-emulator serve --help >/dev/null
 	cp emulator/examples/test_queries.py .venv/wheel
-	cd .venv/wheel && env --unset PYTHONPATH venv/bin/python -m pytest -q --rootdir . -c /dev/null -W error \
-		test_queries.py
+	cd .venv/wheel && env --unset PYTHONPATH venv/bin/python -m pytest -q -c /dev/null --rootdir . \
+		--confcutdir . -W error test_queries.py
 
 celery: .venv/installed ## Run the DAGs on two Celery workers; needs redis-server
 	.venv/bin/python -m pytest tests/celery --numprocesses=0

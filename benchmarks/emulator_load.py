@@ -6,18 +6,23 @@ Each figure is a ratio to another one of the same run. Linux only.
 import contextlib
 import os
 import statistics
+import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
 
+from polars_cloud_emulator.object_store import DATA_BUCKET
 from polars_cloud_emulator.testing import RunningEmulator, running_emulator
 
 INPUT_MB = 100
 QUERIES, BATCH = 5_000, 250
-MAX_INPUT_RATIO, MAX_OTHER_CALL_MS, MAX_LATENCY_RATIO = 3.0, 50.0, 1.2
+SCANNED_ROWS, SCANS = 10**7, 5
+MAX_INPUT_RATIO, MAX_OTHER_CALL_MS, MAX_LATENCY_RATIO, MAX_SCAN_RATIO = 3.0, 50.0, 1.2, 3.0
 PAUSE_S = 0.02
 
 
@@ -88,6 +93,42 @@ def report_large_frames(emulator: RunningEmulator, ctx: Any) -> None:
     print(f"a result of 5 MB: {time.perf_counter() - started:.1f} s")
 
 
+def report_scan(ctx: Any) -> None:
+    """Aggregate a file from the emulator's S3, and the same from disk, in turns."""
+    import polars as pl
+
+    uri = f"s3://{DATA_BUCKET}/benchmark/large.parquet"
+    numbers = pl.int_range(SCANNED_ROWS)
+    frame = pl.select(
+        key=numbers.hash(seed=1) % 1000, a=numbers.hash(seed=2), b=numbers.hash(seed=3)
+    )
+
+    def seconds(run: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+
+    with tempfile.NamedTemporaryFile(suffix=".parquet") as file:
+        frame.write_parquet(file.name)
+        frame.write_parquet(uri)
+        megabytes = Path(file.name).stat().st_size / 1e6
+        local, stored = (
+            pl.scan_parquet(source).group_by("key").agg(pl.sum("a"), pl.max("b"))
+            for source in (file.name, uri)
+        )
+        remote = stored.remote(ctx).single_node()
+        runs = [
+            (seconds(lambda: local.collect(engine="streaming")), seconds(remote.execute))
+            for _ in range(SCANS)
+        ]
+    here, there = (statistics.median(each) for each in zip(*runs, strict=True))
+    print(
+        f"a scan of {megabytes:.0f} MB from the emulator's S3, median of {SCANS}: {there:.2f} s;",
+        f"{there / here:.1f} times that from a local file ({here:.2f} s),",
+        verdict(there / here, MAX_SCAN_RATIO),
+    )
+
+
 def report_latency(ctx: Any) -> None:
     """Run query after query; the last compared with the first."""
     import polars as pl
@@ -120,4 +161,5 @@ if __name__ == "__main__":
         ctx = pc.ComputeContext(workspace="playground", cpus=2, memory=4)
         ctx.start()
         report_large_frames(emulator, ctx)
+        report_scan(ctx)
         report_latency(ctx)
