@@ -56,6 +56,14 @@ class Id(BaseMessage):
 
 
 @dataclass
+class WorkerCounts(BaseMessage):
+    """What ``distributed(min_workers=, max_workers=)`` asks for."""
+
+    least: Annotated[uint | None, Field(1)] = None
+    most: Annotated[uint | None, Field(2)] = None
+
+
+@dataclass
 class QuerySettings(BaseMessage):
     """``single`` and ``distributed`` exclude each other."""
 
@@ -63,6 +71,7 @@ class QuerySettings(BaseMessage):
     single: Annotated[Empty | None, Field(2)] = None
     distributed: Annotated[Empty | None, Field(4)] = None
     optimization_flags: Annotated[uint | None, Field(7)] = None
+    workers: Annotated[WorkerCounts, Field(9)] = field(default_factory=WorkerCounts)
     priority: Annotated[int, Field(11)] = 0
     execute_until: Annotated[ExecuteUntil, Field(12)] = ExecuteUntil.UNSET
 

@@ -77,6 +77,8 @@ def submitted(
         plan=request.plan,
         output_location=output_location,
         distributed=settings.single is None,
+        min_workers=settings.workers.least,
+        max_workers=settings.workers.most,
         engine="in-memory" if settings.engine is Engine.IN_MEMORY else "streaming",
         optimization_flags=settings.optimization_flags,
         priority=settings.priority or 0,

@@ -118,6 +118,8 @@ class Query(msgspec.Struct, kw_only=True):
     id: UUID
     cluster_id: UUID
     distributed: bool
+    min_workers: int | None = None
+    max_workers: int | None = None
     engine: Literal["streaming", "in-memory"]
     optimization_flags: int | None
     priority: int
@@ -313,6 +315,8 @@ class State:
         plan: bytes,
         output_location: str | None,
         distributed: bool,
+        min_workers: int | None = None,
+        max_workers: int | None = None,
         engine: Literal["streaming", "in-memory"],
         optimization_flags: int | None,
         priority: int,
@@ -328,6 +332,8 @@ class State:
             plan=plan,
             output_location=output_location,
             distributed=distributed,
+            min_workers=min_workers,
+            max_workers=max_workers,
             engine=engine,
             optimization_flags=optimization_flags,
             priority=priority,
@@ -381,7 +387,11 @@ class State:
         return {query.cluster_id for query in waited}
 
     def workers_for(self, query: Query) -> int:
-        return self.clusters[query.cluster_id].spec.cluster_size if query.distributed else 1
+        """How many workers it holds; more than its cluster has if it waits for more."""
+        if not query.distributed:
+            return 1
+        size = self.clusters[query.cluster_id].spec.cluster_size
+        return max(min(query.max_workers or size, size), query.min_workers or 0)
 
     def query_seconds(self, query: Query) -> float:
         """How long the query has been running, queueing left out."""

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import Executor
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -90,6 +91,31 @@ def test_distributed_query_takes_the_whole_cluster(
     blocking.release()
     assert single.await_result().status is pc.QueryStatus.SUCCESS
     assert distributed.get_status() is pc.QueryStatus.SUCCESS
+
+
+def test_distributed_query_takes_no_more_workers_than_it_may(
+    pc: ModuleType, start_cluster: StartCluster, blocking: BlockingQuery
+) -> None:
+    context = start_cluster(cluster_size=2)
+    remote = blocking.lazy_frame().remote(context).distributed(max_workers=1)
+    distributed = remote.execute(blocking=False)
+    blocking.wait_for_start()
+    assert short(context).await_result().status is pc.QueryStatus.SUCCESS
+    blocking.release()
+    assert distributed.await_result().status is pc.QueryStatus.SUCCESS
+
+
+def test_distributed_query_waits_for_more_workers_than_there_are_until_it_is_cancelled(
+    pc: ModuleType, emulator: RunningEmulator, start_cluster: StartCluster
+) -> None:
+    context = start_cluster(cluster_size=2)
+    remote = pl.LazyFrame({"x": [1]}).remote(context).distributed(min_workers=3)
+    waiting, behind = remote.execute(blocking=False), short(context)
+    emulator.advance_clock(timedelta(minutes=2))
+    assert waiting.get_status() is pc.QueryStatus.SCHEDULED
+    assert behind.get_status() is pc.QueryStatus.SCHEDULED
+    waiting.cancel()
+    assert behind.await_result().status is pc.QueryStatus.SUCCESS
 
 
 def test_distributed_query_waits_for_every_worker_and_is_not_overtaken(
