@@ -16,7 +16,7 @@ from airflow.sdk.exceptions import AirflowFailException, TaskDeferred
 from airflow.serialization.serialized_objects import DagSerialization
 
 from include.auth import authenticate
-from include.polars_remote import deferral, query_task, query_tasks
+from include.polars_remote import deferral, query_task, query_tasks, releases
 from include.polars_remote.client_internals import get_query_id
 from include.polars_remote.clusters import compute_context, use_cluster
 from include.polars_remote.queries import Query, run_query, submit
@@ -477,6 +477,22 @@ def test_a_query_that_was_not_submitted_with_submit_is_refused_and_canceled(
     [query] = emulator.state()["queries"]
     assert query["id"] in str(raised.value)
     assert query["status"] == "Canceled"
+    assert supervisor.variables == {}
+
+
+def test_a_query_that_is_refused_leaves_no_cluster_running(
+    emulator: RunningEmulator, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask() -> Any:
+        with use_cluster(CLUSTER) as ctx:
+            return TWO_ROWS.remote(ctx).single_node().sink_parquet(FILE)
+
+    monkeypatch.setattr(releases, "WIND_UP_SECONDS", 0.5)
+    emulator.add_fault("SubmitQuery", "query_hangs")
+    with pytest.raises(TypeError, match="was not submitted with submit"):
+        TriedTask(ask).run()
+    assert query_statuses(emulator) == ["Canceled"]
+    assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}
 
 
