@@ -17,7 +17,7 @@ export UV_COMPILE_BYTECODE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo emulator airflow copy preflight check check-style check-file check-run test failures \
-	versions wheel celery lint benchmark comparison waiting lock upgrade clean
+	versions wheel celery lint benchmark comparison load waiting lock upgrade clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -83,10 +83,13 @@ lint: .venv/installed ## Check style, imports and types
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
 
-benchmark comparison waiting: PYTHONPATH := $(PYTHONPATH):$(CURDIR)/scripts
+benchmark comparison load waiting: PYTHONPATH := $(PYTHONPATH):$(CURDIR)/scripts
 benchmark: .venv/installed ## Measure the emulator, and what each pattern costs
 	.venv/bin/python benchmarks/emulator_footprint.py
 	.venv/bin/python benchmarks/cluster_cost.py
+
+load: .venv/installed ## Measure how the emulator bears large frames and thousands of queries; 4 minutes
+	.venv/bin/python benchmarks/emulator_load.py
 
 waiting: .venv/installed ## Measure what it costs to wait, in the worker and without it; an hour
 	.venv/bin/python benchmarks/waiting.py

@@ -33,7 +33,7 @@ class KeptState:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._kept: dict[tuple[str, str], tuple[Any, ...]] = {}
+        self._kept: dict[tuple[str, Any], tuple[Any, ...]] = {}
         with self._reading():
             # Opened by the thread that starts the emulator, used by the one that serves it.
             self._file = sqlite3.connect(path, timeout=0, check_same_thread=False)
@@ -76,21 +76,22 @@ class KeptState:
             "query": state.queries,
         }
         now = {
-            (kind, str(key)): each
-            for kind, objects in kinds.items()
-            for key, each in objects.items()
+            (kind, key): each for kind, objects in kinds.items() for key, each in objects.items()
         }
-        fields = {key: msgspec.structs.astuple(each) for key, each in now.items()}
+        fields = {key: _changeable(each) for key, each in now.items()}
         changed = [key for key in fields if self._kept.get(key) != fields[key]]
         gone = self._kept.keys() - fields.keys()
         if not changed and not gone:
             return
         with self._file:
-            self._file.executemany("DELETE FROM kept WHERE kind = ? AND key = ?", gone)
+            self._file.executemany(
+                "DELETE FROM kept WHERE kind = ? AND key = ?",
+                ((kind, str(key)) for kind, key in gone),
+            )
             self._file.executemany(
                 "INSERT INTO kept VALUES (?, ?, ?) "
                 "ON CONFLICT (kind, key) DO UPDATE SET content = excluded.content",
-                ((*key, msgspec.msgpack.encode(now[key])) for key in changed),
+                ((kind, str(key), msgspec.msgpack.encode(now[kind, key])) for kind, key in changed),
             )
         self._kept = fields
 
@@ -105,6 +106,13 @@ class KeptState:
             raise UnreadableState(
                 f"{self._path} is not a state of this emulator ({error}); delete it"
             ) from None
+
+
+def _changeable(each: msgspec.Struct) -> tuple[Any, ...]:
+    """What can differ at the next commit: of an ended query, of which there are many, only this."""
+    if isinstance(each, Query) and each.has_ended:
+        return (each.ended_at, each.cancels)
+    return msgspec.structs.astuple(each)
 
 
 class CommitMiddleware:
