@@ -226,6 +226,7 @@ def looks(
             for deployment, future in zip(deployments, futures, strict=True)
             for name in deployment.bundles
         }
+    polars_cloud_emulator_session.reset()
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, WITHOUT_CLIENT])
