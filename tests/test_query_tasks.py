@@ -480,18 +480,23 @@ def test_a_query_that_was_not_submitted_with_submit_is_refused_and_canceled(
     assert supervisor.variables == {}
 
 
+@pytest.mark.parametrize("others", [0, 1])
 def test_a_query_that_is_refused_leaves_no_cluster_running(
-    emulator: RunningEmulator, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    monkeypatch: pytest.MonkeyPatch,
+    others: int,
 ) -> None:
     def ask() -> Any:
-        with use_cluster(CLUSTER) as ctx:
-            return TWO_ROWS.remote(ctx).single_node().sink_parquet(FILE)
+        with use_cluster(PAIR) as ctx:
+            submitted = [sink(ctx) for _ in range(others)]
+            return [TWO_ROWS.remote(ctx).single_node().sink_parquet(OTHER_FILE), *submitted]
 
-    monkeypatch.setattr(releases, "WIND_UP_SECONDS", 0.5)
-    emulator.add_fault("SubmitQuery", "query_hangs")
+    monkeypatch.setattr(releases, "WIND_UP_SECONDS", 1.0)
+    emulator.add_fault("SubmitQuery", "query_hangs", times=1 + others)
     with pytest.raises(TypeError, match="was not submitted with submit"):
         TriedTask(ask).run()
-    assert query_statuses(emulator) == ["Canceled"]
+    assert query_statuses(emulator) == ["Canceled"] * (1 + others)
     assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}
 

@@ -22,7 +22,6 @@ from .deferral import check_deadline, defer_until_ended
 from .ledger import Owner, Value
 from .login import call_polars_cloud, log_in_when_called
 from .recorded_queries import find_query
-from .releases import release
 from .settings import DEFERS, WORKSPACE
 from .task_scope import TaskScope, current_scope, task_scope
 from .waiting import get_result, log_result, wait_until_ended
@@ -189,8 +188,9 @@ class QueryTask(DecoratedOperator, PythonOperator):
             destination = scope.find_destination(get_query_id(value))
             if destination is None:
                 value.cancel()
-                for manifest in scope.clusters:  # left running for this query at their blocks' ends
-                    release(manifest, scope.owner)
+                # Left running for this query when their blocks ended: the task's end stops them.
+                for manifest in scope.clusters:
+                    scope.use(manifest, scope.owner)
                 raise TypeError(
                     f"The task returned query {get_query_id(value)}, which was not submitted with "
                     "submit and has been canceled: write return submit(remote.sink_parquet, uri)"
