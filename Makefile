@@ -88,7 +88,7 @@ benchmark: .venv/installed ## Measure the emulator, and what each pattern costs
 	.venv/bin/python benchmarks/emulator_footprint.py
 	.venv/bin/python benchmarks/cluster_cost.py
 
-load: .venv/installed ## Measure how the emulator bears large frames and thousands of queries; 4 minutes
+load: .venv/installed ## Measure how the emulator bears large data and thousands of queries; 4 minutes
 	.venv/bin/python benchmarks/emulator_load.py
 
 waiting: .venv/installed ## Measure what it costs to wait, in the worker and without it; an hour
