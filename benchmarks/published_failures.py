@@ -8,6 +8,7 @@ was submitted twice or left running, and no cluster was left running but those t
 import multiprocessing
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -61,7 +62,8 @@ def verdict(airflow: Deployment, what: str, dag_id: str) -> str:
         register_manifest(airflow)
     try:
         run = scenario.act(airflow, f"published_{dag_id}")
-        return broken_promise(observe(airflow, run, expected), expected)
+        # The published wiring logs nothing of what ours does: there is no line to wait for.
+        return broken_promise(observe(airflow, run, replace(expected, cause="")), expected)
     except (AssertionError, ValueError):  # a deadline, or what the scenario itself insists on
         return "the run, or its query, does not end"
 
