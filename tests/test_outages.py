@@ -174,6 +174,20 @@ def test_an_outage_that_outlasts_the_budget_is_an_error(
     assert 2 <= calls(emulator, "GetQueryStatus") <= 4
 
 
+def test_an_outage_that_ends_just_within_the_budget_is_survived(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("include.polars_remote.outages.OUTAGE_SECONDS", 2.0)
+    began = time.monotonic()
+
+    def is_back() -> bool:
+        if time.monotonic() < began + 1.9:  # the pauses double: 0.2, 0.6, 1.4 s and then too late
+            raise ConnectionError
+        return True
+
+    assert retry(is_back)
+
+
 def test_an_outage_that_outlasts_the_time_limit_is_an_error(
     query: Any, emulator: RunningEmulator
 ) -> None:

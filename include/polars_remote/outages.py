@@ -44,6 +44,9 @@ TRANSIENT_TEXT = re.compile(
     r"|Error parsing access token JSON: (?!.*missing field `access_token`)"
 )
 
+LAST_TRY_SECONDS = 1.0
+"""What the last try has until the end of `time_limit`."""
+
 _deadline = ContextVar[float | None]("deadline", default=None)
 
 
@@ -71,7 +74,7 @@ def retry(function: Callable[[], T], *, call_timeout: float | None = OUTAGE_SECO
     began = time.monotonic()
     ends = began + OUTAGE_SECONDS
     if (limit := _deadline.get()) is not None:
-        ends = min(ends, limit)
+        ends = min(ends, limit - LAST_TRY_SECONDS)
 
     def attempt() -> T:
         timeout = call_timeout
@@ -91,10 +94,12 @@ def retry(function: Callable[[], T], *, call_timeout: float | None = OUTAGE_SECO
             state.outcome.exception(),
         )
 
+    pause = wait_exponential(multiplier=0.2, max=10)
     retrying = Retrying(
         retry=retry_if_exception(is_transient),
-        stop=lambda state: time.monotonic() + state.upcoming_sleep > ends,
-        wait=wait_exponential(multiplier=0.2, max=10),
+        stop=lambda _: time.monotonic() >= ends,
+        # The last try comes at the very end: no outage within the budget is too long.
+        wait=lambda state: max(min(pause(state), ends - time.monotonic()), 0.0),
         before_sleep=log_outage,
         reraise=True,
     )
