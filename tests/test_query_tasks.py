@@ -1,6 +1,7 @@
 """`query_tasks.py`: a task succeeds when the queries that it returns have succeeded."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -316,11 +317,17 @@ def test_a_task_that_is_resumed_with_results_stops_its_cluster_and_tells_of_them
 
 @pytest.mark.usefixtures("deferring")
 def test_polars_cloud_is_not_called_for_results_from_a_cluster_that_nobody_stops(
-    hold: Callable[[], None], emulator: RunningEmulator, supervisor: Supervisor
+    hold: Callable[[], None],
+    end_held: Callable[[], None],
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
 ) -> None:
     task = TriedTask(ask)
     hold()
     deferral_of(task.run)
+    end_held()
+    # Outside this test the worker's process ends with the deferral, and its threads with it.
+    eventually(lambda: all(each.name != "polars-cloud-wait" for each in threading.enumerate()))
     before = len(emulator.journal())
     assert task.resume({"results": RESULT}) == [FILE]
     assert [entry["path"] for entry in emulator.journal()[before:]] == []  # no login either

@@ -25,6 +25,7 @@ from polars_cloud_emulator.fault_kinds import (
 )
 from polars_cloud_emulator.isolated_python import worker_environment
 from polars_cloud_emulator.jobs import Answer, Failure, Job, Success
+from polars_cloud_emulator.kept_plans import KeptPlans
 from polars_cloud_emulator.realism import Realism
 from polars_cloud_emulator.requirements import importable_modules
 from polars_cloud_emulator.state import Cluster, Query, State, TerminationReason
@@ -46,6 +47,8 @@ class Compute:
 
     Parameters
     ----------
+    plans
+        Of the queries that the workers run.
     environment
         What a worker needs to reach the object store.
     temporary_uri
@@ -63,6 +66,7 @@ class Compute:
         state: State,
         clock: Clock,
         *,
+        plans: KeptPlans,
         environment: Mapping[str, str],
         temporary_uri: str,
         delete_result: Callable[[UUID], None],
@@ -71,6 +75,7 @@ class Compute:
     ) -> None:
         self._state = state
         self._clock = clock
+        self._plans = plans
         self._realism = realism
         self._folder = folder
         self.environment = {**worker_environment(), **environment}
@@ -159,6 +164,7 @@ class Compute:
 
     def resume(self) -> None:
         """Take up the clusters and queries of a restored state."""
+        self._plans.delete_all_but(self._state.queries)
         for cluster in self._state.clusters.values():
             if cluster.is_live:
                 self.launch(cluster)
@@ -173,7 +179,10 @@ class Compute:
                 self._start_queries(cluster_id)
             for cluster_id in self._state.idle_too_long():
                 await self.stop(cluster_id, TerminationReason.STOPPED_INACTIVE, "idle timeout")
-            for query_id in (*self._state.forget_oldest(), *self._expire_results()):
+            forgotten = self._state.forget_oldest()
+            for query_id in forgotten:
+                self._plans.delete(query_id)
+            for query_id in (*forgotten, *self._expire_results()):
                 await asyncio.to_thread(self._delete_result, query_id)
             if self._state.is_starting():
                 self._clock.pass_over(TICK * (self._realism.speed - 1))
@@ -194,6 +203,7 @@ class Compute:
         self._ended.clear()
         self._faults.clear()
         self._expired.clear()
+        self._plans.delete_all_but(())
 
     async def _end_workers(self, cluster_id: UUID) -> None:
         workers = self._idle.pop(cluster_id, [])
@@ -228,7 +238,7 @@ class Compute:
 
     async def _run(self, query: Query, worker: Worker) -> None:
         job = Job(
-            plan=query.plan,
+            plan=str(self._plans.path(query.id)),
             engine=query.engine,
             optimization_flags=query.optimization_flags,
             temporary_uri=f"{self._temporary_uri}/{query.id}/00000000.parquet",
@@ -274,3 +284,4 @@ class Compute:
     def _announce_ends(self) -> None:
         for query_id in [q for q in self._ended if self._state.queries[q].has_ended]:
             self._ended.pop(query_id).set()
+            self._plans.delete_large(query_id)

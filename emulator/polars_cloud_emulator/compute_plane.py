@@ -15,6 +15,7 @@ from polars_cloud_emulator.client_check import CLIENT_VERSION, ClientCheck
 from polars_cloud_emulator.compute import Compute
 from polars_cloud_emulator.errors import DeadlineExceeded, EmulatorError, NotFound, Unavailable
 from polars_cloud_emulator.grpc_transport import grpc_route, seconds_left
+from polars_cloud_emulator.kept_plans import KeptPlans
 from polars_cloud_emulator.messages import (
     ComputeVersions,
     ComputeVersionsAnswer,
@@ -39,6 +40,8 @@ from polars_cloud_emulator.state import State
 SERVICE = "/polars_cloud.compute_plane.client.v1.ClientService"
 LONGEST_HOLD = 30.0
 """Seconds. A longer wait is answered UNAVAILABLE, and the client asks again after one second."""
+ANSWER_SECONDS = 0.5
+"""What an answer that a wait is over has to reach the client before the wait's time-out."""
 
 
 class ComputePlane:
@@ -48,11 +51,13 @@ class ComputePlane:
         self,
         state: State,
         compute: Compute,
+        plans: KeptPlans,
         access_tokens: AccessTokens,
         check_client: ClientCheck,
     ) -> None:
         self._state = state
         self._compute = compute
+        self._plans = plans
         self._access_tokens = access_tokens
         self._check_client = check_client
 
@@ -73,7 +78,7 @@ class ComputePlane:
             cluster_id = UUID(host.partition(".")[0])
         except ValueError:
             raise NotFound(f"'{host}' names no cluster; use a ComputeContext") from None
-        query = submitted(self._state, cluster_id, message, request.headers)
+        query = await submitted(self._state, self._plans, cluster_id, message, request.headers)
         self._compute.queue(query, request.scope["fault"])
         return QueryReference.of(query.id)
 
@@ -87,7 +92,8 @@ class ComputePlane:
         self._check_client(request.headers)
         query = self._state.find_query(parse_id(message.query))
         # Past its own deadline the client reports a broken call in place of a time-out.
-        deadline = (seconds_left(request) or LONGEST_HOLD * 2) * 0.9
+        asked = seconds_left(request) or LONGEST_HOLD * 2
+        deadline = asked - min(asked / 2, ANSWER_SECONDS)
         if not await self._compute.wait_for_end(query.id, min(deadline, LONGEST_HOLD)):
             if deadline <= LONGEST_HOLD:
                 raise DeadlineExceeded(f"query {query.id} has not ended")

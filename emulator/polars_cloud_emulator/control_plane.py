@@ -22,6 +22,7 @@ from polars_cloud_emulator.errors import (
     Unauthenticated,
 )
 from polars_cloud_emulator.grpc_transport import grpc_route
+from polars_cloud_emulator.kept_plans import KeptPlans
 from polars_cloud_emulator.messages import (
     ProxyQueryResultAnswer,
     ProxySubmitRequest,
@@ -94,6 +95,7 @@ class ControlPlane:
         self,
         state: State,
         compute: Compute,
+        plans: KeptPlans,
         access_tokens: AccessTokens,
         check_client: ClientCheck,
         *,
@@ -102,6 +104,7 @@ class ControlPlane:
     ) -> None:
         self._state = state
         self._compute = compute
+        self._plans = plans
         self._access_tokens = access_tokens
         self._check_client = check_client
         self._certificate_authority = certificate_authority
@@ -303,7 +306,9 @@ class ControlPlane:
 
     async def submit_query(self, message: ProxySubmitRequest, request: Request) -> BaseMessage:
         self._check_client(request.headers)
-        query = submitted(self._state, parse_id(message.compute), message, request.headers)
+        query = await submitted(
+            self._state, self._plans, parse_id(message.compute), message, request.headers
+        )
         self._compute.queue(query, request.scope["fault"])
         return QueryReference.of(query.id)
 

@@ -32,6 +32,15 @@ class EmulatorError(Exception):
     grpc_status: GrpcStatus = GrpcStatus.INTERNAL
 
 
+class CannotKeep(EmulatorError):
+    """Nothing was done: what a client is told must outlive the emulator's process."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(
+            f"the emulator cannot keep its state ({cause}): make room for it, and ask again"
+        )
+
+
 class InvalidRequest(EmulatorError):
     """The call is understood and its content is wrong. On gRPC the user gets a ``ComputeError``."""
 

@@ -5,11 +5,13 @@ a protobuf message; the answer has the same form, and its status comes in the tr
 (https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md).
 """
 
+import asyncio
 import base64
 import re
 import struct
+import tempfile
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import IO, TypeVar
 from urllib.parse import quote
 
 from pure_protobuf.message import BaseMessage
@@ -22,6 +24,8 @@ from polars_cloud_emulator.errors import EmulatorError, GrpcStatus, InvalidReque
 from polars_cloud_emulator.rest_transport import refusal
 
 CONTENT_TYPE = "application/grpc"
+LARGE = 1_000_000
+"""Bytes of a message that is kept on disk and decoded beside the event loop."""
 TIMEOUT_UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 
 M = TypeVar("M", bound=BaseMessage)
@@ -34,7 +38,7 @@ def grpc_route(
 
     async def endpoint(request: Request) -> Response:
         try:
-            answer = await method(_decode(request_type, await request.body()), request)
+            answer = await method(await _receive(request_type, request), request)
         except EmulatorError as error:
             return GrpcResponse(error=error)
         return GrpcResponse(bytes(answer))
@@ -89,12 +93,23 @@ def refusal_in_kind(request: Request, error: EmulatorError) -> Response:
     return refusal(error)
 
 
-def _decode(request_type: type[M], body: bytes) -> M:
-    flag, length = struct.unpack_from(">BI", body) if len(body) >= 5 else (1, 0)
-    if flag or length != len(body) - 5:
+async def _receive(request_type: type[M], request: Request) -> M:
+    with tempfile.SpooledTemporaryFile(LARGE) as body:
+        async for part in request.stream():
+            body.write(part)
+        if body.tell() <= LARGE:
+            return _decode(request_type, body)
+        return await asyncio.to_thread(_decode, request_type, body)
+
+
+def _decode(request_type: type[M], body: IO[bytes]) -> M:
+    size = body.tell()
+    body.seek(0)
+    flag, length = struct.unpack(">BI", body.read(5)) if size >= 5 else (1, 0)
+    if flag or length != size - 5:
         raise InvalidRequest("expected one uncompressed gRPC message")
     try:
-        return request_type.loads(body[5:])
+        return request_type.read_from(body)
     # The decoder has an exception of its own for a wrong type alone; these are for wrong bytes.
     except (ValueError, EOFError, OverflowError) as error:
         raise InvalidRequest(f"this is no {request_type.__name__}: {error}") from None

@@ -15,7 +15,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Job(msgspec.Struct, kw_only=True):
-    plan: bytes
+    plan: str
+    """File of the serialized plan."""
     engine: str
     optimization_flags: int | None
     temporary_uri: str

@@ -10,7 +10,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from polars_cloud_emulator.errors import EmulatorError
+from polars_cloud_emulator.errors import CannotKeep
 from polars_cloud_emulator.grpc_transport import refusal_in_kind
 from polars_cloud_emulator.state import Cluster, Manifest, Query, Snapshot, State
 
@@ -33,7 +33,11 @@ class KeptState:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._kept: dict[tuple[str, Any], tuple[Any, ...]] = {}
+        self._kept: dict[str, dict[Any, tuple[Any, ...]]] = {
+            "manifest": {},
+            "cluster": {},
+            "query": {},
+        }
         with self._reading():
             # Opened by the thread that starts the emulator, used by the one that serves it.
             self._file = sqlite3.connect(path, timeout=0, check_same_thread=False)
@@ -70,30 +74,43 @@ class KeptState:
         sqlite3.OperationalError
             It cannot be written, as on a full disk.
         """
-        kinds: dict[str, Mapping[Any, msgspec.Struct]] = {
+        everything: dict[str, Mapping[Any, msgspec.Struct]] = {
             "manifest": state.manifests,
             "cluster": state.clusters,
             "query": state.queries,
         }
-        now = {
-            (kind, key): each for kind, objects in kinds.items() for key, each in objects.items()
-        }
-        fields = {key: _changeable(each) for key, each in now.items()}
-        changed = [key for key in fields if self._kept.get(key) != fields[key]]
-        gone = self._kept.keys() - fields.keys()
-        if not changed and not gone:
-            return
-        with self._file:
-            self._file.executemany(
-                "DELETE FROM kept WHERE kind = ? AND key = ?",
-                ((kind, str(key)) for kind, key in gone),
-            )
-            self._file.executemany(
-                "INSERT INTO kept VALUES (?, ?, ?) "
-                "ON CONFLICT (kind, key) DO UPDATE SET content = excluded.content",
-                ((kind, str(key), msgspec.msgpack.encode(now[kind, key])) for kind, key in changed),
-            )
-        self._kept = fields
+        # Thousands of queries have ended, and each call would compare them all.
+        comparable = everything | {"query": state.unsettled}
+        changed = [
+            (kind, key, each, fields)
+            for kind, objects in comparable.items()
+            for key, each in objects.items()
+            if self._kept[kind].get(key) != (fields := _changeable(each))
+        ]
+        gone = [
+            (kind, key)
+            for kind, objects in everything.items()
+            for key in self._kept[kind].keys() - objects.keys()
+        ]
+        if changed or gone:
+            with self._file:
+                self._file.executemany(
+                    "DELETE FROM kept WHERE kind = ? AND key = ?",
+                    ((kind, str(key)) for kind, key in gone),
+                )
+                self._file.executemany(
+                    "INSERT INTO kept VALUES (?, ?, ?) "
+                    "ON CONFLICT (kind, key) DO UPDATE SET content = excluded.content",
+                    (
+                        (kind, str(key), msgspec.msgpack.encode(each))
+                        for kind, key, each, _ in changed
+                    ),
+                )
+            for kind, key in gone:
+                del self._kept[kind][key]
+            for kind, key, _, fields in changed:
+                self._kept[kind][key] = fields
+        state.settle()
 
     def close(self) -> None:
         self._file.close()
@@ -109,9 +126,11 @@ class KeptState:
 
 
 def _changeable(each: msgspec.Struct) -> tuple[Any, ...]:
-    """What can differ at the next commit: of an ended query, of which there are many, only this."""
+    """What can differ at the next commit: of what has ended, of which there is most, only this."""
     if isinstance(each, Query) and each.has_ended:
         return (each.ended_at, each.cancels)
+    if isinstance(each, Cluster) and each.stopped_at:
+        return (each.stopped_at, each.manifest)
     return msgspec.structs.astuple(each)
 
 
@@ -135,5 +154,4 @@ class CommitMiddleware:
         try:
             await self._app(scope, receive, commit_first)
         except sqlite3.OperationalError as error:
-            words = f"the emulator cannot keep its state ({error}): make room for it, and ask again"
-            await refusal_in_kind(Request(scope), EmulatorError(words))(scope, receive, send)
+            await refusal_in_kind(Request(scope), CannotKeep(error))(scope, receive, send)

@@ -103,8 +103,9 @@ class ObjectStore:
 
     def delete_result(self, query_id: object) -> None:
         """Delete what the query left in the temporary bucket."""
-        for key in self._tags(TEMPORARY_BUCKET, prefix=f"{query_id}/"):
-            self._client.delete_object(Bucket=TEMPORARY_BUCKET, Key=key)
+        for key in list(self._bucket(TEMPORARY_BUCKET).keys):
+            if key.startswith(f"{query_id}/"):
+                self._kept.delete(TEMPORARY_BUCKET, key)
 
     def clear(self, last_day: date) -> None:
         """Delete everything, but leave the sample data where it is as it was."""
@@ -112,7 +113,7 @@ class ObjectStore:
         for bucket, kept in ((DATA_BUCKET, sample), (TEMPORARY_BUCKET, {})):
             for key, tag in self._tags(bucket).items():
                 if kept.get(key) != tag:
-                    self._client.delete_object(Bucket=bucket, Key=key)
+                    self._kept.delete(bucket, key)
 
     def load(self) -> None:
         """Let moto know what was kept."""
@@ -124,10 +125,13 @@ class ObjectStore:
         self._thread.join()
         self._client.close()
 
-    def _tags(self, bucket: str, prefix: str = "") -> dict[str, str]:
+    def _tags(self, bucket: str) -> dict[str, str]:
         """Keys of the objects, each with the ETag of what it holds."""
-        objects = list(s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[bucket].keys.values())
-        return {each.name: each.etag for each in objects if each.name.startswith(prefix)}
+        return {each.name: each.etag for each in list(self._bucket(bucket).keys.values())}
+
+    @staticmethod
+    def _bucket(name: str) -> Any:
+        return s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[name]
 
 
 def _tag(content: bytes) -> str:

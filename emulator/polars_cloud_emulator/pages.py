@@ -15,6 +15,7 @@ from starlette.staticfiles import StaticFiles
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.errors import NotFound
 from polars_cloud_emulator.journal import ADMIN_PREFIX, PORTAL_PREFIX
+from polars_cloud_emulator.kept_plans import KeptPlans
 from polars_cloud_emulator.plan_text import explain
 from polars_cloud_emulator.state import (
     Cluster,
@@ -92,6 +93,7 @@ class Pages:
     def __init__(
         self,
         state: State,
+        plans: KeptPlans,
         clock: Clock,
         *,
         environment: Mapping[str, str],
@@ -99,6 +101,7 @@ class Pages:
         organization_id: UUID,
     ) -> None:
         self._state = state
+        self._plans = plans
         self._clock = clock
         self._environment = environment
         self._workspace_id = workspace_id
@@ -166,8 +169,8 @@ class Pages:
         except NotFound as error:
             return self._missing(error)
         plan = "The plan was too large to be kept."
-        if query.plan:
-            plan = await explain(query.plan, self._environment)
+        if (path := self._plans.path(query.id)).exists():
+            plan = await explain(path, self._environment)
         row = self._row(cluster, Axis([self._life(cluster)]))
         return self._page(
             "query.html", query=query, name=_name(query), row=row, labels=_labels(query), plan=plan

@@ -2,10 +2,14 @@
 
 A plan is ``DSL_VERSION``, two version numbers and the hash of the DSL's schema, followed by one
 MessagePack document in which nodes refer to each other by index. The nodes come last in it, and the
-data of a client's own frames before them, a number per byte: only the nodes are ever decoded.
+data of a client's own frames before them, a number per byte: only the nodes are ever decoded, and
+the data goes from file to file.
 """
 
 import functools
+import mmap
+import tempfile
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -38,8 +42,8 @@ class Sink(NamedTuple):
 class Document(NamedTuple):
     """A plan, taken apart."""
 
-    data: bytes
-    """Everything between the root and the nodes, as it came."""
+    data: slice
+    """Where everything between the root and the nodes lies."""
     root: int
     nodes: list[Node]
 
@@ -48,11 +52,16 @@ class Document(NamedTuple):
         node: Node = self.nodes[self.root]["value"]
         return node
 
-    def serialized(self, root: int) -> bytes:
-        """The plan that ends in the node ``root``."""
+    def lazy_frame(self, plan: Path, root: int) -> pl.LazyFrame:
+        """What ends in the node ``root``, with the data of the plan that this was."""
         reference = msgspec.msgpack.encode({"root": self._reference(root)})[1:]
-        document = (b"\x83", reference, self.data, NODES_KEY, msgspec.msgpack.encode(self.nodes))
-        return own_header() + b"".join(document)
+        with tempfile.TemporaryFile(dir=plan.parent) as file:
+            file.write(own_header() + b"\x83" + reference)
+            with _mapped(plan) as whole, memoryview(whole) as view, view[self.data] as data:
+                file.write(data)
+            file.write(NODES_KEY + msgspec.msgpack.encode(self.nodes))
+            file.seek(0)
+            return pl.LazyFrame.deserialize(file)
 
     def add(self, node: Node) -> Node:
         """Add a node; the reference to it."""
@@ -66,10 +75,20 @@ class Document(NamedTuple):
 class Prepared(NamedTuple):
     """A plan that Polars can run here."""
 
-    plan: bytes
+    plan: Path
+    """File that it came in."""
+    document: Document
     sinks: list[Sink]
-    result: bytes | None
-    """The plan of the rows that the first sink gets; None without a sink."""
+    result: int | None
+    """The node whose rows the first sink gets; None without a sink."""
+
+    def runnable(self) -> pl.LazyFrame:
+        return self.document.lazy_frame(self.plan, self.document.root)
+
+    def head_without_rows(self) -> pl.DataFrame:
+        """What the first sink gets, without its rows."""
+        assert self.result is not None
+        return self.document.lazy_frame(self.plan, self.result).collect_schema().to_frame()
 
 
 @functools.cache
@@ -103,7 +122,7 @@ def output_location(plan: bytes) -> str | None:
     return None
 
 
-def prepare(plan: bytes, temporary_uri: str, part_name: str) -> Prepared:
+def prepare(plan: Path, temporary_uri: str, part_name: str) -> Prepared:
     """Make every sink's target a place that Polars can write, and let the first note its rows.
 
     A directory gets a file that is called ``part_name``; a result without a destination goes below
@@ -114,7 +133,8 @@ def prepare(plan: bytes, temporary_uri: str, part_name: str) -> Prepared:
     FileNotFoundError
         A scan reads a file of the client's machine, which a cluster does not have.
     """
-    document = _taken_apart(plan)
+    with _mapped(plan) as whole:
+        document = _taken_apart(whole)
     _check_scans(document, results=temporary_uri.rpartition("/")[0].rpartition("/")[0])
     root = document.root_node
     if "SinkMultiple" in root:
@@ -126,9 +146,9 @@ def prepare(plan: bytes, temporary_uri: str, part_name: str) -> Prepared:
     sinks = [_place(node["payload"], temporary_uri, part_name) for node in writing]
     result = None
     if writing:
-        result = document.serialized(writing[0]["input"]["idx"])
+        result = writing[0]["input"]["idx"]
         writing[0]["input"] = _observe(document, writing[0]["input"])
-    return Prepared(document.serialized(document.root), sinks, result)
+    return Prepared(plan, document, sinks, result)
 
 
 def _check_scans(document: Document, results: str) -> None:
@@ -152,17 +172,20 @@ def _observe(document: Document, rows: Node) -> Node:
     return rows
 
 
-def _taken_apart(plan: bytes) -> Document:
+def _mapped(plan: Path) -> mmap.mmap:
+    with plan.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _taken_apart(plan: bytes | mmap.mmap) -> Document:
     end = len(plan)
     data = plan.find(DATA_KEY, HEADER_LENGTH)
     # A name or a text in a node may look like the key.
     while (end := plan.rfind(NODES_KEY, HEADER_LENGTH, end)) > data > 0:
         try:
-            nodes = msgspec.msgpack.decode(
-                memoryview(plan)[end + len(NODES_KEY) :], type=list[dict[str, Any]]
-            )
+            nodes = msgspec.msgpack.decode(plan[end + len(NODES_KEY) :], type=list[dict[str, Any]])
             root = msgspec.msgpack.decode(b"\x81" + plan[HEADER_LENGTH + 1 : data])
-            return Document(plan[data:end], root["root"]["idx"], nodes)
+            return Document(slice(data, end), root["root"]["idx"], nodes)
         except msgspec.DecodeError:
             continue
     raise InvalidRequest("this plan is not one that Polars serialized")

@@ -2,10 +2,10 @@
 
 import asyncio
 import contextlib
-import io
 import sys
-from asyncio.subprocess import PIPE
+from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Mapping
+from pathlib import Path
 
 import polars as pl
 
@@ -17,23 +17,25 @@ LONGEST = 100_000
 """Characters of an explanation."""
 
 
-async def explain(plan: bytes, environment: Mapping[str, str]) -> str:
+async def explain(plan: Path, environment: Mapping[str, str]) -> str:
     """The plan before its optimization, or why there is none to be shown.
 
     Parameters
     ----------
+    plan
+        File of the serialized plan.
     environment
         What a worker has to reach the object store: Polars looks at the files of a scan.
     """
     process = await asyncio.create_subprocess_exec(
-        *python("polars_cloud_emulator.plan_text"),
-        stdin=PIPE,
+        *python("polars_cloud_emulator.plan_text", str(plan)),
+        stdin=DEVNULL,
         stdout=PIPE,
         env=environment,
         start_new_session=True,
     )
     try:
-        output, _ = await asyncio.wait_for(process.communicate(plan), TIMEOUT)
+        output, _ = await asyncio.wait_for(process.communicate(), TIMEOUT)
     except TimeoutError:
         return f"Polars did not explain the plan within {TIMEOUT:.0f} s."
     finally:
@@ -44,7 +46,7 @@ async def explain(plan: bytes, environment: Mapping[str, str]) -> str:
 
 def main() -> None:
     try:
-        lf = pl.LazyFrame.deserialize(io.BytesIO(sys.stdin.buffer.read()))
+        lf = pl.LazyFrame.deserialize(sys.argv[1])
         print(lf.explain(optimized=False))
     except Exception as error:
         print(f"Polars cannot explain the plan here: {error}")

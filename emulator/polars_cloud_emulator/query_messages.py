@@ -1,12 +1,14 @@
 """Queries between the protocol and the state, the same for the direct and the proxy mode."""
 
+import asyncio
 from collections.abc import Mapping
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import msgspec
 
 from polars_cloud_emulator import plan
-from polars_cloud_emulator.errors import InvalidRequest
+from polars_cloud_emulator.errors import EmulatorError, InvalidRequest
+from polars_cloud_emulator.kept_plans import KeptPlans
 from polars_cloud_emulator.messages import (
     Destination,
     DirectSubmitRequest,
@@ -47,8 +49,9 @@ def parse_id(message: Id) -> UUID:
         raise InvalidRequest(f"'{message.value}' is not a UUID") from None
 
 
-def submitted(
+async def submitted(
     state: State,
+    plans: KeptPlans,
     cluster_id: UUID,
     request: DirectSubmitRequest | ProxySubmitRequest,
     headers: Mapping[str, str],
@@ -59,6 +62,8 @@ def submitted(
     ------
     InvalidRequest
         No worker here could run it.
+    CannotKeep
+        There is no room for its plan.
     """
     settings = request.settings
     if settings.execute_until not in {ExecuteUntil.UNSET, ExecuteUntil.EXECUTE}:
@@ -72,19 +77,26 @@ def submitted(
         output_location = plan.output_location(request.plan)
     except (msgspec.DecodeError, LookupError, TypeError, ValueError, RecursionError):
         raise InvalidRequest("this plan cannot be read: it was damaged on its way") from None
-    return state.submit(
-        cluster_id,
-        plan=request.plan,
-        output_location=output_location,
-        distributed=settings.single is None,
-        min_workers=settings.workers.least,
-        max_workers=settings.workers.most,
-        engine="in-memory" if settings.engine is Engine.IN_MEMORY else "streaming",
-        optimization_flags=settings.optimization_flags,
-        priority=settings.priority or 0,
-        labels=[label.name for label in request.info.labels],
-        user=headers.get("x-polars-user"),
-    )
+    query_id = uuid4()
+    # First: another call may start the query as soon as it is known.
+    await asyncio.to_thread(plans.keep, query_id, request.plan)
+    try:
+        return state.submit(
+            cluster_id,
+            query_id=query_id,
+            output_location=output_location,
+            distributed=settings.single is None,
+            min_workers=settings.workers.least,
+            max_workers=settings.workers.most,
+            engine="in-memory" if settings.engine is Engine.IN_MEMORY else "streaming",
+            optimization_flags=settings.optimization_flags,
+            priority=settings.priority or 0,
+            labels=[label.name for label in request.info.labels],
+            user=headers.get("x-polars-user"),
+        )
+    except EmulatorError:
+        plans.delete(query_id)
+        raise
 
 
 def query_result(query: Query) -> QueryResult:

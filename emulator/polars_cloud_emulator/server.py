@@ -35,6 +35,7 @@ from polars_cloud_emulator.fault_middleware import FaultMiddleware
 from polars_cloud_emulator.faults import Faults
 from polars_cloud_emulator.grpc_transport import refusal_in_kind
 from polars_cloud_emulator.journal import Journal, JournalMiddleware
+from polars_cloud_emulator.kept_plans import KeptPlans
 from polars_cloud_emulator.kept_state import CommitMiddleware, KeptState
 from polars_cloud_emulator.object_store import ObjectStore, OutsideObjectStore
 from polars_cloud_emulator.pages import Pages
@@ -197,9 +198,11 @@ class Emulator:
             polars_version=pl.__version__,
             startup=self._realism.startup,
         )
+        plans = KeptPlans(self._files.plans)
         self._compute = Compute(
             self._state,
             self.clock,
+            plans=plans,
             environment=self._object_store.environment,
             temporary_uri=self._object_store.temporary_uri,
             delete_result=self._object_store.delete_result,
@@ -214,13 +217,16 @@ class Emulator:
         control_plane = ControlPlane(
             self._state,
             self._compute,
+            plans,
             self._access_tokens,
             check_client,
             certificate_authority=authority.cert_pem.bytes().decode(),
             # By its number: the client takes no name beside the one that it checks in TLS.
             compute_plane_address=f"{ip}:{port}",
         )
-        compute_plane = ComputePlane(self._state, self._compute, self._access_tokens, check_client)
+        compute_plane = ComputePlane(
+            self._state, self._compute, plans, self._access_tokens, check_client
+        )
         self._journal = Journal(self.clock)
         calls = [*control_plane.routes(), *compute_plane.routes()]
         self._faults = Faults(calls, self._access_tokens)
@@ -235,6 +241,7 @@ class Emulator:
         )
         pages = Pages(
             self._state,
+            plans,
             self.clock,
             environment=self._compute.environment,
             workspace_id=WORKSPACE_ID,

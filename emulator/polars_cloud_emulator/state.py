@@ -3,6 +3,7 @@
 No I/O and no processes: every method changes the state at one moment of the injected clock.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -20,8 +21,6 @@ DEFAULT_IDLE_TIMEOUT_MINS = 60
 MINIMUM_IDLE_TIMEOUT_MINS = 10
 MAX_ENDED_QUERIES = 1_000
 MAX_STOPPED_CLUSTERS = 200
-MAX_KEPT_PLAN = 50_000
-"""Bytes of an ended query's plan."""
 
 
 class ClusterStatus(StrEnum):
@@ -125,8 +124,6 @@ class Query(msgspec.Struct, kw_only=True):
     priority: int
     labels: list[str]
     user: str | None
-    plan: bytes
-    """Serialized LazyFrame; a large one is dropped when the query has ended."""
     submitted_at: datetime
     waits_until: datetime | None = None
     """When its turn may come, at the earliest."""
@@ -180,6 +177,9 @@ class State:
         self.manifests: dict[str, Manifest] = {}
         self.clusters: dict[UUID, Cluster] = {}
         self.queries: dict[UUID, Query] = {}
+        self.unsettled: dict[UUID, Query] = {}
+        """Queries that may differ from what was last kept: all that have not ended, and some."""
+        self._oldest_end_first: deque[UUID] = deque()
 
     # Manifests
 
@@ -312,7 +312,7 @@ class State:
         self,
         cluster_id: UUID,
         *,
-        plan: bytes,
+        query_id: UUID,
         output_location: str | None,
         distributed: bool,
         min_workers: int | None = None,
@@ -327,9 +327,8 @@ class State:
         if not cluster.is_live:
             raise WrongState(f"cluster {cluster_id} is {cluster.status}: it takes no query")
         query = Query(
-            id=uuid4(),
+            id=query_id,
             cluster_id=cluster_id,
-            plan=plan,
             output_location=output_location,
             distributed=distributed,
             min_workers=min_workers,
@@ -341,7 +340,7 @@ class State:
             user=user,
             submitted_at=self._clock.now(),
         )
-        self.queries[query.id] = query
+        self.queries[query.id] = self.unsettled[query.id] = query
         return query
 
     def find_query(self, query_id: UUID) -> Query:
@@ -381,7 +380,7 @@ class State:
     def end_waits(self) -> set[UUID]:
         """Clusters that have a query whose turn may come from now on."""
         now = self._clock.now()
-        waited = [q for q in self.queries.values() if q.waits_until and q.waits_until <= now]
+        waited = [q for q in self.unsettled.values() if q.waits_until and q.waits_until <= now]
         for query in waited:
             query.waits_until = None
         return {query.cluster_id for query in waited}
@@ -412,21 +411,29 @@ class State:
     def cancel(self, query_id: UUID) -> None:
         query = self.find_query(query_id)
         query.cancels += 1
+        self.unsettled[query_id] = query
         if not query.has_ended:
             self._end(query, QueryStatus.CANCELED)
 
     def forget_oldest(self) -> list[UUID]:
         """Drop ended queries and stopped clusters above the caps; the dropped queries' ids."""
-        ends = {q.id: q.ended_at for q in self.queries.values() if q.ended_at}
-        oldest_first = sorted(ends, key=ends.__getitem__)
-        dropped = oldest_first[: max(0, len(ends) - MAX_ENDED_QUERIES)]
+        excess = len(self._oldest_end_first) - MAX_ENDED_QUERIES
+        dropped = [self._oldest_end_first.popleft() for _ in range(excess)]
         for query_id in dropped:
             del self.queries[query_id]
-        in_use = {q.cluster_id for q in self.queries.values()}
-        stopped = [c.id for c in self.clusters.values() if c.stopped_at and c.id not in in_use]
-        for cluster_id in stopped[: max(0, len(stopped) - MAX_STOPPED_CLUSTERS)]:
-            del self.clusters[cluster_id]
+            self.unsettled.pop(query_id, None)
+        if len(self.clusters) > MAX_STOPPED_CLUSTERS:
+            in_use = {q.cluster_id for q in self.queries.values()}
+            stopped = [c.id for c in self.clusters.values() if c.stopped_at and c.id not in in_use]
+            for cluster_id in stopped[: max(0, len(stopped) - MAX_STOPPED_CLUSTERS)]:
+                del self.clusters[cluster_id]
         return dropped
+
+    def settle(self) -> None:
+        """Note that all is kept as it is now."""
+        self.unsettled = {
+            id_: query for id_, query in self.unsettled.items() if not query.has_ended
+        }
 
     def ended_before(self, moment: datetime) -> list[UUID]:
         """Queries that had ended by then."""
@@ -442,19 +449,23 @@ class State:
         self.manifests = snapshot.manifests
         self.clusters = snapshot.clusters
         self.queries = snapshot.queries
+        self.unsettled = dict(self.queries)
+        ends = {q.id: q.ended_at for q in self.queries.values() if q.ended_at}
+        self._oldest_end_first = deque(sorted(ends, key=ends.__getitem__))
         for query in self.queries.values():
             if query.status is QueryStatus.IN_PROGRESS:
                 query.status = QueryStatus.SCHEDULED
                 query.started_at = None
 
     def _active_queries(self, cluster_id: UUID) -> Iterator[Query]:
-        return (q for q in self.queries.values() if q.cluster_id == cluster_id and not q.has_ended)
+        return (
+            q for q in self.unsettled.values() if q.cluster_id == cluster_id and not q.has_ended
+        )
 
     def _end(self, query: Query, status: QueryStatus) -> None:
         query.status = status
         query.ended_at = self._clock.now()
-        if len(query.plan) > MAX_KEPT_PLAN:
-            query.plan = b""
+        self._oldest_end_first.append(query.id)
         cluster = self.clusters[query.cluster_id]
         if cluster.is_live and not any(
             q.status is QueryStatus.IN_PROGRESS for q in self._active_queries(cluster.id)

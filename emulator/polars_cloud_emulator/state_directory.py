@@ -17,12 +17,13 @@ class StateDirectory:
         self.objects = path / "buckets"
         self.results = path / "results"
         self.workers = path / "workers"
+        self.plans = path / "plans"
         self.server_certificate = path / "server.pem"
         self._authority_key = path / "certificate-authority.key"
         self._authority = self.trusted_certificates / "certificate-authority.pem"
         self._client_secret = path / "client-secret"
         self.state = path / "state.sqlite"
-        for directory in (self.trusted_certificates, self.client_config, self.workers):
+        for directory in (self.trusted_certificates, self.client_config, self.workers, self.plans):
             directory.mkdir(exist_ok=True)
 
     def certificate_authority(self) -> trustme.CA:

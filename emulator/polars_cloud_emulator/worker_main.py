@@ -12,6 +12,7 @@ import queue
 import struct
 import sys
 import threading
+from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
@@ -54,9 +55,9 @@ def run(job: Job) -> Answer:
 
 
 def _run_plan(job: Job) -> Outcome:
-    prepared = query_plan.prepare(job.plan, job.temporary_uri, job.part_name)
+    prepared = query_plan.prepare(Path(job.plan), job.temporary_uri, job.part_name)
     written_rows.forget()
-    pl.LazyFrame.deserialize(io.BytesIO(prepared.plan)).collect(
+    prepared.runnable().collect(
         engine="in-memory" if job.engine == "in-memory" else "streaming",
         optimizations=_optimizations(job.optimization_flags),
     )
@@ -64,7 +65,7 @@ def _run_plan(job: Job) -> Outcome:
         return Outcome(destinations=[], file_type=None, n_rows=0, head=None)
     head = written_rows.head()
     if head is None:
-        head = pl.LazyFrame.deserialize(io.BytesIO(prepared.result)).collect_schema().to_frame()
+        head = prepared.head_without_rows()
     head_file = io.BytesIO()
     head.write_ipc(head_file)
     return Outcome(

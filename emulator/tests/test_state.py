@@ -14,7 +14,6 @@ from polars_cloud_emulator.journal import MAX_ENTRIES, Journal
 from polars_cloud_emulator.kept_state import KeptState
 from polars_cloud_emulator.state import (
     MAX_ENDED_QUERIES,
-    MAX_KEPT_PLAN,
     MAX_STOPPED_CLUSTERS,
     Cluster,
     ClusterSpec,
@@ -66,7 +65,7 @@ def spec(**changed: Any) -> ClusterSpec:
 
 def submit(state: State, cluster_id: UUID, **changed: Any) -> Query:
     values: dict[str, Any] = {
-        "plan": b"plan",
+        "query_id": uuid4(),
         "output_location": None,
         "distributed": False,
         "engine": "streaming",
@@ -108,16 +107,6 @@ def test_ended_query_keeps_its_end(state: State, cluster: Cluster) -> None:
     state.fail(query, "ValueError: no")
     assert query.status is QueryStatus.CANCELED
     assert (query.outcome, query.error) == (None, None)
-
-
-@pytest.mark.parametrize(("size", "kept"), [(MAX_KEPT_PLAN, MAX_KEPT_PLAN), (MAX_KEPT_PLAN + 1, 0)])
-def test_ended_query_drops_a_large_plan(
-    state: State, cluster: Cluster, size: int, kept: int
-) -> None:
-    query = submit(state, cluster.id)
-    query.plan = bytes(size)
-    state.cancel(query.id)
-    assert len(query.plan) == kept
 
 
 @pytest.mark.parametrize(
@@ -262,8 +251,39 @@ def test_restart_runs_again_what_was_running(
     assert statuses == [QueryStatus.SUCCESS, QueryStatus.SCHEDULED, QueryStatus.SCHEDULED]
     again = after.start_next(cluster.id, 2)
     assert again is not None
-    assert (again.id, again.plan) == (running.id, b"plan")
+    assert again.id == running.id
     assert after.find_query(ended.id).outcome == OUTCOME
+
+
+def test_only_what_can_have_changed_is_compared_when_the_state_is_kept(
+    state: State, cluster: Cluster, tmp_path: Path
+) -> None:
+    ended, unfinished = submit(state, cluster.id), submit(state, cluster.id)
+    kept = KeptState(tmp_path / "state.sqlite")
+    kept.commit(state)
+    state.cancel(ended.id)
+    kept.commit(state)
+    assert [*state.unsettled] == [unfinished.id]
+
+    state.cancel(ended.id)
+    assert {*state.unsettled} == {unfinished.id, ended.id}, "it was canceled once more"
+    kept.commit(state)
+    state.cancel(unfinished.id)
+    kept.commit(state)
+    assert not state.unsettled
+    assert KeptState(tmp_path / "state.sqlite").load().queries == state.queries
+
+
+def test_query_that_is_forgotten_is_kept_no_longer(
+    state: State, cluster: Cluster, tmp_path: Path
+) -> None:
+    kept = KeptState(tmp_path / "state.sqlite")
+    for _ in range(MAX_ENDED_QUERIES + 1):
+        state.cancel(submit(state, cluster.id).id)
+    kept.commit(state)
+    state.forget_oldest()
+    kept.commit(state)
+    assert KeptState(tmp_path / "state.sqlite").load().queries == state.queries
 
 
 def test_oldest_ended_queries_and_stopped_clusters_are_forgotten(

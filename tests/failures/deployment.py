@@ -28,7 +28,7 @@ from tests.eight_dags import DELETED
 T = TypeVar("T")
 
 TESTS = Path(__file__).parent
-OUTAGE = 15.0
+OUTAGE = 20.0
 """Seconds for which the DAGs bear an outage here."""
 READY_IN = 240.0
 API_SERVER = "api-server"
