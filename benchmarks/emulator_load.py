@@ -49,8 +49,8 @@ def watch(emulator: RunningEmulator, over: Any, most: Any) -> None:
     most.put((most_mb, most_ms))
 
 
-def verdict(value: float, target: float) -> str:
-    return f"target {target:g} {'met' if value <= target else 'missed'}"
+def verdict(value: float, target: float, unit: str = "") -> str:
+    return f"target {target:g}{unit} {'met' if value <= target else 'missed'}"
 
 
 def report_large_input(emulator: RunningEmulator, ctx: Any) -> None:
@@ -80,7 +80,7 @@ def report_large_input(emulator: RunningEmulator, ctx: Any) -> None:
         f"an input of {INPUT_MB} MB in memory: {seconds:.1f} s;",
         f"{memory:.1f} times its size in memory, {verdict(memory, MAX_INPUT_RATIO)};",
         f"another call meanwhile at most {other:.0f} ms,",
-        f"{verdict(other, MAX_OTHER_CALL_MS)} ms",
+        verdict(other, MAX_OTHER_CALL_MS, " ms"),
     )
 
 
