@@ -7,7 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -27,26 +29,35 @@ SHUT_DOWN_BY_TASK = {
 CLUSTER_TASKS = {"start_cluster", "stop_cluster"}
 """Made by `shared_cluster`, which logs them in."""
 
-PARSE = """
-import json, sys
-
-connections = []
-sys.addaudithook(
-    lambda event, args: connections.append(str(args))
-    if event in {"socket.connect", "socket.getaddrinfo", "socket.sendto"} else None
-)
+PARSER = """
+import json, os, sys
 from pathlib import Path
 from airflow.dag_processing.dagbag import BundleDagBag
 from recording_secrets import accesses
 
-folder = Path(sys.argv[1])
-bag = BundleDagBag(folder, bundle_path=folder, bundle_name="dags-folder")
-heavy = sorted({"polars", "polars_cloud"} & set(sys.modules))
-print(json.dumps({
-    "dags": sorted(bag.dags), "errors": bag.import_errors, "heavy": heavy,
-    "connections": connections, "secrets": accesses,
-}))
+def parse(folder, python_path):
+    connections = []
+    sys.addaudithook(
+        lambda event, args: connections.append(str(args))
+        if event in {"socket.connect", "socket.getaddrinfo", "socket.sendto"} else None
+    )
+    sys.path += python_path
+    bag = BundleDagBag(Path(folder), bundle_path=Path(folder), bundle_name="dags-folder")
+    heavy = sorted({"polars", "polars_cloud"} & set(sys.modules))
+    return {
+        "dags": sorted(bag.dags), "errors": bag.import_errors, "heavy": heavy,
+        "connections": connections, "secrets": accesses,
+    }
+
+for request in sys.stdin:
+    if os.fork() == 0:
+        print(json.dumps(parse(*json.loads(request))), flush=True)
+        os._exit(0)
+    if os.wait()[1]:
+        sys.exit("a parse has failed")
 """
+
+Parse = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -54,26 +65,36 @@ def dags() -> dict[str, DAG]:
     return DagBag(ROOT / "dags").dags
 
 
-def parse(folder: Path, *python_path: Path) -> dict[str, object]:
-    """Parse a DAGs folder in a process of its own and tell what that touched.
+@pytest.fixture(scope="module")
+def parse() -> Iterator[Parse]:
+    """Parse a DAGs folder as Airflow's DAG processor does, in a fork, and tell what that touched.
 
     Modules are found below `python_path` and, as everywhere in Airflow, in the DAGs folder itself.
     """
     environment = {
         **os.environ,
         "AIRFLOW__SECRETS__BACKEND": "recording_secrets.RecordingSecrets",
-        "PYTHONPATH": os.pathsep.join(map(str, [ROOT / "tests", *python_path])),
+        "PYTHONPATH": str(ROOT / "tests"),
     }
-    ran = subprocess.run(
-        [sys.executable, "-P", "-c", PARSE, str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ran.returncode == 0, ran.stderr
-    report: dict[str, object] = json.loads(ran.stdout.splitlines()[-1])
-    return report
+    command = [sys.executable, "-P", "-c", PARSER]
+    with subprocess.Popen(command, env=environment, stdin=PIPE, stdout=PIPE, text=True) as parser:
+        assert parser.stdin is not None
+        assert parser.stdout is not None
+
+        def request(folder: Path, *python_path: Path) -> dict[str, Any]:
+            print(
+                json.dumps([str(folder), [*map(str, python_path)]]), file=parser.stdin, flush=True
+            )
+            report: dict[str, Any] = {}
+            while not report:
+                line = parser.stdout.readline()  # type: ignore[union-attr]
+                assert line, "see what it wrote to stderr"
+                if line.startswith("{"):  # Airflow may print, too
+                    report = json.loads(line)
+            return report
+
+        yield request
+        parser.stdin.close()
 
 
 def source_of(task: Any) -> str:
@@ -82,7 +103,7 @@ def source_of(task: Any) -> str:
     return inspect.getsource(function) if function else ""
 
 
-def test_all_dags_are_there_and_parsing_them_touches_nothing() -> None:
+def test_all_dags_are_there_and_parsing_them_touches_nothing(parse: Parse) -> None:
     assert parse(ROOT / "dags", ROOT) == {
         "dags": sorted(DAG_IDS | {PREFLIGHT}),
         "errors": {},
@@ -103,7 +124,7 @@ def test_all_dags_are_there_and_parsing_them_touches_nothing() -> None:
     ],
 )
 def test_a_dag_file_that_does_more_than_define_is_noticed(
-    tmp_path: Path, line: str, noticed_as: str
+    parse: Parse, tmp_path: Path, line: str, noticed_as: str
 ) -> None:
     (tmp_path / "careless.py").write_text(
         f"from airflow.sdk import BaseHook, DAG, Variable\n{line}"
@@ -128,7 +149,7 @@ def test_a_dag_is_named_like_its_file_and_says_what_it_is_for(
 
 @pytest.mark.parametrize("dag_id", sorted(KEPT | {PREFLIGHT}))
 def test_a_dag_works_in_another_deployment_with_only_what_it_names(
-    dags: dict[str, DAG], tmp_path: Path, dag_id: str
+    dags: dict[str, DAG], parse: Parse, tmp_path: Path, dag_id: str
 ) -> None:
     dag = dags[dag_id]
     [folder] = re.findall(r"\*\*Copy along:\*\* the folder `(\w+)/`", dag.doc_md or "")
@@ -143,7 +164,7 @@ def test_a_dag_works_in_another_deployment_with_only_what_it_names(
 
 @pytest.mark.parametrize("dag_id", sorted(KEPT | {PREFLIGHT}))
 def test_a_dag_works_beside_an_include_folder_of_the_users_own(
-    dags: dict[str, DAG], tmp_path: Path, dag_id: str
+    dags: dict[str, DAG], parse: Parse, tmp_path: Path, dag_id: str
 ) -> None:
     include = tmp_path / "include"
     include.mkdir()
@@ -158,7 +179,9 @@ def test_a_dag_works_beside_an_include_folder_of_the_users_own(
     assert report["dags"] == [dag_id]
 
 
-def test_the_folder_of_helpers_works_by_another_name_and_in_another_place(tmp_path: Path) -> None:
+def test_the_folder_of_helpers_works_by_another_name_and_in_another_place(
+    parse: Parse, tmp_path: Path
+) -> None:
     shutil.copytree(ROOT / "include" / "polars_remote", tmp_path / "company" / "remote")
     (tmp_path / "reports.py").write_text(
         "from airflow.sdk import dag\n"
@@ -174,7 +197,9 @@ def test_the_folder_of_helpers_works_by_another_name_and_in_another_place(tmp_pa
     assert report["dags"] == ["reports"]
 
 
-def test_a_cluster_without_a_name_is_an_error_while_the_dag_file_is_parsed(tmp_path: Path) -> None:
+def test_a_cluster_without_a_name_is_an_error_while_the_dag_file_is_parsed(
+    parse: Parse, tmp_path: Path
+) -> None:
     (tmp_path / "reports.py").write_text(
         "from airflow.sdk import dag\n"
         "from include.polars_remote import shared_cluster\n"
@@ -184,7 +209,7 @@ def test_a_cluster_without_a_name_is_an_error_while_the_dag_file_is_parsed(tmp_p
         "        pass\n"
         "reports()\n"
     )
-    [error] = parse(tmp_path, ROOT)["errors"].values()  # type: ignore[attr-defined]
+    [error] = parse(tmp_path, ROOT)["errors"].values()
     assert "A cluster needs a name" in error
 
 
