@@ -16,11 +16,11 @@ export UV_CACHE_DIR := $(CURDIR)/.venv/cache
 export UV_COMPILE_BYTECODE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo emulator airflow copy preflight check check-style check-file check-run test failures \
-	versions wheel celery lint benchmark comparison load waiting lock upgrade clean
+.PHONY: help demo emulator airflow copy preflight check check-style check-file check-run test \
+	test-template failures versions wheel celery lint benchmark comparison load waiting lock upgrade clean
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/installed ## Run the eight DAGs on the emulator, print what they did; OPEN=1: show it; REALISTIC=1
 	.venv/bin/python scripts/demo.py $(if $(OPEN),--open) $(if $(REALISTIC),--realistic)
@@ -39,8 +39,11 @@ copy: .venv/installed ## Copy a DAG into another Airflow: DAG=complete_pipeline 
 preflight: .venv/installed ## Check your account, before the first run; SPEND=1: with a cluster; EMULATOR=1: try it
 	.venv/bin/python scripts/preflight.py $(if $(EMULATOR),--emulator) $(if $(SPEND),--spend)
 
-test: .venv/installed ## Run the tests
+test: .venv/installed ## Run the tests of the DAGs and of what they share
 	.venv/bin/python -m pytest
+
+test-template: .venv/installed ## Run those of the template itself: its pages, its layouts, the emulator
+	.venv/bin/python -m pytest emulator/tests tests/template
 
 failures: .venv/installed ## Run the DAGs through all that can go wrong; ALL=1: each of them
 	.venv/bin/python -m pytest tests/failures --dist=load $(if $(ALL),,-m 'not further')
