@@ -45,8 +45,9 @@ test: .venv/installed ## Run the tests of the DAGs and of what they share
 test-template: .venv/installed ## Run those of the template itself: its pages, its layouts, the emulator
 	.venv/bin/python -m pytest emulator/tests tests/template
 
-failures: .venv/installed ## Run the DAGs through all that can go wrong; ALL=1: each of them
-	.venv/bin/python -m pytest tests/failures --dist=load $(if $(ALL),,-m 'not further')
+failures: .venv/installed ## Run the DAGs through all that can go wrong; ALL=1: each; REALISTIC=1: some
+	.venv/bin/python -m pytest tests/failures --dist=load $(if $(REALISTIC),--realistic) \
+		$(if $(ALL),,-m '$(if $(REALISTIC),any_airflow,not further)')
 
 versions: $(OLDER_AIRFLOWS:%=.venv/airflow-%/installed) ## Run the DAGs on older Airflows, and let some things go wrong
 	for version in $(OLDER_AIRFLOWS); do \

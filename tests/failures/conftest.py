@@ -7,9 +7,17 @@ import pytest
 from tests.failures.deployment import Deployment, running_deployment
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--realistic", action="store_true", help="with clusters that take minutes")
+
+
 @pytest.fixture(scope="session")
-def running_airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    with running_deployment(tmp_path_factory.mktemp("deployment")) as deployment:
+def running_airflow(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Iterator[Deployment]:
+    options = ["--realistic"] if pytestconfig.getoption("--realistic") else []
+    folder = tmp_path_factory.mktemp("deployment")
+    with running_deployment(folder, emulator_options=options) as deployment:
         yield deployment
 
 

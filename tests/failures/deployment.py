@@ -11,7 +11,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -115,11 +115,11 @@ def write_dags(folder: Path, sources: Mapping[str, str] | None = None) -> None:
 class Emulator:
     """An emulator in a process of its own, which finds its state again when it is restarted."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         self._env_file = folder / "env"
         self._command = [sys.executable, "-m", "polars_cloud_emulator", "serve"]
         self._command += ["--port-base", str(free_ports(3)), "--env-file", str(self._env_file)]
-        self._command += ["--state-dir", str(folder / "state")]
+        self._command += ["--state-dir", str(folder / "state"), *options]
         self.start()
 
     def start(self) -> None:
@@ -445,6 +445,7 @@ def running_deployment(
     *,
     slots: int = 6,
     options: Mapping[str, str] = QUICK_INTERVALS,
+    emulator_options: Iterable[str] = (),
 ) -> Iterator[Deployment]:
     """Run Airflow while the context is open.
 
@@ -456,11 +457,13 @@ def running_deployment(
         How many tasks may run at once.
     options
         Settings of Airflow's, beside its defaults.
+    emulator_options
+        Of the command that serves the emulator.
     """
     home = folder / "airflow"
     home.mkdir()
     write_dags(folder / "dags", sources)
-    emulator = Emulator(folder)
+    emulator = Emulator(folder, *emulator_options)
     port = free_ports(1)
     before = os.environ.copy()
     try:
