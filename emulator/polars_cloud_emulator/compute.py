@@ -54,7 +54,7 @@ class Compute:
     temporary_uri
         Prefix for results without a destination.
     delete_result
-        Called in a thread with the id of each query that was dropped to stay within bounds.
+        Called in a thread with the id of each query whose result without a destination goes.
     folder
         Working directory of the workers, empty as a cluster's.
     realism
@@ -148,6 +148,10 @@ class Compute:
             self._leases[query_id].workers[0].kill()
         else:
             self._start_queries(self._state.find_query(query_id).cluster_id)
+
+    async def delete_result(self, query_id: UUID) -> None:
+        """Delete what the query left, unless it has a destination of its own."""
+        await asyncio.to_thread(self._delete_result, self._state.find_query(query_id).id)
 
     async def wait_for_end(self, query_id: UUID, timeout: float) -> bool:
         """Whether the query ended within ``timeout`` seconds."""

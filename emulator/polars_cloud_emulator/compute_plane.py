@@ -67,6 +67,7 @@ class ComputePlane:
             grpc_route(f"{SERVICE}/GetQueryStatus", QueryReference, self.get_query_status),
             grpc_route(f"{SERVICE}/GetQueryResult", QueryReference, self.get_query_result),
             grpc_route(f"{SERVICE}/CancelQuery", QueryReference, self.cancel_query),
+            grpc_route(f"{SERVICE}/DeleteQueryResult", QueryReference, self.delete_query_result),
             grpc_route(f"{SERVICE}/GetComputeVersions", Empty, self.get_compute_versions),
             Route("/api/v1/query/{query_id:uuid}", self.get_query_details),
         ]
@@ -107,6 +108,11 @@ class ComputePlane:
     async def cancel_query(self, message: QueryReference, request: Request) -> BaseMessage:
         self._check_client(request.headers)
         self._compute.cancel(parse_id(message.query))
+        return Empty()
+
+    async def delete_query_result(self, message: QueryReference, request: Request) -> BaseMessage:
+        self._check_client(request.headers)
+        await self._compute.delete_result(parse_id(message.query))
         return Empty()
 
     async def get_compute_versions(self, message: Empty, request: Request) -> BaseMessage:

@@ -69,6 +69,17 @@ def test_result_without_a_destination_is_readable_at_its_location(
     assert (query["mode"], query["engine"]) == (mode, recorded)
 
 
+def test_deleted_result_is_gone_and_a_file_with_a_destination_is_not(context: Any) -> None:
+    temporary = one_row().remote(context).execute()
+    kept = one_row().remote(context).sink_parquet("s3://your-bucket/x/").await_result()
+    for result in (temporary, kept):
+        assert pl.read_parquet(result.location).height == 1
+        result.delete()
+    with pytest.raises(FileNotFoundError):
+        pl.read_parquet(temporary.location)
+    assert pl.read_parquet(kept.location).height == 1
+
+
 @pytest.mark.parametrize(
     ("sink", "target", "location", "read"),
     [
