@@ -85,7 +85,7 @@ def report_large_input(emulator: RunningEmulator, ctx: Any) -> None:
 
 
 def report_scan(ctx: Any) -> None:
-    """Aggregate a file from the emulator's S3, and the same from disk, in turns."""
+    """Summarize a file as a report does, from the emulator's S3 and from disk, in turns."""
     import polars as pl
 
     uri = f"s3://{DATA_BUCKET}/benchmark/large.parquet"
@@ -104,7 +104,18 @@ def report_scan(ctx: Any) -> None:
         frame.write_parquet(uri)
         megabytes = Path(file.name).stat().st_size / 1e6
         local, stored = (
-            pl.scan_parquet(source).group_by("key").agg(pl.sum("a"), pl.max("b"))
+            pl.scan_parquet(source)
+            .filter(pl.col("a") > pl.col("b"))
+            .group_by("key")
+            .agg(
+                pl.len(),
+                pl.sum("a").alias("sum"),
+                pl.mean("a").alias("mean"),
+                pl.col("b").min().alias("least"),
+                pl.col("b").max().alias("most"),
+                pl.col("b").std().alias("spread"),
+            )
+            .sort("sum")
             for source in (file.name, uri)
         )
         remote = stored.remote(ctx).single_node()
@@ -114,7 +125,7 @@ def report_scan(ctx: Any) -> None:
         ]
     here, there = (statistics.median(each) for each in zip(*runs, strict=True))
     print(
-        f"a scan of {megabytes:.0f} MB from the emulator's S3, median of {SCANS}: {there:.2f} s;",
+        f"a report on {megabytes:.0f} MB in the emulator's S3, median of {SCANS}: {there:.2f} s;",
         f"{there / here:.1f} times that from a local file ({here:.2f} s),",
         verdict(there / here, MAX_SCAN_RATIO),
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,12 @@ class KeptState:
             for key, each in objects.items()
             if self._kept[kind].get(key) != (fields := _changeable(each))
         ]
+        new = Counter(kind for kind, key, *_ in changed if key not in self._kept[kind])
         gone = [
             (kind, key)
             for kind, objects in everything.items()
+            # As many as there are, and each of them is known: they are the same.
+            if len(self._kept[kind]) + new[kind] != len(objects)
             for key in self._kept[kind].keys() - objects.keys()
         ]
         if changed or gone:
