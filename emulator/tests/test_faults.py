@@ -453,7 +453,8 @@ def test_call_meets_one_fault_and_the_first_posted_comes_first(
         ),
         (
             {"operation": "GET query", "kind": "grpc_error", "code": "INTERNAL", "message": ""},
-            "it fits CancelQuery, GetComputeVersions, GetQueryResult, GetQueryStatus, SubmitQuery",
+            "it fits CancelQuery, DeleteQueryResult, GetComputeVersions, GetQueryResult, "
+            "GetQueryStatus, SubmitQuery",
         ),
         (
             {"operation": "SubmitQuery", "kind": "http_error", "status": 500, "message": ""},
