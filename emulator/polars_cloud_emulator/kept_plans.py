@@ -1,6 +1,6 @@
 """The plans of the queries, a file each: a large frame is never in memory as a whole."""
 
-from collections.abc import Container
+from collections.abc import Iterable
 from pathlib import Path
 from uuid import UUID
 
@@ -49,7 +49,9 @@ class KeptPlans:
         if path.exists() and path.stat().st_size > MAX_KEPT_PLAN:
             path.unlink()
 
-    def delete_all_but(self, query_ids: Container[UUID]) -> None:
+    def delete_all_but(self, query_ids: Iterable[UUID]) -> None:
+        """Delete every other file: of what a worker writes here, too, if it was killed."""
+        kept = {*map(str, query_ids)}
         for path in self._folder.iterdir():
-            if UUID(path.name) not in query_ids:
+            if path.name not in kept:
                 path.unlink()

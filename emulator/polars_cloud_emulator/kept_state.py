@@ -92,7 +92,7 @@ class KeptState:
         gone = [
             (kind, key)
             for kind, objects in everything.items()
-            # As many as there are, and each of them is known: they are the same.
+            # Every object is known by now: if their number is the same, none is gone.
             if len(self._kept[kind]) + new[kind] != len(objects)
             for key in self._kept[kind].keys() - objects.keys()
         ]

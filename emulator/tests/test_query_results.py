@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from polars_cloud_emulator.kept_plans import MAX_KEPT_PLAN
 from polars_cloud_emulator.testing import RunningEmulator
 from tests.buckets import create_bucket_elsewhere, create_bucket_of_others
 
@@ -67,6 +68,18 @@ def test_result_without_a_destination_is_readable_at_its_location(
     assert_frame_equal(result.lazy().collect(), expected)
     [query] = emulator.state()["queries"]
     assert (query["mode"], query["engine"]) == (mode, recorded)
+
+
+def test_large_plan_ends_with_its_query_and_every_plan_with_a_reset(
+    emulator: RunningEmulator, context: Any
+) -> None:
+    plans = Path(emulator.environment["POLARS_CLOUD_CONFIG_DIR"]).parent / "plans"
+    for size in (1, MAX_KEPT_PLAN):
+        pl.LazyFrame({"x": ["x" * size]}).remote(context).execute()
+    small, large = (query["id"] for query in emulator.state()["queries"])
+    assert [path.name for path in plans.iterdir()] == [small], f"and not {large}"
+    emulator.reset()
+    assert not [*plans.iterdir()]
 
 
 def test_deleted_result_is_gone_and_a_file_with_a_destination_is_not(context: Any) -> None:
