@@ -42,7 +42,7 @@ preflight: .venv/installed ## Check your account, before the first run; SPEND=1:
 test: .venv/installed ## Run the tests of the DAGs and of what they share
 	.venv/bin/python -m pytest
 
-test-template: .venv/installed ## Run those of the template itself: its pages, its layouts, the emulator
+test-template: .venv/installed ## Run those of the template itself: its pages, scripts and layouts, the emulator
 	.venv/bin/python -m pytest emulator/tests tests/template
 
 failures: .venv/installed ## Run the DAGs through all that can go wrong; ALL=1: each; REALISTIC=1: some

@@ -98,9 +98,17 @@ def test_a_digest_tells_its_parts_apart() -> None:
     assert ledger.digest("ab", "c") != ledger.digest("a", "bc")
 
 
+@pytest.mark.parametrize(
+    ("lists_variables", "count"),
+    [
+        pytest.param(True, 1_001, id="more-than-airflow-lists-at-once"),
+        pytest.param(False, 100, id="airflow-lists-no-variables"),
+    ],
+    indirect=["lists_variables"],
+)
 @pytest.mark.usefixtures("supervisor")
-def test_more_keys_than_airflow_lists_at_once_are_all_found() -> None:
-    owners = [OWNER._replace(map_index=index) for index in range(1_001)]
+def test_many_users_of_a_cluster_are_all_found(count: int) -> None:
+    owners = [OWNER._replace(map_index=index) for index in range(count)]
     supervisor_keys = {use(owner) for owner in owners}
     assert set(ledger.keys("polars_cloud/cluster/", OWNER.run)) == supervisor_keys
 

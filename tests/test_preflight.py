@@ -1,4 +1,4 @@
-"""`preflight.py`, its DAG and `make preflight`; and what the other DAGs see before a cluster."""
+"""`preflight.py` and its DAG; and what the other DAGs see before a cluster."""
 
 import json
 import os
@@ -519,45 +519,6 @@ def test_a_failure_with_the_cluster_fails_the_run_and_leaves_no_cluster(
     states = run_states(dag, spend=True)
     assert (states["try_cluster"], states["preflight"]) == ("failed", "failed")
     assert cluster_statuses(emulator) == ["Stopped"]
-
-
-# `make preflight`
-
-
-def run_script(
-    tmp_path: Path, *options: str, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    script = [sys.executable, str(ROOT / "scripts" / "preflight.py"), "--home", str(tmp_path)]
-    return subprocess.run(
-        [*script, *options],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_the_script_checks_the_account_that_the_shell_names(
-    emulator: RunningEmulator, tmp_path: Path
-) -> None:
-    secret = emulator.environment["POLARS_CLOUD_CLIENT_SECRET"]
-    ran = run_script(tmp_path, "--spend", POLARS_CLOUD_WORKSPACE="nowhere", **emulator.environment)
-    *_, workspace, last = ran.stdout.splitlines()
-    assert workspace == (
-        "Workspace: FAILED: Workspace 'nowhere' does not exist. Set POLARS_CLOUD_WORKSPACE to a "
-        "workspace of this account: playground"
-    )
-    assert last.startswith("failed; ")
-    assert ran.returncode == 1
-    assert secret not in ran.stdout + (tmp_path / "preflight.log").read_text()
-    assert_nothing_was_started(emulator)
-
-
-def test_the_script_tries_an_emulator_of_its_own_wherever_the_shell_points(tmp_path: Path) -> None:
-    elsewhere = {"POLARS_CLOUD_DATA": SHOP, "POLARS_CLOUD_WORKSPACE": "mine"}
-    ran = run_script(tmp_path, "--emulator", **elsewhere)
-    assert "Data: ok: s3://your-bucket" in ran.stdout
-    assert f"Nothing was started. With SPEND=1, {BILLED}" in ran.stdout
-    assert ran.returncode == 0
 
 
 # The other DAGs

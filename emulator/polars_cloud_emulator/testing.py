@@ -1,6 +1,7 @@
 """An emulator for a test suite: in a process of its own, on free ports."""
 
 import contextlib
+import functools
 import json
 import os
 import ssl
@@ -224,14 +225,18 @@ def eventually(condition: Callable[[], T], seconds: float = 120.0, *, pause: flo
     return value
 
 
-def _send(request: urllib.request.Request, authority: Path | None = None) -> Any:
-    """Send a request past any proxy, and return the JSON of its answer, or None without one."""
-    opener = urllib.request.build_opener(
+@functools.cache  # the certificates of this machine take longer to load than a call takes
+def _opener(authority: Path | None) -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(
         urllib.request.ProxyHandler({}),
         urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=authority)),
     )
+
+
+def _send(request: urllib.request.Request, authority: Path | None = None) -> Any:
+    """Send a request past any proxy, and return the JSON of its answer, or None without one."""
     try:
-        with opener.open(request) as answer:
+        with _opener(authority).open(request) as answer:
             return json.loads(answer.read() or "null")
     except urllib.error.HTTPError as error:
         raise ValueError(json.load(error)["message"]) from None
