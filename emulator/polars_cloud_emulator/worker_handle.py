@@ -84,7 +84,6 @@ class Worker:
     async def _keep_running(self) -> None:
         try:
             while True:
-                self._killed = False
                 self._process = process = await asyncio.create_subprocess_exec(
                     *python("polars_cloud_emulator.worker_main", *self._modules),
                     stdin=PIPE,
@@ -94,14 +93,15 @@ class Worker:
                     # Ctrl-C in the emulator's terminal is the emulator's to handle.
                     start_new_session=True,
                 )
+                self._killed = False
                 try:
                     await _read_frame(process)
                 except asyncio.IncompleteReadError:
-                    if self._killed:
-                        continue
-                    self._give_up(f"a worker could not start: {await _exit_of(process)}")
-                    return
-                self._ready.set()
+                    if not self._killed:
+                        self._give_up(f"a worker could not start: {await _exit_of(process)}")
+                        return
+                if not self._killed:  # else it was as it became ready, and is about to die
+                    self._ready.set()
                 await process.wait()
                 self._ready.clear()
         except (OSError, ValueError) as error:  # variables that no process can have

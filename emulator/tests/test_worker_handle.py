@@ -1,0 +1,26 @@
+"""A worker's process is ended at any moment, and the next plan meets a new one."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from polars_cloud_emulator.isolated_python import worker_environment
+from polars_cloud_emulator.worker_handle import Worker
+
+
+def test_process_that_is_killed_as_it_becomes_ready_is_not_handed_out(tmp_path: Path) -> None:
+    async def kill_first() -> bool:
+        worker = Worker(worker_environment(), pytest.fail, tmp_path, ())
+        try:
+            while worker._process is None:
+                await asyncio.sleep(0)
+            first = worker._process
+            while "bytes" not in repr(first.stdout):  # it has said that it is ready
+                await asyncio.sleep(0)
+            worker.kill()
+            return await worker.ready() is not first
+        finally:
+            await worker.close()
+
+    assert asyncio.run(kill_first())
