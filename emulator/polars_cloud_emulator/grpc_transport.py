@@ -20,7 +20,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from polars_cloud_emulator.errors import EmulatorError, GrpcStatus, InvalidRequest
+from polars_cloud_emulator.errors import (
+    CannotKeep,
+    EmulatorError,
+    GrpcStatus,
+    InvalidRequest,
+)
 from polars_cloud_emulator.rest_transport import refusal
 
 CONTENT_TYPE = "application/grpc"
@@ -94,12 +99,18 @@ def refusal_in_kind(request: Request, error: EmulatorError) -> Response:
 
 
 async def _receive(request_type: type[M], request: Request) -> M:
-    with tempfile.SpooledTemporaryFile(LARGE) as body:
-        async for part in request.stream():
-            body.write(part)
-        if body.tell() <= LARGE:
-            return _decode(request_type, body)
-        return await asyncio.to_thread(_decode, request_type, body)
+    parts = request.stream()
+    try:
+        with tempfile.SpooledTemporaryFile(LARGE) as body:
+            async for part in parts:
+                body.write(part)
+            if body.tell() <= LARGE:
+                return _decode(request_type, body)
+            return await asyncio.to_thread(_decode, request_type, body)
+    except OSError as error:
+        async for _ in parts:  # an answer before the end would cost the client its connection
+            pass
+        raise CannotKeep(error) from None
 
 
 def _decode(request_type: type[M], body: IO[bytes]) -> M:

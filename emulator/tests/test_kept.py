@@ -11,13 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import grpc
 import httpx
 import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from emulator.tests.command_line import Served
-from emulator.tests.raw_calls import CLUSTER, WORKSPACE, rest_client
+from emulator.tests.raw_calls import (
+    CLUSTER,
+    CONTROL_PLANE,
+    VERSIONS,
+    WORKSPACE,
+    access_token,
+    call_grpc,
+    rest_client,
+)
 from polars_cloud_emulator.kept_objects import KeptObjects
 
 BUCKET = "your-bucket"
@@ -242,4 +251,26 @@ def test_call_whose_outcome_cannot_be_kept_is_refused(restart: Restart, tmp_path
         assert answer.json()["message"].startswith("the emulator cannot keep its state (")
         file.rollback()
         assert rest.get(f"{WORKSPACE}/manifest/find", params=spec).status_code == 200
+    assert served.stop() == (0, "", "")
+
+
+def test_large_call_that_the_disk_does_not_take_is_refused(
+    restart: Restart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    served = restart()
+    headers = {**VERSIONS, "authorization": f"Bearer {access_token(served.environment)}"}
+
+    def call() -> tuple[grpc.StatusCode, str]:
+        path = f"{CONTROL_PLANE}/SubmitQuery"
+        return call_grpc(served.environment, path, headers, bytes(3_000_000))
+
+    assert call()[0] is grpc.StatusCode.INVALID_ARGUMENT
+    # A folder that is missing stands for a disk that is full.
+    temporary.rmdir()
+    status, words = call()
+    assert status is grpc.StatusCode.INTERNAL
+    assert words.startswith("the emulator cannot keep its state (")
     assert served.stop() == (0, "", "")
