@@ -45,14 +45,15 @@ test: .venv/installed ## Run the tests of the DAGs and of what they share
 test-template: .venv/installed ## Run those of the template itself: its pages, scripts and layouts, the emulator
 	.venv/bin/python -m pytest emulator/tests tests/template
 
+# An Airflow of its own keeps a core busy.
 failures: .venv/installed ## Run the DAGs through all that can go wrong; ALL=1: each; REALISTIC=1: some
-	.venv/bin/python -m pytest tests/failures --dist=load $(if $(REALISTIC),--realistic) \
+	.venv/bin/python -m pytest tests/failures --numprocesses=2 --dist=load $(if $(REALISTIC),--realistic) \
 		$(if $(ALL),,-m '$(if $(REALISTIC),any_airflow,not further)')
 
 versions: $(OLDER_AIRFLOWS:%=.venv/airflow-%/installed) ## Run the DAGs on older Airflows, and let some things go wrong
 	for version in $(OLDER_AIRFLOWS); do \
-		.venv/airflow-$$version/bin/python -m pytest tests/failures --dist=load \
-			-m any_airflow -W default || exit; \
+		.venv/airflow-$$version/bin/python -m pytest tests/failures --numprocesses=2 \
+			--dist=load -m any_airflow -W default || exit; \
 	done
 
 wheel: .venv/installed ## Build the emulator's wheel, and try it where nothing else is installed
@@ -126,7 +127,8 @@ clean: ## Delete everything that the commands made
 
 # The constraint stops an installation whose lock is older than requirements.txt.
 .venv/installed: requirements.txt requirements-dev.lock | .venv/bin/uv
-	.venv/bin/uv pip sync --quiet --python .venv --no-build --constraint requirements.txt \
+	@echo 'Installing into .venv, and compiling what was installed: half a minute or so, once'
+	.venv/bin/uv pip sync --python .venv --no-build --constraint requirements.txt \
 		requirements-dev.lock
 	@touch $@
 
