@@ -9,9 +9,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from copy_dag import OLDEST_AIRFLOW
 from local_airflow import ROOT
+from polars_cloud_emulator.client_check import CLIENT_VERSION
 from polars_cloud_emulator.testing import RunningEmulator
 from tests.failures.table import table
+from tests.test_versions import AIRFLOW, minor, pythons
 
 README = ROOT / "README.md"
 YOUR_OWN = ROOT / "docs" / "your-own.md"
@@ -87,3 +90,11 @@ def test_the_table_of_failures_says_what_is_tested() -> None:
     assert table() in page, f"write this into docs/failures.md:\n{table()}"
     rows = len(table().splitlines()) - 2
     assert f"[{rows} kinds of failure]" in README.read_text()
+
+
+def test_the_pages_name_the_versions_that_are_tested() -> None:
+    words = " ".join(README.read_text().split())
+    assert f"Apache Airflow {OLDEST_AIRFLOW} to {minor(AIRFLOW)}" in words
+    assert f"Python {pythons()[-1]} or newer" in words
+    emulator = (ROOT / "emulator" / "README.md").read_text()
+    assert f"`polars_cloud` {CLIENT_VERSION} client" in emulator
