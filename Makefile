@@ -39,21 +39,21 @@ copy: .venv/installed ## Copy a DAG into another Airflow: DAG=complete_pipeline 
 preflight: .venv/installed ## Check your account, before the first run; SPEND=1: with a cluster; EMULATOR=1: try it
 	.venv/bin/python scripts/preflight.py $(if $(EMULATOR),--emulator) $(if $(SPEND),--spend)
 
+# Three at a time on two cores: a test waits for part of its time.
 test: .venv/installed ## Run the tests of the DAGs and of what they share
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses=3
 
 test-template: .venv/installed ## Run those of the template itself: its pages, scripts and layouts, the emulator
 	.venv/bin/python -m pytest emulator/tests tests/template
 
-# An Airflow of its own keeps a core busy.
 failures: .venv/installed ## Run the DAGs through all that can go wrong; ALL=1: each; REALISTIC=1: some
-	.venv/bin/python -m pytest tests/failures --numprocesses=2 --dist=load $(if $(REALISTIC),--realistic) \
+	.venv/bin/python -m pytest tests/failures --dist=load $(if $(REALISTIC),--realistic) \
 		$(if $(ALL),,-m '$(if $(REALISTIC),any_airflow,not further)')
 
 versions: $(OLDER_AIRFLOWS:%=.venv/airflow-%/installed) ## Run the DAGs on older Airflows, and let some things go wrong
 	for version in $(OLDER_AIRFLOWS); do \
-		.venv/airflow-$$version/bin/python -m pytest tests/failures --numprocesses=2 \
-			--dist=load -m any_airflow -W default || exit; \
+		.venv/airflow-$$version/bin/python -m pytest tests/failures --dist=load \
+			-m any_airflow -W default || exit; \
 	done
 
 wheel: .venv/installed ## Build the emulator's wheel, and try it where nothing else is installed
