@@ -1,6 +1,10 @@
 """`outages.py`: what passes is waited for, what does not is an error at once."""
 
+import signal
+import sys
 import time
+from concurrent.futures import Future
+from threading import Event, get_ident, main_thread
 from types import ModuleType
 from typing import Any
 
@@ -10,8 +14,8 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowTaskTimeout
 from airflow.sdk.execution_time.timeout import timeout as execution_timeout
 
 from include.polars_remote.login import call_polars_cloud
-from include.polars_remote.outages import is_transient, retry, time_limit
-from polars_cloud_emulator.testing import RunningEmulator
+from include.polars_remote.outages import in_thread, is_transient, retry, time_limit
+from polars_cloud_emulator.testing import RunningEmulator, eventually
 from tests.observed import calls
 from tests.tries import StartTry
 
@@ -333,3 +337,31 @@ def test_a_login_is_renewed_once_for_a_call_that_is_refused_all_the_same(
     with pytest.raises(RuntimeError, match="not you"):
         call_polars_cloud(query.get_status)
     assert calls(emulator, "GetQueryStatus") == 2
+
+
+def test_a_signal_that_meets_another_thread_interrupts_a_wait() -> None:
+    class Killed(BaseException):
+        pass
+
+    def raise_killed(*_: object) -> None:
+        raise Killed
+
+    has_returned = Event()
+
+    def is_waiting() -> bool:
+        waits = sys._current_frames()[main_thread().ident or 0].f_back
+        return waits is not None and waits.f_code is Future.result.__code__
+
+    def call() -> None:
+        eventually(is_waiting)
+        signal.pthread_kill(get_ident(), signal.SIGTERM)
+        main_thread().join(10)
+        has_returned.set()
+
+    before = signal.signal(signal.SIGTERM, raise_killed)
+    try:
+        with pytest.raises(Killed):
+            in_thread(call)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not has_returned.is_set()

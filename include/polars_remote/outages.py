@@ -142,6 +142,10 @@ def http_status(text: str) -> str | None:
     return found[1] if found else None
 
 
+SIGNAL_SECONDS = 0.5
+"""Until a wait looks for signals: one that meets another thread wakes up nobody."""
+
+
 def in_thread(function: Callable[[], T], timeout: float | None = None) -> T:
     """Run the function in a thread, so that a signal interrupts the caller and never the function.
 
@@ -151,12 +155,16 @@ def in_thread(function: Callable[[], T], timeout: float | None = None) -> T:
         There is no result after `timeout` seconds; the function runs on.
     """
     future = start_thread(function)
-    try:
-        return future.result(timeout)
-    except TimeoutError:
-        if future.done():
-            raise
-        raise TimeoutError(f"no reply for {timeout:.1f} s") from None
+    began = time.monotonic()
+    while True:
+        left = SIGNAL_SECONDS if timeout is None else began + timeout - time.monotonic()
+        try:
+            return future.result(min(left, SIGNAL_SECONDS))
+        except TimeoutError:
+            if future.done():
+                return future.result()
+            if left < SIGNAL_SECONDS:
+                raise TimeoutError(f"no reply for {timeout:.1f} s") from None
 
 
 def start_thread(function: Callable[[], T]) -> Future[T]:
