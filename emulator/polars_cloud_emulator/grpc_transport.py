@@ -20,12 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from polars_cloud_emulator.errors import (
-    CannotKeep,
-    EmulatorError,
-    GrpcStatus,
-    InvalidRequest,
-)
+from polars_cloud_emulator.errors import CannotKeep, EmulatorError, GrpcStatus, InvalidRequest
 from polars_cloud_emulator.rest_transport import refusal
 
 CONTENT_TYPE = "application/grpc"

@@ -100,7 +100,7 @@ class Worker:
                     if not self._killed:
                         self._give_up(f"a worker could not start: {await _exit_of(process)}")
                         return
-                if not self._killed:  # else it was as it became ready, and is about to die
+                if not self._killed:  # a process that was killed as it became ready is about to die
                     self._ready.set()
                 await process.wait()
                 self._ready.clear()

@@ -47,6 +47,9 @@ TRANSIENT_TEXT = re.compile(
 LAST_TRY_SECONDS = 1.0
 """What the last try has until the end of `time_limit`."""
 
+SIGNAL_SECONDS = 0.5
+"""Between two looks for signals during a wait: the system may deliver one to another thread."""
+
 _deadline = ContextVar[float | None]("deadline", default=None)
 
 
@@ -140,10 +143,6 @@ def http_status(text: str) -> str | None:
         message = json.loads(text)["message"]
     found = re.match(r"Status (\d{3})\b", message)
     return found[1] if found else None
-
-
-SIGNAL_SECONDS = 0.5
-"""Until a wait looks for signals: one that meets another thread wakes up nobody."""
 
 
 def in_thread(function: Callable[[], T], timeout: float | None = None) -> T:
