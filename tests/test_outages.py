@@ -346,7 +346,7 @@ def test_a_signal_that_meets_another_thread_interrupts_a_wait() -> None:
     def raise_killed(*_: object) -> None:
         raise Killed
 
-    has_returned = Event()
+    reply, has_returned = Event(), Event()
 
     def is_waiting() -> bool:
         waits = sys._current_frames()[main_thread().ident or 0].f_back
@@ -355,13 +355,14 @@ def test_a_signal_that_meets_another_thread_interrupts_a_wait() -> None:
     def call() -> None:
         eventually(is_waiting)
         signal.pthread_kill(get_ident(), signal.SIGTERM)
-        main_thread().join(10)
+        reply.wait(10)
         has_returned.set()
 
     before = signal.signal(signal.SIGTERM, raise_killed)
     try:
         with pytest.raises(Killed):
             in_thread(call)
+        assert not has_returned.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert not has_returned.is_set()
+        reply.set()

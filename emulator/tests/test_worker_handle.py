@@ -1,4 +1,4 @@
-"""A worker's process is ended at any moment, and the next plan meets a new one."""
+"""`worker_handle.py`: a process may be killed at any moment, and the next plan gets a new one."""
 
 import asyncio
 from pathlib import Path
@@ -23,4 +23,4 @@ def test_process_that_is_killed_as_it_becomes_ready_is_not_handed_out(tmp_path: 
         finally:
             await worker.close()
 
-    assert asyncio.run(kill_first())
+    assert asyncio.run(asyncio.wait_for(kill_first(), 60))
