@@ -419,8 +419,10 @@ class Deployment:
 
 QUICK_INTERVALS = {
     "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
-    # An edit is noticed in seconds, and nothing else is parsed again: that takes half of a core.
-    "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "3600",
+    # An edit is noticed in seconds, and the rest is parsed half as often as by default: that saves
+    # a quarter of a core. Never would lose callbacks: one that comes while its file is being parsed
+    # is held back until the file is parsed again.
+    "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "60",
     "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
     "AIRFLOW__DAG_PROCESSOR__STALE_DAG_THRESHOLD": "10",
     "AIRFLOW__SCHEDULER__PARSING_CLEANUP_INTERVAL": "5",
