@@ -36,14 +36,18 @@ class KeptObjects:
     ----------
     folder
         Has a folder for each of the buckets.
+    region
+        Where the buckets are.
     """
 
-    def __init__(self, folder: Path, buckets: Iterable[str]) -> None:
+    def __init__(self, folder: Path, buckets: Iterable[str], region: str) -> None:
         self._folder = folder
         self._buckets = set(buckets)
         self._turn = threading.Lock()
         for bucket in self._buckets:
             (folder / bucket).mkdir(parents=True, exist_ok=True)
+            if bucket not in _moto().buckets:  # of an emulator that this process ran before
+                _moto().create_bucket(bucket, region)
 
     def each(self) -> Iterator[tuple[str, str, Path]]:
         """Bucket, key and file of every object."""
@@ -53,6 +57,11 @@ class KeptObjects:
                 if path.is_file():
                     name = "".join(part.rstrip("+") for part in path.relative_to(root).parts)
                     yield bucket, unquote(name[1:]), path
+
+    def put(self, bucket: str, key: str, content: bytes) -> None:
+        with self._turn:
+            _moto().put_object(bucket, key, content)
+            self._keep(bucket, key)
 
     def delete(self, bucket: str, key: str) -> None:
         with self._turn:

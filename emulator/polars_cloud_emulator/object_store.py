@@ -11,8 +11,6 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import boto3
-from botocore.config import Config
 from moto.core.models import DEFAULT_ACCOUNT_ID
 from moto.moto_server.werkzeug_app import (
     DomainDispatcherApplication,
@@ -32,6 +30,8 @@ if TYPE_CHECKING:
 DATA_BUCKET = "your-bucket"
 TEMPORARY_BUCKET = "polars-cloud-temporary"
 REGION = "us-east-1"
+STOPS_WITHIN = 0.05
+"""Seconds."""
 ACCESS_KEY = "emulator"
 """moto accepts any pair of keys; its clients insist on having one."""
 
@@ -57,7 +57,7 @@ class ObjectStore:
     def __init__(self, listener: socket.socket, address: str, folder: Path) -> None:
         self.endpoint_url = f"http://{address}"
         logging.getLogger("werkzeug").setLevel(logging.WARNING)
-        self._kept = KeptObjects(folder, (DATA_BUCKET, TEMPORARY_BUCKET))
+        self._kept = KeptObjects(folder, (DATA_BUCKET, TEMPORARY_BUCKET), REGION)
         host, port = listener.getsockname()[:2]
         self._server = make_server(
             host,
@@ -68,20 +68,12 @@ class ObjectStore:
             fd=listener.fileno(),
         )
         self._thread = threading.Thread(
-            target=self._server.serve_forever, name="object-store", daemon=True
+            target=self._server.serve_forever,
+            kwargs={"poll_interval": STOPS_WITHIN},
+            name="object-store",
+            daemon=True,
         )
         self._thread.start()
-        self._client: Any = boto3.client(
-            "s3",
-            endpoint_url=self.endpoint_url,
-            region_name=REGION,
-            aws_access_key_id=ACCESS_KEY,
-            aws_secret_access_key=ACCESS_KEY,
-            # A bucket's name in front of the host's is a name that nobody resolves.
-            config=Config(s3={"addressing_style": "path"}),
-        )
-        for bucket in (DATA_BUCKET, TEMPORARY_BUCKET):
-            self._client.create_bucket(Bucket=bucket)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -99,7 +91,7 @@ class ObjectStore:
         there = self._tags(DATA_BUCKET)
         for key, content in sample_data.parquet_files(last_day):
             if there.get(key) != _tag(content):
-                self._client.put_object(Bucket=DATA_BUCKET, Key=key, Body=content)
+                self._kept.put(DATA_BUCKET, key, content)
 
     def delete_result(self, query_id: object) -> None:
         """Delete what the query left in the temporary bucket."""
@@ -118,12 +110,11 @@ class ObjectStore:
     def load(self) -> None:
         """Let moto know what was kept."""
         for bucket, key, path in list(self._kept.each()):
-            self._client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
+            self._kept.put(bucket, key, path.read_bytes())
 
     def close(self) -> None:
         self._server.shutdown()
         self._thread.join()
-        self._client.close()
 
     def _tags(self, bucket: str) -> dict[str, str]:
         """Keys of the objects, each with the ETag of what it holds."""

@@ -153,8 +153,9 @@ def test_object_of_any_key_is_kept(restart: Restart) -> None:
 
 
 def test_no_key_leaves_the_folder(tmp_path: Path) -> None:
+    objects = KeptObjects(tmp_path, [BUCKET], "us-east-1")
     for key in ("..", "../x", "/etc/x", "a/../../x"):
-        path = KeptObjects(tmp_path, [BUCKET])._path(BUCKET, key)
+        path = objects._path(BUCKET, key)
         assert path.resolve().parent == (tmp_path / BUCKET).resolve()
 
 
