@@ -39,9 +39,10 @@ copy: .venv/installed ## Copy a DAG into another Airflow: DAG=complete_pipeline 
 preflight: .venv/installed ## Check your account, before the first run; SPEND=1: with a cluster; EMULATOR=1: try it
 	.venv/bin/python scripts/preflight.py $(if $(EMULATOR),--emulator) $(if $(SPEND),--spend)
 
-# Three at a time on two cores: a test waits for part of its time.
+# Three at a time on two cores: a test waits for part of its time. What a file's tests share is made
+# quickly, so that they need not stay together: who has nothing left takes from the others.
 test: .venv/installed ## Run the tests of the DAGs and of what they share
-	.venv/bin/python -m pytest --numprocesses=3
+	.venv/bin/python -m pytest --numprocesses=3 --dist=worksteal
 
 test-template: .venv/installed ## Run those of the template itself: its pages, scripts and layouts, the emulator
 	.venv/bin/python -m pytest emulator/tests tests/template
