@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import polars as pl
+import psutil
 import pytest
 
 from emulator.tests.blocking_query import BlockingQuery
@@ -54,6 +55,16 @@ def test_worker_gets_the_environment_variables_of_its_cluster(start_cluster: Sta
     context = start_cluster(env_vars={"SHOP_REGION": "North"})
     result = pl.LazyFrame({"region": [""]}).map_batches(region).remote(context).execute()
     assert result.head.item() == "North"
+
+
+def test_worker_that_has_read_from_s3_takes_no_cpu_while_it_waits(
+    emulator: RunningEmulator, start_cluster: StartCluster
+) -> None:
+    context = start_cluster()
+    sales = pl.scan_parquet("s3://your-bucket/sales/*.parquet")
+    sales.select(pl.len()).remote(context).execute()
+    [pid] = worker_pids(emulator, 1)
+    assert psutil.Process(pid).cpu_percent(interval=2) < 2
 
 
 def test_status_follows_the_cluster(

@@ -419,9 +419,8 @@ class Deployment:
 
 QUICK_INTERVALS = {
     "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
-    # An edit is noticed in seconds, and the rest is parsed half as often as by default: that saves
-    # a quarter of a core. Never would lose callbacks: one that comes while its file is being parsed
-    # is held back until the file is parsed again.
+    # An edit is noticed in seconds. The rest is seldom parsed again, which would slow others down,
+    # but it is: a callback that comes while its file is being parsed is held back until then.
     "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "60",
     "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
     "AIRFLOW__DAG_PROCESSOR__STALE_DAG_THRESHOLD": "10",
