@@ -29,7 +29,7 @@ use_airflow(Path(_airflow_home.name))
 # A client that is imported without the emulator reaches nothing, and never the real service.
 os.environ["POLARS_CLOUD_API_ADDR"] = "http://127.0.0.1:9"
 os.environ["POLARS_CLOUD_DOMAIN"] = "nobody@127.0.0.1:9"
-# The limit of Polars 2.0 never rests again in a process that has read from S3 once.
+# Once a process has read from S3, the limit of Polars 2.0 wakes it up every millisecond.
 os.environ["POLARS_DISABLE_HTTP_RATE_LIMIT"] = "1"
 
 
