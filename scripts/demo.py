@@ -6,16 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from typing import Any
 
 from rich.table import Column, Table
 
 from local_airflow import PATTERNS, ROOT, airflow_output_in, use_airflow, use_emulator
-from polars_cloud_emulator.object_store import DATA_BUCKET, TEMPORARY_BUCKET
 from polars_cloud_emulator.testing import RunningEmulator, running_emulator
+from polars_cloud_emulator.workspace import DATA_BUCKET, TEMPORARY_BUCKET
 
 AIRFLOW_HOME = ROOT / ".airflow"
 LOG = AIRFLOW_HOME / "demo.log"
+DATABASE = AIRFLOW_HOME / "airflow.db"
+MIGRATED = AIRFLOW_HOME / f"migrated-to-{version('apache-airflow-core')}"
+"""There once this Airflow has migrated the database: to look again would take seconds."""
 QUERY_TIMEOUT = 60.0
 """Seconds for the query that nobody waits for."""
 
@@ -65,8 +69,10 @@ def main(dag_ids: list[str], stay: bool, realistic: bool) -> int:
     with airflow_output_in(LOG) as console, contextlib.ExitStack() as started:
         console.print("Starting Airflow and the emulator ...")
         use_airflow(AIRFLOW_HOME)
-        # Beside the start of the emulator, and Airflow's import below.
-        migration = subprocess.Popen([sys.executable, "-m", "airflow", "db", "migrate"])
+        migration = None
+        if not (MIGRATED.exists() and DATABASE.exists()):
+            # Beside the start of the emulator, and Airflow's import below.
+            migration = subprocess.Popen([sys.executable, "-m", "airflow", "db", "migrate"])
         emulator = started.enter_context(running_emulator(realistic=realistic))
         use_emulator(emulator.environment)
         console.print(f"Emulator at {emulator.rest_url}, Airflow's log in {LOG.relative_to(ROOT)}")
@@ -79,9 +85,11 @@ def main(dag_ids: list[str], stay: bool, realistic: bool) -> int:
         if missing := set(dag_ids) - dag_bag.dags.keys():
             console.print(f"No DAG {', '.join(sorted(missing))} in dags/", style="red")
             return 1
-        if migration.wait():
-            console.print(f"The migration of Airflow's database failed: see {LOG}", style="red")
-            return 1
+        if migration:
+            if migration.wait():
+                console.print(f"The migration of Airflow's database failed: see {LOG}", style="red")
+                return 1
+            MIGRATED.touch()
 
         table = Table(
             *("DAG", "Seconds", "Cluster s"),

@@ -23,12 +23,11 @@ from werkzeug.wrappers import Request, Response
 
 from polars_cloud_emulator import sample_data
 from polars_cloud_emulator.kept_objects import KeptObjects
+from polars_cloud_emulator.workspace import DATA_BUCKET, TEMPORARY_BUCKET
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-DATA_BUCKET = "your-bucket"
-TEMPORARY_BUCKET = "polars-cloud-temporary"
 REGION = "us-east-1"
 STOPS_WITHIN = 0.05
 """Seconds."""
