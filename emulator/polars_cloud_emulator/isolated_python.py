@@ -17,7 +17,7 @@ START = (
 KEPT = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "TMPDIR", "TZ")
 """Variables that a worker shares with this machine."""
 QUIET = {"POLARS_DISABLE_HTTP_RATE_LIMIT": "1"}
-"""Once a process has read from S3, the limit of Polars 2.0 wakes it up every millisecond."""
+"""Once a process has read from S3, Polars 2.0's limit of requests wakes it every millisecond."""
 
 
 def python(module: str, *arguments: object) -> list[str]:

@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 REGION = "us-east-1"
-STOPS_WITHIN = 0.05
-"""Seconds."""
+STOP_CHECK_SECONDS = 0.05
 ACCESS_KEY = "emulator"
 """moto accepts any pair of keys; its clients insist on having one."""
 
@@ -68,7 +67,7 @@ class ObjectStore:
         )
         self._thread = threading.Thread(
             target=self._server.serve_forever,
-            kwargs={"poll_interval": STOPS_WITHIN},
+            kwargs={"poll_interval": STOP_CHECK_SECONDS},
             name="object-store",
             daemon=True,
         )
