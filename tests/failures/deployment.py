@@ -7,13 +7,15 @@ import os
 import random
 import re
 import socket
+import sqlite3
 import subprocess
 import sys
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -168,31 +170,42 @@ class Run:
 
     @property
     def state(self) -> str:
-        return str(self.deployment.call("GET", self.path)["state"])
+        [(state,)] = self._rows("SELECT state FROM dag_run")
+        return str(state)
 
     def tasks(self) -> dict[str, str | None]:
         """State of each task; of a mapped one as `task[index]`."""
-        answer = self.deployment.call("GET", f"{self.path}/taskInstances?limit=100")
         return {
-            task["task_id"] + (f"[{task['map_index']}]" if task["map_index"] >= 0 else ""): task[
-                "state"
-            ]
-            for task in answer["task_instances"]
+            task_id + (f"[{index}]" if index >= 0 else ""): state
+            for task_id, index, state in self._rows(
+                "SELECT task_id, map_index, state FROM task_instance"
+            )
         }
 
     def tries(self, task_id: str = "") -> int:
         """How often a task was tried; without its id, the one that was tried most."""
-        answer = self.deployment.call("GET", f"{self.path}/taskInstances?limit=100")
-        tasks = answer["task_instances"]
-        return max(task["try_number"] for task in tasks if task_id in ("", task["task_id"]))
+        rows = self._rows("SELECT task_id, try_number FROM task_instance")
+        return max(number for each, number in rows if task_id in ("", each))
+
+    def _rows(self, query: str) -> list[tuple[Any, ...]]:
+        """What the database tells of the run.
+
+        The tests ask several times a second, which takes a sixth of a core through Airflow's REST
+        API.
+        """
+        with contextlib.closing(sqlite3.connect(self.deployment.database, timeout=30)) as database:
+            return database.execute(
+                f"{query} WHERE dag_id = ? AND run_id = ?", (self.dag_id, self.run_id)
+            ).fetchall()
 
     def process(self, task_id: str) -> psutil.Process:
         """The process in which the task's function runs."""
-        name = self.deployment.call("GET", f"{self.path}/taskInstances/{task_id}")["id"]
+        ids = dict(self._rows("SELECT task_id, id FROM task_instance"))
+        title = f"airflow worker -- {uuid.UUID(ids[task_id])}"
 
         def find() -> psutil.Process | None:
             for process in psutil.process_iter(["cmdline"]):
-                if " ".join(process.info["cmdline"] or ()).strip() == f"airflow worker -- {name}":
+                if " ".join(process.info["cmdline"] or ()).strip() == title:
                     return process
             return None
 
@@ -242,27 +255,22 @@ class Run:
 
     def ends(self, task_id: str) -> dict[int, datetime]:
         """When each of a mapped task's instances has ended, by its index."""
+        rows = self._rows("SELECT task_id, map_index, end_date FROM task_instance")
         return {
-            task["map_index"]: datetime.fromisoformat(task["end_date"])
-            for task in self._instances(task_id)
+            index: datetime.fromisoformat(end).replace(tzinfo=UTC)
+            for each, index, end in rows
+            if each == task_id
         }
-
-    def _instances(self, task_id: str) -> Iterator[dict[str, Any]]:
-        offset, total = 0, 1
-        while offset < total:
-            path = f"{self.path}/taskInstances?limit=100&offset={offset}&order_by=map_index"
-            answer = self.deployment.call("GET", path)
-            yield from (each for each in answer["task_instances"] if each["task_id"] == task_id)
-            offset, total = offset + 100, answer["total_entries"]
 
     def try_numbers(self, task_id: str) -> list[int]:
         """How often each of a mapped task's instances was tried."""
-        return [task["try_number"] for task in self._instances(task_id)]
+        rows = self._rows("SELECT task_id, try_number FROM task_instance")
+        return [number for each, number in rows if each == task_id]
 
     def seconds(self) -> float:
         """From its start to its end."""
-        run = self.deployment.call("GET", self.path)
-        start, end = (datetime.fromisoformat(run[f"{each}_date"]) for each in ("start", "end"))
+        [dates] = self._rows("SELECT start_date, end_date FROM dag_run")
+        start, end = map(datetime.fromisoformat, dates)
         return (end - start).total_seconds()
 
     def mark(self, state: str, task_id: str | None = None) -> None:
@@ -293,6 +301,7 @@ class Deployment:
     def __init__(self, home: Path, port: int, emulator: Emulator) -> None:
         self.emulator = emulator
         self.logs = home / "logs"
+        self.database = home / "airflow.db"
         self._dags = home.parent / "dags"
         self._port = port
         self._url = f"http://127.0.0.1:{port}"
@@ -346,6 +355,10 @@ class Deployment:
     def trigger(self, dag_id: str, **params: bool) -> Run:
         answer = self.call("POST", f"dags/{dag_id}/dagRuns", logical_date=None, conf=params)
         return Run(self, dag_id, answer["dag_run_id"])
+
+    def parsed_at(self, dag_id: str) -> str:
+        """When its file was parsed the last time."""
+        return str(self.call("GET", f"dags/{dag_id}")["last_parsed_time"])
 
     def callback_log(self, dag_id: str) -> str:
         """What the callbacks of a DAG logged."""
@@ -419,9 +432,9 @@ class Deployment:
 
 QUICK_INTERVALS = {
     "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
-    # An edit is noticed in seconds. The rest is seldom parsed again, which would slow others down,
-    # but it is: a callback that comes while its file is being parsed is held back until then.
-    "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "60",
+    # An edit is noticed in seconds; a file is not parsed again without one, which would slow others
+    # down.
+    "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "3600",
     "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
     "AIRFLOW__DAG_PROCESSOR__STALE_DAG_THRESHOLD": "10",
     "AIRFLOW__SCHEDULER__PARSING_CLEANUP_INTERVAL": "5",
