@@ -381,6 +381,9 @@ class Deployment:
         try:
             yield
         finally:
+            for part in parts:  # side by side, as each takes its time to end
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self.processes[part].terminate()
             for part in parts:
                 self._parts.pop(part).close()
 

@@ -71,10 +71,12 @@ def test_a_settings_file_is_valid(schema: str, file: str) -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-def test_the_workflow_runs_what_ci_runs_and_may_only_read() -> None:
+def test_the_workflow_runs_all_parts_of_ci_and_may_only_read() -> None:
     workflow = yaml.safe_load((ROOT / WORKFLOW).read_text())
     [job] = workflow["jobs"].values()
-    assert job["steps"][-1] == {"run": ".ci/run"}
+    assert job["steps"][-1] == {"run": ".ci/run ${{ matrix.part }}"}
+    [by_default] = re.findall(r"parts=\(([\w ]+)\)", (ROOT / ".ci" / "run").read_text())
+    assert job["strategy"]["matrix"] == {"part": by_default.split()}
     assert workflow["permissions"] == {"contents": "read"}
     assert "permissions" not in job
     used = re.findall(r"uses: (.*)", (ROOT / WORKFLOW).read_text())
