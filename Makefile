@@ -17,8 +17,7 @@ export UV_COMPILE_BYTECODE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo emulator airflow copy preflight check check-style check-file check-run test \
-	test-template failures versions wheel celery lint benchmark comparison load waiting lock upgrade clean \
-	$(OLDER_AIRFLOWS:%=version-%)
+	test-template failures versions wheel celery lint benchmark comparison load waiting lock upgrade clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -48,17 +47,15 @@ test: .venv/installed ## Run the tests of the DAGs and of what they share
 test-template: .venv/installed ## Run those of the template itself: its pages, scripts and layouts, the emulator
 	.venv/bin/python -m pytest emulator/tests tests/template
 
-# Three Airflows, which wait for part of their time.
 failures: .venv/installed ## Run the DAGs through all that can go wrong; ALL=1: each; REALISTIC=1: some
-	.venv/bin/python -m pytest tests/failures --numprocesses=3 --dist=worksteal $(if $(REALISTIC),--realistic) \
+	.venv/bin/python -m pytest tests/failures --dist=worksteal $(if $(REALISTIC),--realistic) \
 		$(if $(ALL),,-m '$(if $(REALISTIC),any_airflow,not further)')
 
-# Side by side: one Airflow leaves half of two cores idle.
-versions: .venv/bin/uv ## Run the DAGs on older Airflows, and let some things go wrong
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target $(OLDER_AIRFLOWS:%=version-%)
-
-$(OLDER_AIRFLOWS:%=version-%): version-%: .venv/airflow-%/installed
-	.venv/airflow-$*/bin/python -m pytest tests/failures --numprocesses=0 -m any_airflow -W default
+versions: $(OLDER_AIRFLOWS:%=.venv/airflow-%/installed) ## Run the DAGs on older Airflows, and let some things go wrong
+	for version in $(OLDER_AIRFLOWS); do \
+		.venv/airflow-$$version/bin/python -m pytest tests/failures --dist=load \
+			-m any_airflow -W default || exit; \
+	done
 
 wheel: .venv/installed ## Build the emulator's wheel, and try it where nothing else is installed
 	rm -rf .venv/wheel && .venv/bin/uv build --quiet --wheel --out-dir .venv/wheel emulator

@@ -193,10 +193,10 @@ class Run:
         The tests ask several times a second, which takes a sixth of a core through Airflow's REST
         API.
         """
-        with contextlib.closing(sqlite3.connect(self.deployment.database, timeout=30)) as database:
-            return database.execute(
-                f"{query} WHERE dag_id = ? AND run_id = ?", (self.dag_id, self.run_id)
-            ).fetchall()
+        where = "WHERE dag_id = ? AND run_id = ?"
+        read_only = f"{self.deployment.database.as_uri()}?mode=ro"
+        with contextlib.closing(sqlite3.connect(read_only, timeout=30, uri=True)) as database:
+            return database.execute(f"{query} {where}", (self.dag_id, self.run_id)).fetchall()
 
     def process(self, task_id: str) -> psutil.Process:
         """The process in which the task's function runs."""
