@@ -190,8 +190,8 @@ class Run:
     def _rows(self, query: str) -> list[tuple[Any, ...]]:
         """What the database tells of the run.
 
-        The tests ask several times a second, which takes a sixth of a core through Airflow's REST
-        API.
+        The tests ask several times a second: through Airflow's REST API they would keep its server
+        busy.
         """
         where = "WHERE dag_id = ? AND run_id = ?"
         read_only = f"{self.deployment.database.as_uri()}?mode=ro"

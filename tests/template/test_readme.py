@@ -35,12 +35,12 @@ def run_python(code: str, variables: dict[str, str]) -> "subprocess.CompletedPro
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def runs(line: str, command: str) -> bool:
-    """Whether a line of a script runs this `make` command, alone or beside others."""
+def runs(step: str, command: str) -> bool:
+    """Whether a step of CI runs this `make` command, alone or beside others."""
     ran, typed = (
         # A folder to copy into may be anywhere.
         {word for word in make.split() if not word.startswith(("--", "TO="))}
-        for make in (line.partition(" make ")[2], command.removeprefix("make "))
+        for make in (step.rpartition("make ")[2], command.removeprefix("make "))
     )
     variables = {word for word in ran if "=" in word}
     return variables <= typed <= ran
@@ -58,7 +58,8 @@ def test_every_command_of_a_page_is_run_by_ci(page: Path) -> None:
             calls = (f"compose({words}", f'"compose", {words}')
             assert any(call in ci["compose"] for call in calls), command
         elif command.startswith("make "):
-            assert any(runs(line, command) for line in ci["run"].splitlines()), command
+            steps = re.findall(r"^ *step (.*)", ci["run"], re.MULTILINE)
+            assert any(runs(step, command) for step in steps), command
 
 
 def test_every_command_of_the_page_about_a_repository_of_your_own_is_run_by_ci() -> None:
