@@ -24,8 +24,8 @@ from airflow.sdk import Asset, dag
 from airflow.timetables.interval import CronDataIntervalTimetable
 
 from include.auth import authenticate
-from include.polars_remote import Query, clean_up, query_task, shared_cluster, submit, use_cluster
-from include.polars_remote.settings import DATA
+from include.polars_remote import Query, clean_up, query_task, shared_cluster, use_cluster
+from include.shop import DATA, check_data_location, scan
 
 REPORTS = f"{DATA}/reports/daily"
 REPORT = Asset("daily_report", uri=REPORTS)
@@ -46,6 +46,7 @@ CLUSTER = {
     catchup=False,
     dagrun_timeout=timedelta(hours=2),
     on_failure_callback=clean_up,
+    on_success_callback=clean_up,
     default_args={"retries": 2, "retry_delay": timedelta(minutes=1)},
     tags=["polars-cloud", "shop"],
     doc_md=__doc__,
@@ -58,7 +59,7 @@ def complete_pipeline() -> None:
         import polars as pl
 
         sold = (
-            pl.scan_parquet(f"{DATA}/sales/")
+            scan("sales")
             .filter(
                 pl.col("date") == pl.lit(day).str.to_date(),
                 pl.col("status") == "completed",
@@ -75,7 +76,7 @@ def complete_pipeline() -> None:
         )
         # Starts the cluster if it is gone, as when only this task was cleared.
         with use_cluster(CLUSTER) as ctx:
-            return submit(sold.remote(ctx).single_node().execute)
+            return sold.remote(ctx).single_node().execute(blocking=False)
 
     @query_task(execution_timeout=timedelta(minutes=30))
     @authenticate
@@ -83,7 +84,7 @@ def complete_pipeline() -> None:
         import polars as pl
 
         in_stock = (
-            pl.scan_parquet(f"{DATA}/inventory/")
+            scan("inventory")
             .filter(pl.col("date") == pl.lit(day).str.to_date())
             .group_by("category", "product")
             .agg(
@@ -92,7 +93,7 @@ def complete_pipeline() -> None:
             )
         )
         with use_cluster(CLUSTER) as ctx:
-            return submit(in_stock.remote(ctx).single_node().execute)
+            return in_stock.remote(ctx).single_node().execute(blocking=False)
 
     @query_task(execution_timeout=timedelta(minutes=30))
     @authenticate
@@ -100,13 +101,13 @@ def complete_pipeline() -> None:
         import polars as pl
 
         returned = (
-            pl.scan_parquet(f"{DATA}/returns/")
+            scan("returns")
             .filter(pl.col("date") == pl.lit(day).str.to_date())
             .group_by("product")
             .agg(returned=pl.sum("quantity"), refunded=pl.sum("refund"))
         )
         with use_cluster(CLUSTER) as ctx:
-            return submit(returned.remote(ctx).single_node().execute)
+            return returned.remote(ctx).single_node().execute(blocking=False)
 
     @query_task(execution_timeout=timedelta(minutes=30), outlets=[REPORT])
     @authenticate
@@ -127,9 +128,9 @@ def complete_pipeline() -> None:
         outlet_events[REPORT].extra = {"date": day}  # rows and location are added at the end
         with use_cluster(CLUSTER) as ctx:
             # A distributed query writes a directory of files unless it is told to write one.
-            return submit(report.remote(ctx).sink_parquet, uri, sink_to_single_file=True)
+            return report.remote(ctx).sink_parquet(uri, sink_to_single_file=True)
 
-    with shared_cluster(CLUSTER):
+    with shared_cluster(CLUSTER, check=check_data_location):
         build_report(
             DAY,
             sales=transform_sales(DAY),

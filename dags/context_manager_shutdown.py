@@ -1,9 +1,9 @@
 """
 ### A cluster for the length of one task
 
-The cluster starts when the `with` body begins and stops however the body ends: after success, a
-failed query, a time-out, a user's click. Use it when all queries fit in one task, one after the
-other or at once.
+The first query starts the cluster. The end of the `with` body stops it, however the body ends:
+after success, a failed query, a time-out, a user's click. Use it when all queries fit in one task,
+one after the other or at once.
 
 `use_cluster` takes the place of `with ctx:`, which raises an error of its own when there is nothing
 to stop, and so hides the error of the body. Runs at the same time share the cluster, and the last
@@ -21,10 +21,9 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.polars_remote import clean_up, run_query, use_cluster
-from include.polars_remote.settings import DATA
+from include.polars_remote import clean_up, use_cluster
+from include.shop import DATA, scan
 
-INVENTORY = f"{DATA}/inventory/"
 RESULT = f"{DATA}/results/context_manager_shutdown.parquet"
 CLUSTER = {
     "name": "airflow-context-manager-shutdown",
@@ -39,6 +38,7 @@ CLUSTER = {
     start_date=datetime(2026, 1, 1),
     catchup=False,
     on_failure_callback=clean_up,
+    on_success_callback=clean_up,
     default_args={"retries": 2, "retry_delay": timedelta(minutes=1)},
     tags=["polars-cloud", "shop"],
     doc_md=__doc__,
@@ -51,7 +51,7 @@ def context_manager_shutdown() -> None:
         import polars as pl
 
         stock = (
-            pl.scan_parquet(INVENTORY)
+            scan("inventory")
             .group_by("date", "category")
             .agg(
                 units=pl.sum("on_hand"),
@@ -61,8 +61,8 @@ def context_manager_shutdown() -> None:
         )
         with use_cluster(CLUSTER) as ctx:
             # A distributed query writes a directory of files unless it is told to write one.
-            result = run_query(stock.remote(ctx).sink_parquet, RESULT, sink_to_single_file=True)
-        return result.location
+            query = stock.remote(ctx).sink_parquet(RESULT, sink_to_single_file=True)
+            return query.await_result().location
 
     value_stock()
 

@@ -21,17 +21,9 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.polars_remote import (
-    Query,
-    clean_up,
-    compute_context,
-    ensure_manifest,
-    query_task,
-    submit,
-)
-from include.polars_remote.settings import DATA, MANIFEST
+from include.polars_remote import Query, clean_up, ensure_manifest, query_task, use_cluster
+from include.shop import DATA, MANIFEST, scan
 
-RETURNS = f"{DATA}/returns/"
 RESULT = f"{DATA}/results/manifest_reuse.parquet"
 CLUSTER = {"name": MANIFEST, "cpus": 2, "memory": 4, "cluster_size": 2, "idle_timeout_mins": 10}
 
@@ -41,6 +33,7 @@ CLUSTER = {"name": MANIFEST, "cpus": 2, "memory": 4, "cluster_size": 2, "idle_ti
     start_date=datetime(2026, 1, 1),
     catchup=False,
     on_failure_callback=clean_up,
+    on_success_callback=clean_up,
     default_args={"retries": 2, "retry_delay": timedelta(minutes=1)},
     tags=["polars-cloud", "shop"],
     doc_md=__doc__,
@@ -58,14 +51,14 @@ def manifest_reuse() -> None:
         import polars as pl
 
         refunds = (
-            pl.scan_parquet(RETURNS)
+            scan("returns")
             .group_by("reason")
             .agg(returns=pl.len(), units=pl.sum("quantity"), refund=pl.sum("refund"))
             .sort("refund", descending=True)
         )
-        ctx = compute_context(CLUSTER)
-        # A distributed query writes a directory of files unless it is told to write one.
-        return submit(refunds.remote(ctx).sink_parquet, RESULT, sink_to_single_file=True)
+        with use_cluster(CLUSTER, stop=False) as ctx:
+            # A distributed query writes a directory of files unless it is told to write one.
+            return refunds.remote(ctx).sink_parquet(RESULT, sink_to_single_file=True)
 
     register_manifest() >> sum_refunds()
 

@@ -23,11 +23,9 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag
 
 from include.auth import authenticate
-from include.polars_remote import Query, clean_up, query_task, shared_cluster, submit, use_cluster
-from include.polars_remote.settings import DATA
+from include.polars_remote import Query, clean_up, query_task, shared_cluster, use_cluster
+from include.shop import DATA, check_data_location, scan
 
-SALES = f"{DATA}/sales/"
-INVENTORY = f"{DATA}/inventory/"
 BEST_CUSTOMERS = f"{DATA}/results/manual_shutdown/best_customers.parquet"
 EMPTY_SHELVES = f"{DATA}/results/manual_shutdown/empty_shelves.parquet"
 CLUSTER = {"name": "airflow-manual-shutdown", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
@@ -39,6 +37,7 @@ CLUSTER = {"name": "airflow-manual-shutdown", "cpus": 2, "memory": 4, "idle_time
     catchup=False,
     dagrun_timeout=timedelta(hours=2),
     on_failure_callback=clean_up,
+    on_success_callback=clean_up,
     default_args={"retries": 2, "retry_delay": timedelta(minutes=1)},
     tags=["polars-cloud", "shop"],
     doc_md=__doc__,
@@ -51,7 +50,7 @@ def manual_shutdown() -> None:
         import polars as pl
 
         best = (
-            pl.scan_parquet(SALES)
+            scan("sales")
             .filter(pl.col("status") == "completed", pl.col("customer_id").is_not_null())
             .group_by("customer_id")
             .agg(spent=(pl.col("quantity") * pl.col("unit_price")).sum())
@@ -61,8 +60,7 @@ def manual_shutdown() -> None:
         # Starts the cluster if it is gone, as when only this task was cleared.
         with use_cluster(CLUSTER) as ctx:
             # A distributed query writes a directory of files unless it is told to write one.
-            sink = best.remote(ctx).sink_parquet
-            return submit(sink, BEST_CUSTOMERS, sink_to_single_file=True)
+            return best.remote(ctx).sink_parquet(BEST_CUSTOMERS, sink_to_single_file=True)
 
     @query_task(execution_timeout=timedelta(minutes=30))
     @authenticate
@@ -70,17 +68,16 @@ def manual_shutdown() -> None:
         import polars as pl
 
         empty = (
-            pl.scan_parquet(INVENTORY)
+            scan("inventory")
             .group_by("region", "product")
             .agg(lowest=pl.min("on_hand"), mean=pl.mean("on_hand"))
             .sort("lowest", "region", "product")
             .head(100)
         )
         with use_cluster(CLUSTER) as ctx:
-            sink = empty.remote(ctx).sink_parquet
-            return submit(sink, EMPTY_SHELVES, sink_to_single_file=True)
+            return empty.remote(ctx).sink_parquet(EMPTY_SHELVES, sink_to_single_file=True)
 
-    with shared_cluster(CLUSTER):
+    with shared_cluster(CLUSTER, check=check_data_location):
         find_best_customers()
         find_empty_shelves()
 

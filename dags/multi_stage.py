@@ -20,10 +20,9 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag
 
 from include.auth import authenticate
-from include.polars_remote import Query, clean_up, query_task, shared_cluster, submit, use_cluster
-from include.polars_remote.settings import DATA
+from include.polars_remote import Query, clean_up, query_task, shared_cluster, use_cluster
+from include.shop import DATA, check_data_location, scan
 
-SALES = f"{DATA}/sales/"
 RESULT = f"{DATA}/results/multi_stage.parquet"
 CLUSTER = {
     "name": "airflow-multi-stage",
@@ -40,6 +39,7 @@ CLUSTER = {
     catchup=False,
     dagrun_timeout=timedelta(hours=2),
     on_failure_callback=clean_up,
+    on_success_callback=clean_up,
     default_args={"retries": 2, "retry_delay": timedelta(minutes=1)},
     tags=["polars-cloud", "shop"],
     doc_md=__doc__,
@@ -52,7 +52,7 @@ def multi_stage() -> None:
         import polars as pl
 
         sales = (
-            pl.scan_parquet(SALES)
+            scan("sales")
             .filter(
                 pl.col("product").is_not_null(),
                 pl.col("quantity") > 0,
@@ -63,7 +63,7 @@ def multi_stage() -> None:
         )
         # Starts the cluster if it is gone, as when only this task was cleared.
         with use_cluster(CLUSTER) as ctx:
-            return submit(sales.remote(ctx).distributed().execute)
+            return sales.remote(ctx).distributed().execute(blocking=False)
 
     @query_task(execution_timeout=timedelta(minutes=30))
     @authenticate
@@ -80,7 +80,7 @@ def multi_stage() -> None:
             )
         )
         with use_cluster(CLUSTER) as ctx:
-            return submit(sums.remote(ctx).execute)
+            return sums.remote(ctx).execute(blocking=False)
 
     @query_task(execution_timeout=timedelta(minutes=30))
     @authenticate
@@ -96,10 +96,9 @@ def multi_stage() -> None:
         )
         with use_cluster(CLUSTER) as ctx:
             # A distributed query writes a directory of files unless it is told to write one.
-            sink = best.remote(ctx).sink_parquet
-            return submit(sink, RESULT, sink_to_single_file=True)
+            return best.remote(ctx).sink_parquet(RESULT, sink_to_single_file=True)
 
-    with shared_cluster(CLUSTER):
+    with shared_cluster(CLUSTER, check=check_data_location):
         find_best_days(sum_days(clean_sales()))
 
 

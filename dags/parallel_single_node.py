@@ -21,10 +21,9 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag
 
 from include.auth import authenticate
-from include.polars_remote import Query, clean_up, query_task, shared_cluster, submit, use_cluster
-from include.polars_remote.settings import DATA
+from include.polars_remote import Query, clean_up, query_task, shared_cluster, use_cluster
+from include.shop import DATA, check_data_location, scan
 
-SALES = f"{DATA}/sales/"
 RESULTS = f"{DATA}/results/parallel_single_node"
 REGIONS = ["Centre", "East", "North", "South", "West"]
 CLUSTER = {
@@ -42,6 +41,7 @@ CLUSTER = {
     catchup=False,
     dagrun_timeout=timedelta(hours=2),
     on_failure_callback=clean_up,
+    on_success_callback=clean_up,
     default_args={"retries": 2, "retry_delay": timedelta(minutes=1)},
     tags=["polars-cloud", "shop"],
     doc_md=__doc__,
@@ -57,7 +57,7 @@ def parallel_single_node() -> None:
 
         revenue = (pl.col("quantity") * pl.col("unit_price")).sum()
         ranking = (
-            pl.scan_parquet(SALES)
+            scan("sales")
             .filter(pl.col("region") == region, pl.col("status") == "completed")
             .drop_nulls("product")
             .group_by("product")
@@ -66,10 +66,9 @@ def parallel_single_node() -> None:
         )
         # Starts the cluster if it is gone, as when only this task was cleared.
         with use_cluster(CLUSTER) as ctx:
-            sink = ranking.remote(ctx).single_node().sink_parquet
-            return submit(sink, f"{RESULTS}/{region}.parquet")
+            return ranking.remote(ctx).single_node().sink_parquet(f"{RESULTS}/{region}.parquet")
 
-    with shared_cluster(CLUSTER):
+    with shared_cluster(CLUSTER, check=check_data_location):
         rank_products.expand(region=REGIONS)
 
 

@@ -21,7 +21,7 @@ from airflow.sdk import Param, dag, task
 
 from include.auth import authenticate
 from include.polars_remote import clean_up
-from include.polars_remote.preflight import describe_cost, take_billed_steps, take_free_steps
+from include.preflight import check_cluster, check_setup, describe_cost
 
 CLUSTER = {"name": "airflow-preflight", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
 LIMIT = timedelta(minutes=20)
@@ -31,6 +31,7 @@ COST = describe_cost(CLUSTER, LIMIT)
 @dag(
     schedule=None,
     on_failure_callback=clean_up,
+    on_success_callback=clean_up,
     params={"spend": Param(False, type="boolean", title="Start a cluster", description=COST)},
     tags=["polars-cloud"],
     doc_md=__doc__,
@@ -39,7 +40,7 @@ def preflight() -> None:
     # Without @authenticate: the login is one of the steps.
     @task(execution_timeout=timedelta(minutes=10))
     def check_settings() -> None:
-        take_free_steps()
+        check_setup()
 
     @task.run_if(
         lambda context: context["params"]["spend"],
@@ -48,7 +49,7 @@ def preflight() -> None:
     @task(execution_timeout=LIMIT)
     @authenticate
     def try_cluster() -> None:
-        take_billed_steps(CLUSTER, LIMIT)
+        check_cluster(CLUSTER, LIMIT)
 
     check_settings() >> try_cluster()
 

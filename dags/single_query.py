@@ -1,11 +1,11 @@
 """
-### Submit a query and leave
+### Submit a query and detach
 
 The task ends as soon as the cluster has accepted the query. Use it for work that nobody waits for:
 refreshing a cache, a report that is read tomorrow.
 
-`submit` takes care that a lost reply or a killed worker does not end in a second query; `leave`
-lets the query run on without the task.
+A lost reply or a killed worker does not end in a second query. `detach` lets the query run on
+without the task.
 
 **What is not known then:** whether the query succeeds. The task is green once the query was
 submitted; a query that fails later fails no task and no run. Look at its page in Polars Cloud, or
@@ -22,10 +22,9 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.polars_remote import compute_context, leave, submit
-from include.polars_remote.settings import DATA
+from include.polars_remote import detach, use_cluster
+from include.shop import DATA, scan
 
-SALES = f"{DATA}/sales/"
 RESULT = f"{DATA}/results/single_query.parquet"
 CLUSTER = {"name": "airflow-single-query", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
 
@@ -46,7 +45,7 @@ def single_query() -> None:
         import polars as pl
 
         best_sellers = (
-            pl.scan_parquet(SALES)
+            scan("sales")
             .filter(pl.col("status") == "completed")
             .drop_nulls("product")
             .group_by("product")
@@ -57,10 +56,10 @@ def single_query() -> None:
             )
             .sort("revenue", descending=True)
         )
-        ctx = compute_context(CLUSTER)
-        # A distributed query writes a directory of files unless it is told to write one.
-        query = submit(best_sellers.remote(ctx).sink_parquet, RESULT, sink_to_single_file=True)
-        return leave(query)
+        with use_cluster(CLUSTER, stop=False) as ctx:
+            # A distributed query writes a directory of files unless it is told to write one.
+            query = best_sellers.remote(ctx).sink_parquet(RESULT, sink_to_single_file=True)
+            return detach(query)
 
     submit_best_sellers()
 

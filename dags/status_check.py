@@ -4,8 +4,8 @@
 The task is green only if the query has written its result. Use it whenever something depends on
 that result, be it the next task or an alert.
 
-`wait_for` asks for the query's status from time to time, so that a time-out, or a user who marks
-the task failed, reaches the task, which then cancels the query. A query that failed raises its own
+`await_result` polls the query's status, so that a time-out, or a user who marks the task failed,
+reaches the task, which then cancels the query. A query that failed raises its own
 exception, for example `ColumnNotFoundError`; one that was canceled, or that names no location,
 fails the task too. A task whose worker died resumes its query at the next try.
 
@@ -21,10 +21,9 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.polars_remote import clean_up, compute_context, submit, wait_for
-from include.polars_remote.settings import DATA
+from include.polars_remote import clean_up, use_cluster
+from include.shop import DATA, scan
 
-SALES = f"{DATA}/sales/"
 RESULT = f"{DATA}/results/status_check.parquet"
 CLUSTER = {"name": "airflow-status-check", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
 
@@ -34,6 +33,7 @@ CLUSTER = {"name": "airflow-status-check", "cpus": 2, "memory": 4, "idle_timeout
     start_date=datetime(2026, 1, 1),
     catchup=False,
     on_failure_callback=clean_up,
+    on_success_callback=clean_up,
     default_args={"retries": 2, "retry_delay": timedelta(minutes=1)},
     tags=["polars-cloud", "shop"],
     doc_md=__doc__,
@@ -46,15 +46,15 @@ def status_check() -> None:
         import polars as pl
 
         statuses = (
-            pl.scan_parquet(SALES)
+            scan("sales")
             .group_by("date", "status")
             .agg(lines=pl.len(), orders=pl.n_unique("order_id"))
             .sort("date", "status")
         )
-        ctx = compute_context(CLUSTER)
-        # A distributed query writes a directory of files unless it is told to write one.
-        query = submit(statuses.remote(ctx).sink_parquet, RESULT, sink_to_single_file=True)
-        return wait_for(query).location
+        with use_cluster(CLUSTER, stop=False) as ctx:
+            # A distributed query writes a directory of files unless it is told to write one.
+            query = statuses.remote(ctx).sink_parquet(RESULT, sink_to_single_file=True)
+            return query.await_result().location
 
     count_order_statuses()
 

@@ -17,11 +17,7 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, ParamSpec, TypeVar, get_type_hints, overload
 
-from airflow.sdk import get_current_context
-
-from include.polars_remote.login import log_in
-from include.polars_remote.query_tasks import settle
-from include.polars_remote.task_scope import logged_in, task_scope
+from include.polars_remote.ownership.scope import task_scope
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,7 +45,7 @@ def authenticate(
     ------
     TypeError
         While the DAG file is parsed: this decorates anything but a function.
-    AirflowFailException
+    LoginRefusedError
         At run time, not retried: the Connection is missing, incomplete or refused.
     ConnectionError
         At run time, retried: Polars Cloud cannot be reached.
@@ -69,18 +65,17 @@ def authenticate(
             @functools.wraps(function)
             async def wrapper(*args: Any, **kwargs: Any) -> Any:
                 with task_scope(conn_id) as scope:
-                    if error := await asyncio.to_thread(log_in, conn_id):
-                        raise error
-                    await asyncio.to_thread(scope.end_stale_queries)
+                    await asyncio.to_thread(scope.begin)
                     returned = await function(*args, **kwargs)
-                    return await asyncio.to_thread(settle, returned, get_current_context())
+                    return await asyncio.to_thread(scope.settle, returned)
 
         else:
 
             @functools.wraps(function)
             def wrapper(*args: Any, **kwargs: Any) -> Any:
-                with logged_in(conn_id):
-                    return settle(function(*args, **kwargs), get_current_context())
+                with task_scope(conn_id) as scope:
+                    scope.begin()
+                    return scope.settle(function(*args, **kwargs))
 
         # TaskFlow looks names in a postponed annotation up in the wrapper's module, which is not
         # the DAG file: resolve the one it reads, the return type.

@@ -1,33 +1,37 @@
-"""Use clusters so that none outlives its work, and none is stopped under somebody else.
+"""Start clusters, share them, and stop each when its last user is done.
 
-A cluster is described by a manifest, of which Polars Cloud runs one cluster at most: a start can be
-repeated, and whoever comes after the cluster has stopped gets a new one by the same name. Its users
-are on record; the last of them stops it.
+A cluster is described by a manifest, of which Polars Cloud runs one cluster at most. A start can be
+repeated, and whoever comes after the cluster has stopped gets a new one by the same name.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
-from .client_internals import (
+from airflow.sdk import task
+
+from .cloud.client import (
     get_cluster_id,
-    look_at_cluster,
-    misspecified_error,
+    get_cluster_status,
+    send_queries_through,
     start_without_waiting,
+    was_available,
 )
-from .data_location import check_data_location, uses_data_location
-from .deferral import defer_until_started
-from .ledger import Owner
-from .login import call_polars_cloud
-from .manifests import Cluster, ensure_manifest, find_manifest
-from .releases import release
-from .settings import WORKSPACE
-from .task_scope import current_scope, find_scope, grace, log_errors
-from .workspaces import find_workspace
+from .cloud.manifests import Cluster, register_manifest
+from .errors import ClusterNotStartedError, ClusterRefusedError
+from .ownership.end import end_use, has_other_users, log_left
+from .ownership.record import ClusterUse
+from .ownership.scope import TaskScope, current_scope, task_scope
+from .queries import RecordingClient
+from .query_tasks import query_task
+from .waiting.deferral import defer_until_started
+from .waiting.in_worker import refuse_forgotten
 
 if TYPE_CHECKING:
     from polars_cloud import ComputeContext
@@ -35,123 +39,210 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STARTING_PAUSE_SECONDS = 1.0
-"""Between two looks at a cluster that is starting."""
+"""Worker poll interval in seconds for a cluster that is starting."""
 
 
-def compute_context(cluster: Cluster) -> ComputeContext:
-    """Return the context of a running cluster that nobody stops: its idle timeout does.
+@contextmanager
+def use_cluster(cluster: Cluster, *, stop: bool = True) -> Iterator[ComputeContext]:
+    """Use a cluster inside a `with` block. Its last user stops it at the end.
 
-    The cluster is started unless it is running.
+    The first query starts the cluster unless it is running. Every query of the context is recorded
+    before it is sent, whichever way it is submitted, and ends with the task. In a `@query_task` the
+    cluster is used until the queries that the task returns have ended. A try whose worker shuts
+    down leaves the cluster to the next try.
+
+    Unlike `with ctx:` this never replaces an exception of the body, and accepts that the cluster
+    has already stopped.
+
+    Parameters
+    ----------
+    cluster
+        Manifest's `name`, and options of `polars_cloud.ComputeContext`: `cpus`, `memory`,
+        `cluster_size`, `idle_timeout_mins`, ... The manifest is registered if need be.
+    stop
+        False: nobody stops the cluster, its idle timeout does.
+
+    Yields
+    ------
+    polars_cloud.ComputeContext
+        The default context of the body: `lf.remote()` uses it, too.
+
+    Raises
+    ------
+    ClusterRefusedError
+        `cluster` has no name, or a connection mode that is not supported.
+    ValueError
+        Polars Cloud refused the options.
+    QueryNotAwaitedError
+        Nobody waits for a query of the body.
+    """
+    from polars_cloud import set_compute_context
+
+    check_cluster(cluster)
+    scope = current_scope()
+    use = ClusterUse(scope.owner, scope.record.conn_id, cluster["name"], stops=stop)
+    ctx = _open_use(scope, use, cluster)
+    client = RecordingClient(scope, ctx, use.manifest, functools.partial(start_and_wait, scope))
+    send_queries_through(client, ctx)
+    scope.open_blocks[use.manifest] += 1
+    try:
+        with set_compute_context(ctx):
+            yield ctx
+        client.close()
+        if not scope.can_return_queries:
+            refuse_forgotten(scope, use.manifest)
+        elif scope.get_unended(use.manifest):
+            return  # the cluster is used until the task ends
+    except BaseException as error:
+        client.close()
+        if scope.is_finished_by(error):
+            scope.close_block(use, ctx, error)
+        raise
+    scope.close_block(use, ctx)
+
+
+def ensure_manifest(cluster: Cluster) -> None:
+    """Register the manifest if it is absent, and anew if its options have changed.
 
     Parameters
     ----------
     cluster
         As `use_cluster` takes it.
-    """
-    check_name(cluster)
-    try:
-        ctx = find_manifest(cluster["name"])
-    except misspecified_error():
-        ctx = None
-    if ctx is None or get_cluster_id(ctx) is None:
-        ctx = ensure_manifest(cluster)
-    start_and_wait(ctx)
-    return ctx
-
-
-def start_and_wait(ctx: ComputeContext) -> None:
-    """Start the cluster unless it is running, and wait until it accepts queries.
 
     Raises
     ------
-    AirflowFailException
-        The DAG uses the data location, and no cluster could.
-    RuntimeError
-        The cluster did not start.
+    ClusterRefusedError, ValueError
+        As `use_cluster`.
     """
-    if (scope := find_scope()) and uses_data_location(scope.task.dag):
-        check_data_location()
-    if not call_polars_cloud(ctx.get_status).is_available():
-        call_polars_cloud(start_without_waiting, ctx)
-    cluster_id = get_cluster_id(ctx)
-    assert cluster_id is not None, "it was started, or is running"
-    began = time.monotonic()
-    while (status := call_polars_cloud(ctx.get_status)).name == "STARTING":
-        defer_until_started(cluster_id, after=time.monotonic() - began)
-        time.sleep(STARTING_PAUSE_SECONDS)
-    if not status.is_available():
-        _, reason = call_polars_cloud(look_at_cluster, cluster_id, WORKSPACE)
-        raise RuntimeError(f"Cluster {cluster_id} did not start: {reason or status.name}")
+    check_cluster(cluster)
+    scope = current_scope()
+    use = ClusterUse(scope.owner, scope.record.conn_id, cluster["name"])
+    is_used = functools.partial(has_other_users, scope.session, use)
+    register_manifest(scope.session, cluster, is_used)
 
 
 @contextmanager
-def use_cluster(cluster: Cluster) -> Iterator[ComputeContext]:
-    """Use a cluster inside a `with` block, and stop it at the end unless others are using it.
+def shared_cluster(
+    cluster: Cluster,
+    *,
+    conn_id: str = "polars_cloud",
+    check: Callable[[], None] | None = None,
+) -> Iterator[None]:
+    """Keep a cluster running while the tasks that are made inside the `with` block run.
 
-    The cluster is started unless it is running. Unlike `with ctx:` this never replaces an
-    exception of the body, and accepts that the cluster has already stopped. A try whose worker is
-    shut down leaves the cluster to the next try.
+    Makes a setup task `start_cluster` and a teardown task `stop_cluster`. The teardown begins when
+    each task between them has ended, retries included, and a task that failed still fails the run.
 
     Parameters
     ----------
     cluster
-        Manifest's `name`, registered if need be, and what `polars_cloud.ComputeContext` takes:
-        `cpus`, `memory`, `cluster_size`, `idle_timeout_mins`, ...
-
-    Yields
-    ------
-    polars_cloud.ComputeContext
-        The one to use in the body.
+        As `use_cluster` takes it; the tasks use the cluster with `use_cluster`.
+    conn_id
+        Id of the Airflow Connection.
+    check
+        Called in `start_cluster` before it starts anything; an exception of it fails the task.
 
     Raises
     ------
-    ValueError
-        `cluster` has no name, or Polars Cloud refused it.
+    ClusterRefusedError
+        While the DAG file is parsed: `cluster` has no name.
     """
-    check_name(cluster)
-    scope = current_scope()
-    name = cluster["name"]
-    key = record_use(name, scope.owner)
-    scope.clusters[name] += 1
+    check_cluster(cluster)
 
-    def end() -> None:
-        scope.clusters[name] -= 1
-        if not scope.clusters[name] and scope.is_owner():
-            scope.kept.discard(key)
-            release(name, scope.owner)
+    @query_task(execution_timeout=timedelta(minutes=15))
+    def start_cluster() -> None:
+        if check:
+            check()
+        start_for_run(cluster, conn_id)
 
-    try:
-        ctx = compute_context(cluster)
-        logger.info("Using cluster %s of manifest %s", get_cluster_id(ctx), name)
-        yield ctx
-        if scope.returns_queries and scope.has_unended(name):
-            return  # the cluster is used until the task ends
-        scope.check_that_all_were_awaited(name)
-    except BaseException as error:
-        if scope.is_over(error):
-            with grace(error), log_errors():
-                if scope.is_owner():
-                    scope.end_queries(name)
-                end()
-        raise
-    end()
+    start: Any = start_cluster()
+    dag, started_by = start.operator.dag, start.operator.task_id
+
+    @task(execution_timeout=timedelta(minutes=5))
+    def stop_cluster() -> None:
+        stop_for_run(cluster, conn_id, started_by)
+
+    # Not @teardown, of which a second use in one process fails: "Trigger rule not configurable".
+    stop: Any = stop_cluster()
+    with stop.as_teardown(setups=start) as between:
+        before = set(dag.task_ids)
+        yield
+        for made in dag.tasks:
+            if made.is_mapped and made.task_id not in before:
+                between.add_task(made)  # expand() does not join the scope by itself
 
 
-def record_use(manifest: str, owner: Owner) -> str:
-    """Record a use of the manifest's cluster, which ends with the task at the latest; its key.
+def start_for_run(cluster: Cluster, conn_id: str) -> None:
+    """Start the cluster unless it is running, and keep it for the run."""
+    with task_scope(conn_id) as scope:
+        scope.begin()
+        use = ClusterUse(scope.owner._replace(whole_run=True), conn_id, cluster["name"])
+        ctx = _open_use(scope, use, cluster)
+        start_and_wait(scope, ctx)
+        scope.keep_cluster(use)  # a setup that fails is never torn down
+        logger.info("Cluster %s of manifest %s is running", get_cluster_id(ctx), use.manifest)
+
+
+def stop_for_run(cluster: Cluster, conn_id: str, started_by: str) -> None:
+    """Stop the cluster, unless it has stopped by itself or others are using it.
+
+    Queries on it whose tasks were killed are canceled first.
+    """
+    with task_scope(conn_id) as scope:
+        scope.begin()
+        owner = scope.owner._replace(task_id=started_by, whole_run=True)
+        log_left(end_use(scope.session, ClusterUse(owner, conn_id, cluster["name"])))
+
+
+def start_and_wait(scope: TaskScope, ctx: ComputeContext) -> None:
+    """Start the cluster unless it is running, and wait until it accepts queries.
 
     Raises
     ------
-    AirflowFailException
-        The account has no such workspace: nobody could end what is on record.
+    ClusterNotStartedError
+        The cluster did not start.
     """
-    call_polars_cloud(find_workspace)
-    return current_scope().use(manifest, owner)
+    session = scope.session
+    if was_available(ctx):
+        return
+    session.call(start_without_waiting, ctx)
+    cluster_id = get_cluster_id(ctx)
+    assert cluster_id is not None, "it was started, or is running"
+    began = time.monotonic()
+    while (status := session.call(ctx.get_status)).name == "STARTING":
+        defer_until_started(scope, cluster_id, after=time.monotonic() - began)
+        time.sleep(STARTING_PAUSE_SECONDS)
+    if not status.is_available():
+        _, reason = session.call(get_cluster_status, cluster_id, session.find_workspace())
+        raise ClusterNotStartedError(f"Cluster {cluster_id} did not start: {reason or status.name}")
 
 
-def check_name(cluster: Cluster) -> None:
+def check_cluster(cluster: Cluster) -> None:
+    """Refuse a cluster of which no record could be kept."""
     if not isinstance(cluster, Mapping) or not cluster.get("name"):
-        raise ValueError(
+        raise ClusterRefusedError(
             f"A cluster needs a name, by which it is found again after its worker was killed: "
             f'write {{"name": "airflow-reports", ...}} instead of {cluster!r}'
         )
+    _check_mode(cluster["name"], cluster.get("connection_mode") or "direct")
+
+
+def _check_mode(name: str, mode: str) -> None:
+    if mode != "direct":
+        raise ClusterRefusedError(
+            f"Manifest {name} has connection mode {mode}, whose queries cannot be kept on record: "
+            "use mode direct, which is the default"
+        )
+
+
+def _open_use(scope: TaskScope, use: ClusterUse, cluster: Cluster) -> ComputeContext:
+    """Record the use of a cluster, and return the context of its manifest."""
+    scope.session.find_workspace()  # without one, nobody could end what is on record
+    scope.record_use(use)
+    is_used = functools.partial(has_other_users, scope.session, use)
+    ctx = register_manifest(scope.session, cluster, is_used)
+    _check_mode(use.manifest, ctx.connection_mode)
+    logger.info(
+        "Using cluster %s of manifest %s", get_cluster_id(ctx) or "(to be started)", use.manifest
+    )
+    return ctx

@@ -1,242 +1,315 @@
-"""Submit a query once, whatever happens to the task, and make its end the task's end."""
+"""Queries of a task: recorded, labeled, submitted once, resumed, waited for and ended."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import logging
+import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from uuid import UUID
 
-from .client_internals import (
+from .cloud.client import (
     connect_query,
     forget_cluster,
+    get_client,
     get_cluster_id,
-    get_destination,
-    get_manifest_name,
+    get_cluster_status,
+    get_query_client,
     get_query_id,
-    with_labels,
+    get_result_info,
+    list_queries,
 )
-from .clusters import start_and_wait
-from .labels import get_labels
-from .login import call_polars_cloud
-from .recorded_queries import (
-    describe,
-    find_new_query,
-    find_query,
-    find_query_ids,
-    find_status,
-    get_page,
-)
-from .task_scope import TaskScope, current_scope
-from .waiting import get_result, wait_until_ended
+from .cloud.plans import Plan, read_plan
+from .cloud.queries import describe, end_query, get_page
+from .errors import QueryRefusedError
+from .ownership.labels import get_labels
+from .ownership.record import QueryRecord
+from .ownership.scope import TaskScope, current_scope
+from .waiting.in_worker import check_result, wait_until_ended
 
 if TYPE_CHECKING:
-    from polars_cloud import ComputeContext, DirectQuery, QueryResult
+    from polars_cloud import ComputeContext, DirectQuery
+    from polars_cloud.polars_cloud import QueryInfoPy
 
 logger = logging.getLogger(__name__)
 
-P = ParamSpec("P")
+STOP_RACE_SECONDS = 30.0
+"""Age up to which a query is submitted anew, once, if its cluster was stopped under it."""
 
 if TYPE_CHECKING:
     Query = DirectQuery
 else:
     Query = object  # importing it costs as much as Polars
-"""What `submit` returns: a `polars_cloud.DirectQuery`."""
-
-METHODS = ("execute", "sink_csv", "sink_ipc", "sink_parquet")
+"""A `polars_cloud.DirectQuery`, as a sink of a remote query or `execute(blocking=False)` gives."""
 
 
-def run_query(method: Callable[P, Any], *args: P.args, **kwargs: P.kwargs) -> QueryResult:
-    """Submit a query and wait until it has written its result: `wait_for(submit(...))`.
-
-    Examples
-    --------
-    >>> run_query(lf.remote(ctx).sink_parquet, "s3://bucket/report.parquet").location
-    ['s3://bucket/report.parquet']
-    >>> run_query(lf.remote(ctx).single_node().execute).location  # a temporary result
-    """
-    return wait_for(submit(method, *args, **kwargs))
-
-
-def submit(method: Callable[P, Any], *args: P.args, **kwargs: P.kwargs) -> DirectQuery:
-    """Submit the query `method(*args, **kwargs)` once, whatever happens to this task.
-
-    The query ends with the task: it is canceled when the task fails, is marked, cleared or runs
-    out of time before the query has ended. When only the worker ends, the query runs on and the
-    next try resumes it. When the reply is lost, the query is found by its destination before it is
-    submitted a second time; a temporary result has none, and its query is then submitted again.
-
-    Parameters
-    ----------
-    method
-        `execute`, `sink_parquet`, `sink_csv` or `sink_ipc` of what `.remote(ctx)`,
-        `.remote(ctx).single_node()` or `.remote(ctx).distributed()` gives: the method itself, not
-        called. `execute` writes a temporary result, which Polars Cloud deletes by itself.
-    args, kwargs
-        Its arguments. A destination that is a directory keeps the files that an earlier try or run
-        has written there: give each run a directory of its own.
-
-    Raises
-    ------
-    TypeError
-        `method` is none of these.
-    ValueError
-        The task writes to this destination already, or the context is not in direct mode, the
-        client's default, or has neither a name nor a cluster.
-    Exception
-        Polars Cloud did not accept the query; it runs nowhere.
-    """
-    from polars_cloud import DirectQuery
-
-    if isinstance(method, DirectQuery):
-        method.cancel()
-        raise TypeError("submit takes the method itself, as in submit(remote.sink_parquet, uri)")
-    remote, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-    if name not in METHODS or not hasattr(remote, "lf"):
-        raise TypeError(f"submit takes {', '.join(METHODS)} of a remote query, not {method!r}")
-    assert remote is not None
-    ctx = remote.context
-    if (mode := getattr(ctx, "connection_mode", None)) != "direct":
-        raise ValueError(f"submit needs a ComputeContext in direct connection mode, not {mode}")
-    if get_cluster_id(ctx) is None and get_manifest_name(ctx) is None:
-        raise ValueError(
-            "This ComputeContext has no name by which its cluster could be found again: "
-            "make it with use_cluster or compute_context"
-        )
-
-    scope = current_scope()
-    if name == "execute":
-        kwargs["blocking"] = False
-        destination, is_temporary = _name_temporary_result(scope, remote.lf.serialize()), True
-    else:
-        target = args[0] if args else kwargs["uri"]
-        destination, is_temporary = get_destination(target), False
-        if scope.is_claimed(destination):
-            raise ValueError(
-                f"Two queries of this task write to {destination}: the one with id "
-                f"{scope.queries[destination].get('query_id')} and the one that was about to be "
-                "submitted. Give each a destination of its own"
-            )
-    if query := _resume(scope, destination):
-        return query
-
-    labeled = with_labels(remote, get_labels())
-    submission = functools.partial(getattr(labeled, name), *args, **kwargs)
-    query = _submit_once(scope, ctx, destination, is_temporary, submission)
-    logger.info("Submitted query %s", describe(query))
-    return query
-
-
-def wait_for(query: DirectQuery) -> QueryResult:
-    """Wait until the query has written its result.
-
-    Parameters
-    ----------
-    query
-        What `submit` gave.
-
-    Returns
-    -------
-    polars_cloud.QueryResult
-        Its `location` is a list of URIs, for the next task to scan; `n_rows_total` counts the rows.
-
-    Raises
-    ------
-    Exception
-        The query's own exception, such as `polars.exceptions.ColumnNotFoundError`, if it failed.
-    AirflowFailException
-        Somebody canceled the query; it is not submitted again.
-    RuntimeError
-        It succeeded without saying where its result is.
-    """
-    wait_until_ended([query])
-    return get_result(query)
-
-
-def leave(query: DirectQuery) -> str:
+def detach(query: DirectQuery) -> str:
     """Let the query run on without anybody who waits for it or ends it, and return its id."""
     query_id = get_query_id(query)
-    current_scope().release(query_id)
+    current_scope().forget_query(query_id)
     return query_id
 
 
-def _name_temporary_result(scope: TaskScope, plan: bytes) -> str:
-    """What stands in for the destination of a query that has none: its plan, and its turn.
+class RecordingClient:
+    """Stands between a context and the client's own connection to the cluster.
 
-    A try whose code has changed does not resume the query of another plan.
+    Whichever way a query is submitted on the context, it is on record before it is sent. It ends
+    with the task: it is canceled when the task fails, is marked, cleared or runs out of time before
+    the query has ended. When only the worker ends, the query runs on and the next try resumes it.
+    When the reply is lost, the query is found by its destination before it is submitted a second
+    time; a temporary result has none, and its query is then submitted again.
+
+    Parameters
+    ----------
+    ctx
+        Of the cluster, which the first query starts.
+    manifest
+        Name of the cluster's manifest.
+    start
+        Starts the context's cluster unless it is running, and waits until it accepts queries.
     """
-    digest = hashlib.sha256(plan).hexdigest()[:16]
-    turn = 1
-    while scope.is_claimed(name := f"temporary result {digest}, {turn}"):
-        turn += 1
-    return name
 
+    def __init__(
+        self,
+        scope: TaskScope,
+        ctx: ComputeContext,
+        manifest: str,
+        start: Callable[[ComputeContext], None],
+    ) -> None:
+        self._scope = scope
+        self._ctx = ctx
+        self._manifest = manifest
+        self._start = start
+        self._is_open = True
+        self._starting = threading.Lock()
+        self._known: dict[str, list[tuple[str, str | None]]] = {}
+        """Queries that each cluster had before, with their destinations."""
+        self._queries: dict[str, tuple[str, DirectQuery]] = {}
+        """By id: name, and the query on the client's own connection."""
+        self._submit_again: dict[str, Callable[[], DirectQuery]] = {}
+        """By name, for a query whose cluster may be stopped under it."""
+        self._canceled: set[str] = set()
 
-def _resume(scope: TaskScope, destination: str) -> DirectQuery | None:
-    """The query of an earlier try, unless there is none or it will never succeed."""
-    record = scope.queries.get(destination)
-    if record is None or (query := find_query(destination, record)) is None:
-        return None
-    status = find_status(query)
-    if status is None or (status.is_done() and status.name != "SUCCESS"):
-        return None
-    logger.info("Resuming query %s, submitted by try %d", describe(query), record["try_number"])
-    _claim_submitted(scope, destination, record, query)
-    return query
+    def close(self) -> None:
+        """Refuse further queries: the context's block has ended."""
+        self._is_open = False
 
+    # What the client calls
 
-def _submit_once(
-    scope: TaskScope,
-    ctx: ComputeContext,
-    destination: str,
-    is_temporary: bool,
-    submission: Callable[[], DirectQuery],
-) -> DirectQuery:
-    record: dict[str, Any] = {}
-    tried = False
+    def do_query(
+        self,
+        *,
+        plan: bytes,
+        settings: Any,
+        labels: list[str] | None,
+        execution_id: str | None,
+        lineage_context: Any,
+    ) -> UUID:
+        """Submit a query once, or resume the one that an earlier try has submitted.
 
-    def submit_unless_accepted() -> DirectQuery:
-        nonlocal tried
-        if tried and not is_temporary:
-            query_id = find_new_query(ctx, destination, record["known"])
-            if query_id is not None:
-                query = connect_query(query_id, ctx)
-                logger.info(
-                    "The query had been accepted although the reply was lost: continuing with %s",
-                    describe(query),
-                )
-                return query
-        tried = True
-        return submission()
-
-    for may_have_stopped in (True, False):
-        if get_cluster_id(ctx) is None:
-            start_and_wait(ctx)
-        record = {
-            "cluster_id": get_cluster_id(ctx),
-            "manifest": get_manifest_name(ctx),
-            # No clock is asked: whatever the cluster has now is not the query to come.
-            "known": [] if is_temporary else find_query_ids(ctx, destination),
-        }
-        scope.claim(destination, record)
+        Raises
+        ------
+        QueryRefusedError
+            The query cannot be kept on record, or would write nowhere. No cluster was started.
+        Exception
+            Polars Cloud did not accept the query; it runs nowhere.
+        """
+        found = read_plan(plan)
+        _check_destinations(found)
+        name = self._scope.reserve_query(found.destinations, found.digest)
         try:
-            query = call_polars_cloud(submit_unless_accepted)
-            break
-        except Exception:
-            can_restart = may_have_stopped and get_manifest_name(ctx) is not None
-            if not can_restart or call_polars_cloud(ctx.get_status).is_available():
-                raise
-            logger.warning("Cluster %s has stopped: starting it again", get_cluster_id(ctx))
-            forget_cluster(ctx)
-            tried = False
-    _claim_submitted(scope, destination, record, query)
-    return query
+            self._check_open(name)
+            query = self._resume(name)
+            if query is None:
+                labels = [*(labels or []), *get_labels()]
+
+                def submit() -> DirectQuery:
+                    query_id = get_query_client(self._ctx).do_query(
+                        plan=plan,
+                        settings=settings,
+                        labels=labels,
+                        execution_id=execution_id,
+                        lineage_context=lineage_context,
+                    )
+                    return connect_query(str(query_id), self._ctx)
+
+                query = self._submit_once(name, found, submit)
+                self._submit_again[name] = lambda: self._submit_once(name, found, submit)
+                logger.info("Submitted query %s", describe(query))
+        except BaseException:
+            self._scope.return_query(name, found.destinations)
+            raise
+        self._queries[get_query_id(query)] = name, query
+        return UUID(get_query_id(query))
+
+    def get_direct_query_status(self, query_id: UUID) -> Any:
+        _, query = self._queries[str(query_id)]
+        client = get_query_client(self._ctx)
+        return self._scope.session.call(
+            lambda: client.get_direct_query_status(UUID(get_query_id(query)))
+        )
+
+    def get_direct_query_result(self, query_id: UUID, timeout_ms: int) -> QueryInfoPy:
+        """Wait in Python, where Airflow's time-outs and signals reach the task.
+
+        Raises
+        ------
+        TimeoutError
+            The query has not ended within `timeout_ms`.
+        QueryCanceledError, QueryLostError
+            It ended without a result. A query that failed is left to the client to raise.
+        """
+        name, query = self._queries[str(query_id)]
+        results = wait_until_ended(
+            self._scope, {name: query}, seconds=timeout_ms / 1000, resubmit=self.submit_again
+        )
+        if name not in results:
+            raise TimeoutError("timed out waiting for the query result")
+        _, query = self._queries[str(query_id)]
+        if not (results[name].status.name == "CANCELED" and str(query_id) in self._canceled):
+            check_result(self._scope, name, query, results[name])
+        self._scope.mark_ended(get_query_id(query))
+        self._submit_again.pop(name, None)
+        return get_result_info(results[name])
+
+    def cancel_direct_query(self, query_id: UUID) -> None:
+        self._canceled.add(str(query_id))
+        _, query = self._queries[str(query_id)]
+        self._scope.session.call(query.cancel)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(get_query_client(self._ctx), name)
+
+    # How a query is submitted
+
+    def submit_again(self, name: str) -> DirectQuery | None:
+        """Submit a query anew, once, if somebody has stopped its cluster as it was submitted.
+
+        The last user of a cluster stops it. Who has come in that moment may lose a query to it.
+        """
+        submit = self._submit_again.pop(name, None)
+        record = self._scope.record.queries.get(name)
+        if submit is None or record is None or record.submitted_at is None:
+            return None
+        if time.time() - record.submitted_at > STOP_RACE_SECONDS or not self._was_stopped(record):
+            return None
+        logger.warning(
+            "Cluster %s was stopped under query %s, which is submitted anew",
+            record.cluster_id,
+            record.query_id,
+        )
+        forget_cluster(self._ctx)
+        query = submit()
+        for query_id, (each, _) in list(self._queries.items()):
+            if each == name:
+                self._queries[query_id] = name, query
+        return query
+
+    def _was_stopped(self, record: QueryRecord) -> bool:
+        session = self._scope.session
+        workspace = session.find_workspace()
+        status, reason = session.call(get_cluster_status, record.cluster_id, workspace)
+        return status in ("STOPPING", "STOPPED") and not reason
+
+    def _check_open(self, name: str) -> None:
+        if not self._is_open or self._scope.is_closed:
+            raise QueryRefusedError(
+                f"The query for {name} was not submitted, because the use_cluster block of its "
+                "context has ended: submit it inside the block"
+            )
+
+    def _resume(self, name: str) -> DirectQuery | None:
+        query = self._scope.find_resumable(name)
+        if query is not None:
+            record = self._scope.record.queries[name]
+            logger.info("Resuming query of try %d: %s", record.try_number, describe(query))
+            record.query_id, record.page = get_query_id(query), get_page(query)
+            record.submitted_at = record.submitted_at or time.time()
+            self._scope.record_query(name, record, query)
+        return query
+
+    def _submit_once(self, name: str, plan: Plan, submit: Callable[[], DirectQuery]) -> DirectQuery:
+        scope, ctx = self._scope, self._ctx
+        destination = plan.destinations[0] if len(plan.destinations) == 1 else ""
+        for may_have_stopped in (True, False):
+            with self._starting:
+                self._start(ctx)
+            record = QueryRecord(
+                cluster_id=get_cluster_id(ctx) or "",
+                manifest=self._manifest,
+                known=self._find_known(destination),
+                destination=destination,
+                has_location=plan.has_location,
+            )
+            scope.record_query(name, record)
+            try:
+                query = self._submit_unless_accepted(record, submit)
+                break
+            except Exception:
+                if not may_have_stopped or scope.session.call(ctx.get_status).is_available():
+                    raise
+                logger.warning("Cluster %s has stopped: starting it again", record.cluster_id)
+                forget_cluster(ctx)
+        record.query_id, record.page = get_query_id(query), get_page(query)
+        record.submitted_at = time.time()
+        self._known[record.cluster_id].append((record.query_id, destination))
+        scope.record_query(name, record, query)
+        try:
+            self._check_open(name)
+        except QueryRefusedError:
+            end_query(scope.session, query)  # a thread submitted it as the block ended
+            raise
+        return query
+
+    def _submit_unless_accepted(
+        self, record: QueryRecord, submit: Callable[[], DirectQuery]
+    ) -> DirectQuery:
+        was_tried = False
+
+        def submit_unless_accepted() -> DirectQuery:
+            nonlocal was_tried
+            if was_tried and record.destination:
+                for query_id, uri in list_queries(self._ctx):
+                    if uri == record.destination and query_id not in record.known:
+                        query = connect_query(query_id, self._ctx)
+                        logger.info(
+                            "The query was accepted although the reply was lost: continuing with "
+                            "it: %s",
+                            describe(query),
+                        )
+                        return query
+            was_tried = True
+            return submit()
+
+        return self._scope.session.call(submit_unless_accepted)
+
+    def _find_known(self, destination: str) -> list[str]:
+        """Return ids of queries with this destination that the cluster has already.
+
+        No clock is asked: whatever the cluster has now is not the query to come.
+        """
+        cluster_id = get_cluster_id(self._ctx) or ""
+        if destination and cluster_id not in self._known:
+            self._known[cluster_id] = self._scope.session.call(
+                lambda: list(list_queries(self._ctx))
+            )
+        queries = self._known.setdefault(cluster_id, [])
+        return [query_id for query_id, uri in queries if uri == destination]
 
 
-def _claim_submitted(
-    scope: TaskScope, destination: str, record: dict[str, Any], query: DirectQuery
-) -> None:
-    found = {"query_id": get_query_id(query), "page": get_page(query)}
-    scope.claim(destination, {"submitted_at": time.time(), **record, **found}, query)
+def get_recording_client(query: DirectQuery) -> RecordingClient | None:
+    """Return the client that has recorded the query, or None if it was connected to otherwise."""
+    client = get_client(query)
+    return client if isinstance(client, RecordingClient) else None
+
+
+def _check_destinations(plan: Plan) -> None:
+    for destination in plan.destinations:
+        url = urlsplit(destination)
+        if not url.netloc or url.scheme in ("", "file"):
+            raise QueryRefusedError(
+                f"The query was not submitted, because its cluster cannot write to "
+                f"{destination!r}: give a URI such as s3://bucket/report.parquet"
+            )

@@ -5,26 +5,29 @@ It holds no worker slot until then.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
 from airflow.providers.standard.operators.python import PythonOperator
-from airflow.sdk import Asset, BaseOperatorLink, Context
+from airflow.sdk import Asset, BaseOperatorLink, Context, get_current_context
 from airflow.sdk.bases.decorator import DecoratedOperator, Task, task_decorator_factory
 
-from . import deferral, ledger
-from .airflow_internals import has_lost_its_trigger
-from .airflow_versions import TELLS_TRIGGERS, from_json, to_json
-from .client_internals import get_query_id, look_at_cluster
-from .deferral import check_deadline, defer_until_ended
-from .ledger import Owner, Value
-from .login import call_polars_cloud, log_in_when_called
-from .recorded_queries import find_query
-from .settings import DEFERS, WORKSPACE
-from .task_scope import TaskScope, current_scope, task_scope
-from .waiting import get_result, log_result, wait_until_ended
+from .cloud.client import get_cluster_status, get_query_id, is_query, is_result
+from .compat.internals import has_lost_its_trigger
+from .compat.versions import TELLS_TRIGGERS, from_json, to_json
+from .errors import ClusterNotStartedError, QueryLostError, QueryRefusedError
+from .ownership import record
+from .ownership.end import find_recorded
+from .ownership.record import Owner, Result, Wait
+from .ownership.scope import TaskScope, find_scope, task_scope
+from .queries import STOP_RACE_SECONDS, get_recording_client
+from .settings import DEFERS
+from .waiting import deferral
+from .waiting.deferral import check_deadline, defer_until_ended
+from .waiting.in_worker import check_result, log_result, refuse_forgotten, wait_until_ended
 
 if TYPE_CHECKING:
     from polars_cloud import DirectQuery
@@ -35,7 +38,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 QUERY = "polars_cloud_query"
-"""Key of what stands for a query, by its destination, in what a task returns."""
+"""Key of what stands for a query, by its name, in what a task returns."""
 
 
 @overload
@@ -57,10 +60,10 @@ def query_task(
     exception in the task, and the task's other queries are canceled. Each Asset among the task's
     outlets gets an event with `location` and `rows`, in the shape of what the task returns.
 
-    A query that ends within some seconds is waited for in the worker. While a cluster starts, the
-    task holds no slot either; when it is running, the function is called again from its beginning.
-    Without a triggerer the task waits in its worker: at once with `POLARS_CLOUD_DEFER=0`, and after
-    some minutes otherwise.
+    For the first 3 seconds the worker itself waits. While a cluster starts, the task holds no slot
+    either; when it is running, the function is called again from its beginning. Without a triggerer
+    the task waits in its worker: at once with `POLARS_CLOUD_DEFER=0`, and after some minutes
+    otherwise.
 
     Examples
     --------
@@ -69,7 +72,7 @@ def query_task(
     ... def build_report(day: str) -> Query:
     ...     ...
     ...     with use_cluster(CLUSTER) as ctx:
-    ...         return submit(report.remote(ctx).sink_parquet, uri)
+    ...         return report.remote(ctx).sink_parquet(uri, sink_to_single_file=True)
     """
     return task_decorator_factory(
         python_callable=python_callable,
@@ -117,15 +120,20 @@ class QueryTask(DecoratedOperator, PythonOperator):
         self.defers = DEFERS and TELLS_TRIGGERS
         self.page = ""
 
+    def on_kill(self) -> None:
+        """Unwind the task, so that it ends its queries if somebody has ended it."""
+        if scope := find_scope():
+            scope.on_kill()
+
     def resume_execution(
         self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context
     ) -> Any:
-        """Go on after a deferral, also where its trigger has failed or was never run."""
+        """Resume after a deferral, also where its trigger has failed or was never run."""
         if has_lost_its_trigger(next_method):
             for line in (next_kwargs or {}).get("traceback") or ():
                 logger.warning("%s", line.rstrip())
             logger.warning(
-                "No triggerer looks after this task (%s): it waits in its worker from now on. Is a "
+                "No triggerer watches this task (%s): it waits in its worker from now on. Is a "
                 "triggerer running, with this folder on its PYTHONPATH or in plugins/? If there is "
                 "to be none, set POLARS_CLOUD_DEFER=0",
                 (next_kwargs or {}).get("error"),
@@ -134,168 +142,207 @@ class QueryTask(DecoratedOperator, PythonOperator):
             return self.resume(context)
         return super().resume_execution(next_method, next_kwargs, context)
 
-    def resume(self, context: Context, event: Mapping[str, Any] | None = None) -> Any:
+    def resume(
+        self,
+        context: Context,
+        event: Mapping[str, Any] | None = None,
+        waits_for: dict[str, Any] | None = None,
+        conn_id: str = "polars_cloud",
+    ) -> Any:
         """Go on with what the task waits for, and with what its trigger has seen of it.
 
         Raises
         ------
-        RuntimeError
-            There is no record any more of what the task has started: somebody has ended it.
+        QueryLostError
+            The task's record is gone, and its queries had not ended.
         """
         event = event or {}
-        entry = ledger.get(ledger.task_key(Owner.current(), context["ti"].id))
-        if entry is None:
-            raise RuntimeError(
-                "What this task was waiting for has been ended, and is not on record any more"
+        stored = record.get_task(record.task_key(Owner.current(), context["ti"].id))
+        wait = stored.waits_for if stored else Wait.load(waits_for) if waits_for else None
+        if wait is None:
+            raise QueryLostError(
+                "The record of this task is gone, and its queries with it: clear the task to run "
+                "it again"
             )
-        _, value = entry
-        waits_for = value["waits_for"]
-        if cluster_id := waits_for.get("cluster"):
-            if reason := event.get("failed"):
-                with task_scope(value["conn_id"]) as scope:
-                    log_in_when_called(scope.conn_id)
-                    raise RuntimeError(f"Cluster {cluster_id} did not start: {reason}")
+        if wait.cluster and "failed" not in event:
             return self.execute(context)
-        with task_scope(value["conn_id"]) as scope:
-            log_in_when_called(scope.conn_id)
-            _restore_outlet_events(context, from_json(waits_for["outlet_events"]))
-            returned = from_json(waits_for["returned"])
-            destinations = _get_queries(returned)
-            self.page = scope.queries[destinations[0]]["page"]
-            results = waits_for["results"]
-            for destination, result in event.get("results", {}).items():
-                results[destination] = result
-                query_id = scope.queries[destination]["query_id"]
-                log_result(query_id, result["rows"], result["location"])
-            for destination in results:
-                scope.set_awaited(scope.queries[destination]["query_id"])
-            left = [each for each in destinations if each not in results]
-            if left:
-                check_deadline(scope)
-                self._wait(scope, waits_for, {each: _find(scope, each) for each in left})
-            return _finish(context, returned, results)
-
-    def settle(self, returned: Any, context: Context) -> Any:
-        """Wait for the queries in what the task's function has returned."""
-        from polars_cloud import DirectQuery
-
-        scope = current_scope()
-        queries: dict[str, DirectQuery] = {}
-
-        def name(value: Any) -> Any:
-            if not isinstance(value, DirectQuery):
-                return value
-            destination = scope.find_destination(get_query_id(value))
-            if destination is None:
-                value.cancel()
-                # Left running for this query when their blocks ended: the task's end stops them.
-                for manifest in scope.clusters:
-                    scope.use(manifest, scope.owner)
-                raise TypeError(
-                    f"The task returned query {get_query_id(value)}, which was not submitted with "
-                    "submit and has been canceled: write return submit(remote.sink_parquet, uri)"
+        with task_scope(stored.conn_id if stored else conn_id) as scope:
+            if wait.cluster:
+                raise ClusterNotStartedError(
+                    f"Cluster {wait.cluster} did not start: {event['failed']}"
                 )
-            queries[destination] = value
-            return {QUERY: destination}
+            try:
+                return self._go_on(scope, context, wait, event.get("results", {}))
+            except _StoppedAtOnce as error:
+                logger.warning("%s", error)
+        return self.execute(context)
 
-        named = _replace(returned, name)
-        scope.check_that_all_were_awaited(besides=queries)
-        if not queries:
+    def _go_on(
+        self, scope: TaskScope, context: Context, wait: Wait, seen: Mapping[str, Any]
+    ) -> Any:
+        """Finish with the results that the trigger has seen, and wait for the others."""
+        _restore_outlet_events(context, from_json(wait.outlet_events))
+        returned = from_json(wait.returned)
+        names = _find_names(returned)
+        for name, found in seen.items():
+            wait.results[name] = Result.load(found)
+            if query := scope.record.queries.get(name):
+                self.page = self.page or query.page
+                rows, location = found["rows"], found["location"]
+                log_result(query.query_id or name, rows, location, query.submitted_at)
+        for name in wait.results:
+            if (query := scope.record.queries.get(name)) and query.query_id:
+                scope.mark_ended(query.query_id)
+        if left := [name for name in names if name not in wait.results]:
+            check_deadline(scope)
+            self._wait(scope, wait, {name: _reconnect(scope, name) for name in left})
+        return _finish(context, returned, wait.results)
+
+    def settle(self, scope: TaskScope, returned: Any) -> Any:
+        """Wait for the queries in what the task's function has returned."""
+        context = get_current_context()
+        queries: dict[str, DirectQuery] = {}
+        results: dict[str, Result] = {}
+
+        def put_name(value: Any) -> Any:
+            if is_result(value):
+                name = scope.find_name(str(value.finished_task_info.id)) or str(id(value))
+                results[name] = Result(location=value.location or [], rows=value.n_rows_total)
+            elif is_query(value):
+                name = _find_name(scope, value)
+                queries[name] = value
+            else:
+                return value
+            return {QUERY: name}
+
+        named = map_queries(put_name, returned)
+        refuse_forgotten(scope, besides=queries)
+        if not queries and not results:
             return returned
-        self.page = scope.queries[next(iter(queries))]["page"]
-        waits_for = {
-            "returned": to_json(named),
-            "since": time.time(),
-            "outlet_events": to_json(_get_outlet_events(context) if self.defers else []),
-            "results": {},
-        }
-        self._wait(scope, waits_for, queries)
-        return _finish(context, named, waits_for["results"])
-
-    def _wait(self, scope: TaskScope, waits_for: Value, queries: Mapping[str, DirectQuery]) -> None:
-        """Add the results of the queries to those in `waits_for`, after a deferral if need be."""
-        seconds = {"seconds": deferral.IN_WORKER_SECONDS} if self.defers else {}
-        left = wait_until_ended(list(queries.values()), **seconds)
-        for destination, query in queries.items():
-            if query not in left:
-                result = get_result(query)
-                waits_for["results"][destination] = {
-                    "location": result.location,
-                    "rows": result.n_rows_total,
-                }
-        if left:
-            logger.info(
-                "The task waits without a worker slot, for %s",
-                ", ".join(f"query {get_query_id(query)}" for query in left),
-            )
-            destinations = [each for each, query in queries.items() if query in left]
-            defer_until_ended(scope, destinations, waits_for)
-
-
-def settle(returned: Any, context: Context) -> Any:
-    """What a task returns: in a `@query_task`, the locations of results in place of its queries."""
-    task = current_scope().task
-    return task.settle(returned, context) if isinstance(task, QueryTask) else returned
-
-
-def _find(scope: TaskScope, destination: str) -> DirectQuery:
-    record = scope.queries[destination]
-    query = find_query(destination, record)
-    if query is None:
-        cluster_id = record["cluster_id"]
-        _, reason = call_polars_cloud(look_at_cluster, cluster_id, WORKSPACE)
-        raise RuntimeError(
-            f"Cluster {cluster_id} has stopped ({reason or 'no reason given'}) before query "
-            f"{record['query_id']} ended"
+        self.page = scope.page
+        wait = Wait(
+            since=time.time(),
+            returned=to_json(named),
+            outlet_events=to_json(_get_outlet_events(context) if self.defers else []),
+            results=results,
         )
-    return query
+        if queries:
+            self._wait(scope, wait, queries)
+        return _finish(context, named, wait.results)
+
+    def _wait(self, scope: TaskScope, wait: Wait, queries: Mapping[str, DirectQuery]) -> None:
+        """Add the results of the queries to the wait, after a deferral if need be."""
+        clients = {
+            name: client for name, each in queries.items() if (client := get_recording_client(each))
+        }
+
+        def resubmit(name: str) -> DirectQuery | None:
+            return clients[name].submit_again(name) if name in clients else None
+
+        seconds = {"seconds": deferral.IN_WORKER_SECONDS} if self.defers else {}
+        found = wait_until_ended(
+            scope,
+            # On the cluster's own connection, if this worker has one.
+            {name: scope.get_open_query(name) or each for name, each in queries.items()},
+            resubmit=resubmit,
+            **seconds,
+        )
+        for name, result in found.items():
+            check_result(scope, name, scope.get_open_query(name) or queries[name], result)
+            if result.status.name == "FAILED":
+                result.raise_err()
+            wait.results[name] = Result(location=result.location or [], rows=result.n_rows_total)
+        if left := [name for name in queries if name not in found]:
+            defer_until_ended(scope, left, wait)
 
 
-def _finish(context: Context, named: Any, results: Mapping[str, Any]) -> Any:
+class _StoppedAtOnce(Exception):
+    """A cluster was stopped under a query as it was submitted; the task submits it anew."""
+
+
+def _find_name(scope: TaskScope, query: DirectQuery) -> str:
+    """Return the name of a query that the task returned.
+
+    Raises
+    ------
+    QueryRefusedError
+        It was not submitted on a context of `use_cluster`.
+    """
+    name = scope.find_name(get_query_id(query))
+    if name is None:
+        query.cancel()
+        raise QueryRefusedError(
+            f"The task returned query {get_query_id(query)}, which is not on record and has been "
+            "canceled: submit it on the context that use_cluster gives"
+        )
+    return name
+
+
+def _reconnect(scope: TaskScope, name: str) -> DirectQuery:
+    query = scope.record.queries.get(name)
+    if query is None:
+        raise QueryLostError(
+            f"The record of the query for {name} is gone: clear the task to run it again"
+        )
+    if found := find_recorded(scope.session, name, query):
+        return found
+    session = scope.session
+    status, reason = session.call(get_cluster_status, query.cluster_id, session.find_workspace())
+    message = (
+        f"Cluster {query.cluster_id} has stopped ({reason or 'no reason given'}) before query "
+        f"{query.query_id} ended"
+    )
+    age = time.time() - (query.submitted_at or 0.0)
+    if status == "STOPPED" and not reason and age < STOP_RACE_SECONDS:
+        raise _StoppedAtOnce(f"{message}: the task submits it anew")
+    raise QueryLostError(message)
+
+
+def _finish(context: Context, named: Any, results: Mapping[str, Result]) -> Any:
     """Put results where the task has returned queries, and into its outlets' events."""
 
-    def put(part: str) -> Any:
-        def of(value: Any) -> Any:
-            return results[value[QUERY]][part] if _is_query(value) else value
+    def put(part: str, value: Any) -> Any:
+        return getattr(results[value[QUERY]], part) if _is_name(value) else value
 
-        return _replace(named, of)
-
+    location, rows = (
+        map_queries(functools.partial(put, part), named) for part in ("location", "rows")
+    )
     events = context["outlet_events"]
     for outlet in context["outlets"]:
         if isinstance(outlet, Asset):
             extra = events[outlet].extra
-            events[outlet].extra = {"location": put("location"), "rows": put("rows"), **extra}
-    return put("location")
+            events[outlet].extra = {"location": location, "rows": rows, **extra}
+    return location
 
 
-def _replace(value: Any, by: Callable[[Any], Any]) -> Any:
-    """Replace what is in lists and dicts, or the value itself if it is neither."""
-    if isinstance(value, Mapping) and not _is_query(value):
-        return {key: _replace(each, by) for key, each in value.items()}
+def map_queries(function: Callable[[Any], Any], value: Any) -> Any:
+    """Return the value with each of its parts replaced: of lists and dicts, or the value itself."""
+    if isinstance(value, Mapping) and not _is_name(value):
+        return {key: map_queries(function, each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        replaced = [_replace(each, by) for each in value]
-        return tuple(replaced) if isinstance(value, tuple) else replaced
-    return by(value)
+        mapped = [map_queries(function, each) for each in value]
+        return tuple(mapped) if isinstance(value, tuple) else mapped
+    return function(value)
 
 
-def _is_query(value: Any) -> bool:
+def _is_name(value: Any) -> bool:
     return isinstance(value, Mapping) and set(value) == {QUERY}
 
 
-def _get_queries(returned: Any) -> list[str]:
-    """Destinations of the queries in what a task has returned."""
-    found: list[str] = []
+def _find_names(returned: Any) -> Iterable[str]:
+    """Return the names of the queries in what a task has returned."""
+    names: dict[str, None] = {}
 
-    def note(value: Any) -> None:
-        if _is_query(value) and value[QUERY] not in found:
-            found.append(value[QUERY])
+    def add(value: Any) -> None:
+        if _is_name(value):
+            names[value[QUERY]] = None
 
-    _replace(returned, note)
-    return found
+    map_queries(add, returned)
+    return names
 
 
 def _get_outlet_events(context: Context) -> list[dict[str, Any]]:
-    """What the function has told of its outlets: a deferral would lose it."""
+    """Return what the function has told of its outlets: a deferral would lose it."""
     events: Any = context["outlet_events"]
     return [
         {

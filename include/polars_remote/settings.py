@@ -1,21 +1,47 @@
-"""Where the DAGs run and where the shop's data lies: edit here, or set the variables."""
+"""Settings from environment variables. Each has a default."""
 
+import math
 import os
 
-PORTAL = os.environ.get("POLARS_CLOUD_PORTAL")
-"""Address to which links to queries lead, with no slash at its end; None: Polars Cloud's own."""
+from .errors import SettingsError
 
-WORKSPACE = os.environ.get("POLARS_CLOUD_WORKSPACE", "playground")
+SWITCH = {"1": True, "true": True, "yes": True, "on": True}
+SWITCH |= {"0": False, "false": False, "no": False, "off": False}
+
+
+def _read_switch(name: str, default: str) -> bool:
+    text = os.environ.get(name, default)
+    if text.lower() not in SWITCH:
+        raise SettingsError(f"{name} is '{text}': give one of {', '.join(SWITCH)}")
+    return SWITCH[text.lower()]
+
+
+def _read_seconds(name: str, default: str) -> float:
+    text = os.environ.get(name, default)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise SettingsError(f"{name} is '{text}': give seconds, such as {default}")
+    return seconds
+
+
+def _read_name(name: str, default: str) -> str:
+    text = os.environ.get(name, default)
+    if not text:
+        raise SettingsError(f"{name} is empty: give a name, such as {default}, or unset it")
+    return text
+
+
+PORTAL = os.environ.get("POLARS_CLOUD_PORTAL")
+"""Address of the pages about queries, without a slash at its end; None: Polars Cloud's own."""
+
+WORKSPACE = _read_name("POLARS_CLOUD_WORKSPACE", "playground")
 """Name of the Polars Cloud workspace."""
 
-MANIFEST = os.environ.get("POLARS_CLOUD_MANIFEST", "airflow-production")
-"""Name of the manifest that `manifest_reuse` registers."""
+OUTAGE_SECONDS = _read_seconds("POLARS_CLOUD_OUTAGE", "120")
+"""Seconds for which a call is retried while Polars Cloud is unavailable."""
 
-DATA = os.environ.get("POLARS_CLOUD_DATA", "s3://your-bucket").rstrip("/")
-"""URI below which `sales/`, `inventory/` and `returns/` are read and results are written."""
-
-OUTAGE_SECONDS = float(os.environ.get("POLARS_CLOUD_OUTAGE", "120"))
-"""Seconds for which Polars Cloud may be unavailable before a task gives up."""
-
-DEFERS = os.environ.get("POLARS_CLOUD_DEFER", "1") != "0"
-"""Whether a `@query_task` gives its worker slot back while it waits, which takes a triggerer."""
+DEFERS = _read_switch("POLARS_CLOUD_DEFER", "1")
+"""Whether a `@query_task` defers while it waits. This needs a triggerer."""

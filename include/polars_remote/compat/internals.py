@@ -1,4 +1,4 @@
-"""All that this folder takes from Airflow and that is not part of its public interface."""
+"""Private names of Airflow."""
 
 from typing import cast
 
@@ -7,18 +7,18 @@ from airflow.sdk.bases.operator import TRIGGER_FAIL_REPR
 from airflow.sdk.execution_time import task_runner
 
 TASK_ENDS = {"success", "failed", "skipped", "upstream_failed", "removed"}
-"""States of tasks that are neither running nor to run."""
+"""States in which a task neither runs nor is going to."""
 
 
 def has_supervisor() -> bool:
-    """Whether somebody answers for Airflow: not in a callback of `dag.test()`."""
+    """Return whether a supervisor is attached; `dag.test()` runs callbacks without one."""
     return hasattr(task_runner, "SUPERVISOR_COMMS")
 
 
 def get_task_states(
     dag_id: str, run_id: str, task_id: str | None = None, map_index: int = -1
 ) -> set[str | None]:
-    """States of a run's tasks, or of one of them; empty if the run or the task is gone."""
+    """Return the states of a run's tasks, or of one task; empty if the run or the task is gone."""
     states = task_runner.RuntimeTaskInstance.get_task_states(
         dag_id,
         run_ids=[run_id],
@@ -29,16 +29,16 @@ def get_task_states(
 
 
 def get_clear_number(context: Context) -> int:
-    """How often tasks of the run were cleared before this try of the task began."""
+    """Return how often the run had been cleared when this try began."""
     return context["dag_run"].clear_number or 0
 
 
 def is_resumed(context: Context) -> bool:
-    """Whether this try of the task has been deferred before."""
+    """Return whether this try resumes after a deferral."""
     from_server = cast("task_runner.RuntimeTaskInstance", context["ti"])._ti_context_from_server
     return from_server is not None and from_server.next_method is not None
 
 
 def has_lost_its_trigger(next_method: str) -> bool:
-    """Whether a task is resumed because its trigger has failed, or has not fired in time."""
+    """Return whether the task is resumed because its trigger failed or timed out."""
     return next_method == TRIGGER_FAIL_REPR

@@ -1,4 +1,4 @@
-"""The Airflow versions that will do, and what they lack or have under another name."""
+"""Supported Airflow versions, and the names that differ between them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if VERSION < OLDEST:
     )
 
 LISTS_VARIABLES = VERSION >= (3, 3)
-"""Whether Airflow lists the Variables whose keys begin alike."""
+"""Whether Airflow lists Variables by the prefix of their keys."""
 
 TELLS_TRIGGERS = VERSION >= (3, 3)
-"""Whether Airflow tells a trigger that a user has ended its task."""
+"""Whether Airflow calls `on_kill` of a trigger whose task a user has ended."""
 
 if TYPE_CHECKING or VERSION >= (3, 2):
     from airflow.sdk.exceptions import (
@@ -38,7 +38,7 @@ else:
 
 
 def to_json(value: Any) -> Any:
-    """What a task returns, as Airflow stores it in an XCom."""
+    """Return the value as Airflow stores it in an XCom."""
     if TYPE_CHECKING or VERSION >= (3, 2):
         from airflow.sdk.serde import serialize
     else:

@@ -1,10 +1,11 @@
-"""Look for what would make a DAG fail, before the first one does.
+"""Check what would make a DAG fail, before the first one does.
 
-Each step logs a line: what was looked at, and what was found or what to do. None logs a secret.
+Each step logs a line: what was checked, and what was found or what to do. None logs a secret.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import platform
 import time
@@ -18,15 +19,18 @@ from airflow import __version__ as airflow_version
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from .airflow_versions import AirflowFailException
-from .client_internals import get_cluster_id, look_at_cluster, misspecified_error
-from .clusters import use_cluster
-from .data_location import check_data_location
-from .login import call_polars_cloud, find_connection, log_in, talks_to_emulator
-from .manifests import Cluster, find_manifest
-from .queries import run_query
-from .settings import DATA, MANIFEST, WORKSPACE
-from .workspaces import find_workspace
+from include.polars_remote.cloud.advice import add_advice
+from include.polars_remote.cloud.client import (
+    get_cluster_id,
+    get_cluster_status,
+    misspecified_error,
+)
+from include.polars_remote.cloud.manifests import Cluster, find_manifest
+from include.polars_remote.cloud.session import CloudSession, find_connection, talks_to_emulator
+from include.polars_remote.clusters import start_and_wait, use_cluster
+from include.polars_remote.compat.versions import AirflowFailException
+from include.polars_remote.ownership.scope import current_scope
+from include.shop import DATA, MANIFEST, check_data_location
 
 logger = logging.getLogger(__name__)
 
@@ -38,31 +42,32 @@ NEWEST_TRIED = {"Airflow": "3.3", "polars-cloud": "0.12"}
 """A newer one may do as well."""
 
 STOP_SECONDS = 300.0
-"""For a cluster to be gone after it was told to stop."""
+"""Seconds for a cluster to be gone after it was told to stop."""
 
 
-def take_free_steps() -> None:
-    """Look at all that is known without a cluster, from the installation to the manifest.
+def check_setup() -> None:
+    """Check all that is known without a cluster, from the installation to the manifest.
 
     Raises
     ------
     Exception
         Of the first step that has found what would make a DAG fail.
     """
-    for name, look in (
-        ("Airflow", look_at_airflow),
-        ("Client", look_at_client),
-        ("Data", look_at_data_location),
-        ("Connection", look_at_connection),
-        ("Login", look_at_login),
-        ("Workspace", look_at_workspace),
-        ("Manifest", look_at_manifest),
+    session = CloudSession(CONN_ID)
+    for name, check in (
+        ("Airflow", check_airflow),
+        ("Client", check_client),
+        ("Data", check_data),
+        ("Connection", check_connection),
+        ("Login", functools.partial(check_login, session)),
+        ("Workspace", functools.partial(check_workspace, session)),
+        ("Manifest", functools.partial(check_manifest, session)),
     ):
         with _step(name):
-            logger.info("%s: ok: %s", name, look())
+            logger.info("%s: ok: %s", name, check())
 
 
-def take_billed_steps(cluster: Cluster, limit: timedelta) -> None:
+def check_cluster(cluster: Cluster, limit: timedelta) -> None:
     """Start a cluster, write a row at the data location, read it back, and see the cluster stopped.
 
     Parameters
@@ -85,14 +90,15 @@ def take_billed_steps(cluster: Cluster, limit: timedelta) -> None:
     with ExitStack() as until_stopped:
         with _step("Start"):
             ctx = until_stopped.enter_context(use_cluster(cluster))
+            start_and_wait(current_scope(), ctx)
             cluster_id = get_cluster_id(ctx)
             assert cluster_id is not None, "it is running"
             logger.info("Start: ok: cluster %s is running", cluster_id)
         with _step("Write"):
-            run_query(row.remote(ctx).single_node().sink_parquet, uri)
+            row.remote(ctx).single_node().sink_parquet(uri).await_result()
             logger.info("Write: ok: a row to %s", uri)
         with _step("Read"):
-            read = run_query(pl.scan_parquet(uri).remote(ctx).single_node().execute).head
+            read = pl.scan_parquet(uri).remote(ctx).single_node().execute().head
             if read is None or not read.equals(row.collect()):
                 raise RuntimeError(f"{uri} does not hold what was just written there: {read}")
             logger.info("Read: ok: the same row")
@@ -109,7 +115,7 @@ def describe_cost(cluster: Cluster, limit: timedelta) -> str:
     return f"one node ({node}) is billed, for some minutes and for {minutes:.0f} at most"
 
 
-def look_at_airflow() -> str:
+def check_airflow() -> str:
     python = platform.python_version()
     if Version(python) < Version(OLDEST_PYTHON):
         raise AirflowFailException(
@@ -118,7 +124,7 @@ def look_at_airflow() -> str:
     return f"{_name_release('Airflow', airflow_version)}, Python {python}"
 
 
-def look_at_client() -> str:
+def check_client() -> str:
     try:
         client, installed = version("polars-cloud"), version("polars")
     except PackageNotFoundError as error:
@@ -145,35 +151,34 @@ def look_at_client() -> str:
     return f"{_name_release('polars-cloud', client)}, polars {installed}"
 
 
-def look_at_data_location() -> str:
+def check_data() -> str:
     check_data_location()
     return DATA
 
 
-def look_at_connection() -> str:
+def check_connection() -> str:
     connection = find_connection(CONN_ID)
     if isinstance(connection, Exception):
         raise connection
     return f"{CONN_ID} has type {connection.conn_type}, login {connection.login} and a password"
 
 
-def look_at_login() -> str:
-    if error := log_in(CONN_ID):
-        raise error
+def check_login(session: CloudSession) -> str:
+    session.log_in()
     return f"accepted by {'the emulator' if talks_to_emulator() else 'Polars Cloud'}"
 
 
-def look_at_workspace() -> str:
-    return call_polars_cloud(find_workspace).name
+def check_workspace(session: CloudSession) -> str:
+    return session.find_workspace().name
 
 
-def look_at_manifest() -> str:
+def check_manifest(session: CloudSession) -> str:
     if not MANIFEST:
         raise AirflowFailException(
             "POLARS_CLOUD_MANIFEST is empty: set it to a name, or do not set it at all"
         )
     try:
-        found = find_manifest(MANIFEST)
+        found = find_manifest(session, MANIFEST)
     except misspecified_error() as error:
         return f"{MANIFEST} will be registered anew by the next task that uses it: {error}"
     if found is None:
@@ -188,6 +193,7 @@ def _step(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        add_advice(error)
         words = " ".join(str(error).split())
         advice = " ".join(getattr(error, "__notes__", ()))
         logger.error("%s: FAILED: %s", name, f"{advice} ({words})" if advice else words)
@@ -201,9 +207,10 @@ def _name_release(name: str, installed: str) -> str:
 
 
 def _wait_until_stopped(cluster_id: str) -> None:
+    session = current_scope().session
     deadline = time.monotonic() + STOP_SECONDS
     while True:
-        status, _ = call_polars_cloud(look_at_cluster, cluster_id, WORKSPACE)
+        status, _ = session.call(get_cluster_status, cluster_id, session.find_workspace())
         if status in ("STOPPED", "FAILED"):
             return
         if time.monotonic() > deadline:

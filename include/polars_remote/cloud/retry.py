@@ -1,4 +1,4 @@
-"""Retry a call until an outage is over, or has lasted too long."""
+"""Retry calls while Polars Cloud is unavailable."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential
 
-from .settings import OUTAGE_SECONDS
+from ..settings import OUTAGE_SECONDS
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 TRANSIENT_STATUS = {"408", "425", "429", "500", "502", "503", "504"}
-"""HTTP statuses after which the same request may succeed."""
+"""HTTP statuses that are retried."""
 
 TRANSIENT_GRPC = (
     "Deadline expired before operation could complete",
@@ -33,7 +33,7 @@ TRANSIENT_GRPC = (
     "The service is currently unavailable",
     "Unknown error",
 )
-"""The client's names of gRPC statuses that say nothing about the query itself."""
+"""The client's names of the gRPC statuses that are retried."""
 
 TRANSIENT_TEXT = re.compile(
     r"Error calling gRPC endpoint, (" + "|".join(TRANSIENT_GRPC) + r"),"
@@ -45,16 +45,16 @@ TRANSIENT_TEXT = re.compile(
 )
 
 LAST_TRY_SECONDS = 1.0
-"""What the last try has until the end of `time_limit`."""
+"""Seconds reserved for the last attempt before `time_limit` ends."""
 
 SIGNAL_SECONDS = 0.5
-"""Between two looks for signals during a wait: the system may deliver one to another thread."""
+"""Interval in seconds at which a wait lets Python handle signals."""
 
 _deadline = ContextVar[float | None]("deadline", default=None)
 
 
 def retry(function: Callable[[], T], *, call_timeout: float | None = OUTAGE_SECONDS / 4) -> T:
-    """Call the function, and again for as long as it fails in a way that may pass.
+    """Call the function, and retry it while Polars Cloud is unavailable.
 
     The function runs in a thread. The caller waits in Python, where Airflow's time-outs and signals
     reach it.
@@ -111,7 +111,7 @@ def retry(function: Callable[[], T], *, call_timeout: float | None = OUTAGE_SECO
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Let the calls in the body take no longer than this, all together."""
+    """Limit the calls in the body to this many seconds, all together."""
     token = _deadline.set(time.monotonic() + seconds)
     try:
         yield
@@ -120,16 +120,13 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def time_left(seconds: float) -> float:
-    """These seconds, or as many of them as `time_limit` leaves."""
+    """Return `seconds`, capped by the enclosing `time_limit`."""
     limit = _deadline.get()
     return seconds if limit is None else min(seconds, limit - time.monotonic())
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same call may succeed a little later.
-
-    The client has no exception types for this, only texts.
-    """
+    """Return whether the call is worth a retry. The client tells so in texts only, not in types."""
     if isinstance(error, TimeoutError | ConnectionError):
         return True
     text = str(error)
@@ -137,7 +134,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def http_status(text: str) -> str | None:
-    """The HTTP status in an error of the client's; None where the service's own words hide it."""
+    """Return the HTTP status in an error of the client's, or None if the error shows none."""
     message = text
     with suppress(ValueError, KeyError, TypeError):
         message = json.loads(text)["message"]
@@ -146,7 +143,7 @@ def http_status(text: str) -> str | None:
 
 
 def in_thread(function: Callable[[], T], timeout: float | None = None) -> T:
-    """Run the function in a thread, so that a signal interrupts the caller and never the function.
+    """Run the function in a thread: a signal then interrupts the caller, not the function.
 
     Raises
     ------
@@ -167,7 +164,7 @@ def in_thread(function: Callable[[], T], timeout: float | None = None) -> T:
 
 
 def start_thread(function: Callable[[], T]) -> Future[T]:
-    """Run the function in a thread that nobody has to wait for, not even the end of the process."""
+    """Run the function in a daemon thread; its result arrives in the future."""
     future = Future[T]()
     future.set_running_or_notify_cancel()  # whoever gives it up cannot cancel it any more
     context = copy_context()  # tells Airflow whose log it is

@@ -1,4 +1,4 @@
-"""Find the Variables of the ledger by their keys, also where Airflow cannot list Variables.
+"""Find the record's Variables by their keys, also where Airflow cannot list Variables.
 
 Before 3.3 it cannot: there, lists of keys are Variables, too. Tasks share most lists, and Airflow
 has no way to write a Variable only if nobody else has. Each writer looks again a little later, and
@@ -15,7 +15,7 @@ import time
 
 from airflow.sdk import Variable
 
-from .airflow_versions import LISTS_VARIABLES
+from .versions import LISTS_VARIABLES
 
 LISTS = "polars_cloud/keys"
 """What the keys of the lists begin with."""
@@ -40,7 +40,7 @@ def find(prefix: str, run: str = "") -> list[str]:
     return [key for key in keys if key.startswith(prefix) and run in ("", *key.split("/"))]
 
 
-def note(key: str) -> None:
+def add(key: str) -> None:
     """Make a key known, before its Variable is written."""
     if not LISTS_VARIABLES:
         for name in _lists_of(key):
@@ -50,8 +50,8 @@ def note(key: str) -> None:
                 _let_others_write(began)
 
 
-def forget(key: str) -> None:
-    """Counterpart of `note`, after the Variable was deleted."""
+def remove(key: str) -> None:
+    """Counterpart of `add`, after the Variable was deleted."""
     if not LISTS_VARIABLES:
         for name in _lists_of(key):
             while key in (known := _read(name)):
@@ -72,7 +72,7 @@ def _lists_of(key: str) -> list[str]:
         case [_, "cluster", manifest, run, _]:
             return [f"{LISTS}/users/{manifest}/{shard}", f"{LISTS}/run/{run}/{shard}"]
         case _:
-            raise ValueError(f"{key!r} is no key of the ledger")
+            raise ValueError(f"{key!r} is no key of the record")
 
 
 def _lists_below(prefix: str, run: str) -> list[str]:

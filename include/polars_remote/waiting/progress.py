@@ -1,4 +1,4 @@
-"""How often a wait is looked after, and how often it is told of."""
+"""Polling and progress-log intervals."""
 
 from __future__ import annotations
 
@@ -6,36 +6,36 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from .client_internals import get_stages
+from ..cloud.client import get_stages
 
 if TYPE_CHECKING:
     from polars_cloud import DirectQuery, QueryStatus
 
-TOLD_AFTER_SECONDS = (60, 120, 300, 600, 1200, 1800)
-"""Ages of a wait at which the log tells of it; from the last on, once for each such time."""
+LOG_AFTER_SECONDS = (60, 120, 300, 600, 1200, 1800)
+"""Log progress after these seconds, then every 1,800."""
 
 SHORTEST_PAUSE, PAUSE_OF_SHORT, PAUSE_OF_LONG = 0.5, 1.5, 8.0
-"""Seconds between two looks from the triggerer: at first, in the first 5 minutes, and later."""
+"""Triggerer poll interval in seconds, by query age: at first, in the first 5 minutes, and later."""
 
 SHORT_SECONDS = 300.0
 
 
 def get_pause(age: float) -> float:
-    """Seconds until the next look at a query of this age."""
+    """Return the poll interval in seconds for a query of this age."""
     if age < SHORT_SECONDS:
         return min(SHORTEST_PAUSE + age / 60, PAUSE_OF_SHORT)
     return min(age / SHORT_SECONDS * PAUSE_OF_SHORT, PAUSE_OF_LONG)
 
 
 class Progress:
-    """Tells when a wait has grown old enough for another line in the log."""
+    """Decides when a wait is old enough for another line in the log."""
 
     def __init__(self, since: float) -> None:
         self._since = since
         self._next = self._after(time.time() - since)
 
-    def is_due(self) -> bool:
-        """Whether it is time for a line; at most once for each of them."""
+    def should_log(self) -> bool:
+        """Return whether it is time for a line; at most once for each of them."""
         age = time.time() - self._since
         if age < self._next:
             return False
@@ -44,15 +44,15 @@ class Progress:
 
     @staticmethod
     def _after(age: float) -> float:
-        for told_after in TOLD_AFTER_SECONDS:
-            if age < told_after:
-                return told_after
-        last = TOLD_AFTER_SECONDS[-1]
+        for seconds in LOG_AFTER_SECONDS:
+            if age < seconds:
+                return seconds
+        last = LOG_AFTER_SECONDS[-1]
         return (age // last + 1) * last
 
 
 def describe_progress(query: DirectQuery, status: QueryStatus, age: float) -> str:
-    """Return a query's status, its stages if they can be had, and its age."""
+    """Return a query's status, its stages if the cluster tells them, and its age."""
     stages = ""
     with suppress(RuntimeError):  # the cluster's observatory may be out of reach
         done, of_all = get_stages(query)

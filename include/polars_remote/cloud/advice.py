@@ -1,0 +1,47 @@
+"""What to do about a query's error that the storage has caused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+BUCKET = re.compile(r"\b[a-z][a-z0-9+.-]*://[^/\s'\"]+(?=/)")
+
+
+def add_advice(error: Exception, upstream: Collection[str] = ()) -> None:
+    """Add a note that says what to do, if the error is one that is known.
+
+    Parameters
+    ----------
+    upstream
+        Ids of the tasks whose temporary results the query may have read.
+    """
+    advice = _find_advice(error, upstream)
+    if advice and advice not in getattr(error, "__notes__", ()):
+        error.add_note(advice)
+
+
+def _find_advice(error: Exception, upstream: Collection[str]) -> str | None:
+    text = str(error)
+    if found := BUCKET.search(text):
+        bucket = found[0]
+        if "NoSuchBucket" in text:
+            return f"The bucket {bucket} does not exist: correct the URI, or create it"
+        if "redirect" in text:
+            return (
+                f"The bucket {bucket} is in another region than the cluster looks in: use one in "
+                "the region of the workspace, or give scans and sinks "
+                'storage_options={"aws_region": ...}'
+            )
+        if isinstance(error, PermissionError):
+            return (
+                f"The cluster may not use {bucket}: give the workspace's role "
+                "(polars-<workspace>-IAMWorkerRole-...) the right to read, write and list there, "
+                "or correct the URI"
+            )
+    if isinstance(error, FileNotFoundError) and upstream:
+        return (
+            "If this was the temporary result of another task, it has expired: "
+            f"clear {' or '.join(upstream)}, which runs this task again as well"
+        )
+    return None

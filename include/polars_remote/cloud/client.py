@@ -1,0 +1,272 @@
+"""Private names of `polars_cloud`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
+from uuid import UUID
+
+if TYPE_CHECKING:
+    from polars_cloud import ComputeContext, DirectQuery, QueryResult, Workspace
+    from polars_cloud.polars_cloud import QueryInfoPy, SchedulerClient
+
+SPEC = {
+    # Option of `ComputeContext`: attribute that keeps it.
+    "cpus": "cpus",
+    "memory": "memory",
+    "cpu_architectures": "cpu_architectures",
+    "instance_type": "instance_type",
+    "storage": "storage",
+    "cluster_size": "cluster_size",
+    "connection_mode": "connection_mode",
+    "env_vars": "env_vars",
+    "log_level": "log_level",
+    "idle_timeout_mins": "_idle_timeout_mins",
+    "requirements": "_requirements_txt",
+}
+
+COMPARED_AS_WRITTEN = {
+    "cpus",
+    "memory",
+    "instance_type",
+    "storage",
+    "cluster_size",
+    "env_vars",
+    "idle_timeout_mins",
+}
+"""Options that the client keeps as the code gives them."""
+
+
+def not_found_error() -> type[Exception]:
+    from polars_cloud.polars_cloud import NotFoundError
+
+    return NotFoundError
+
+
+def misspecified_error() -> type[Exception]:
+    from polars_cloud.polars_cloud import ComputeClusterMisspecified
+
+    return ComputeClusterMisspecified
+
+
+def frontend_domain() -> str:
+    from polars_cloud.constants import FRONTEND_DOMAIN
+
+    return FRONTEND_DOMAIN
+
+
+# Clusters
+
+
+def get_cluster_id(ctx: ComputeContext) -> str | None:
+    """Return the id of the context's cluster, or None if it was never started."""
+    return str(ctx._compute_id) if ctx._compute_id else None
+
+
+def get_manifest_name(ctx: ComputeContext) -> str | None:
+    return ctx._name
+
+
+def was_available(ctx: ComputeContext) -> bool:
+    """Return whether the cluster accepted queries when its status was last read."""
+    return ctx._last_known_status.is_available()
+
+
+def forget_cluster(ctx: ComputeContext) -> None:
+    """Allow the next start: the client refuses one after a cluster has failed or stopped."""
+    from polars_cloud import ComputeContextStatus
+
+    ctx._compute_id = ctx._direct_client = None
+    ctx._last_known_status = ComputeContextStatus.UNINITIALIZED
+
+
+def start_without_waiting(ctx: ComputeContext) -> None:
+    """Start the cluster of the context's manifest: `ctx.start()` blocks until it is running."""
+    from polars_cloud import ComputeContextStatus
+    from polars_cloud.constants import API_CLIENT
+
+    name = get_manifest_name(ctx)
+    assert name is not None, "each of our clusters has a manifest"
+    cluster = API_CLIENT.start_compute_cluster_manifest(workspace_id=ctx.workspace.id, name=name)
+    ctx._compute_id = cluster.id
+    ctx._last_known_status = ComputeContextStatus.STARTING
+
+
+def get_cluster_status(cluster_id: str, workspace: Workspace) -> tuple[str, str]:
+    """Return a cluster's status, such as `STARTING`, and why it ended; empty if it is live."""
+    from polars_cloud import ComputeContextStatus
+    from polars_cloud.constants import API_CLIENT
+
+    cluster = API_CLIENT.get_compute_cluster(workspace.id, UUID(cluster_id))
+    message = cluster.termination.termination_message if cluster.termination else None
+    return ComputeContextStatus._from_api_model(cluster.status).name, message or ""
+
+
+def get_spec(ctx: ComputeContext) -> dict[str, Any]:
+    """Return a cluster's options by their names; one call if the context has a manifest."""
+    from polars_cloud.constants import API_CLIENT
+
+    spec = {
+        name: getattr(ctx, attribute) for name, attribute in SPEC.items() if hasattr(ctx, attribute)
+    }
+    spec["log_level"] = spec["log_level"].as_str()
+    if name := get_manifest_name(ctx):  # of which the context keeps no requirements
+        manifest = API_CLIENT.get_compute_cluster_manifest(ctx.workspace.id, name)
+        spec["requirements"] = manifest.requirements_txt
+    return spec
+
+
+def get_changes(ctx: ComputeContext, options: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the options that differ from the context's: by name, the old and the new value.
+
+    The options are in `COMPARED_AS_WRITTEN`.
+    """
+    pairs = {name: (getattr(ctx, SPEC[name]), value) for name, value in options.items()}
+    return {name: (old, new) for name, (old, new) in pairs.items() if new and old != new}
+
+
+def unregister_manifest(ctx: ComputeContext, name: str) -> None:
+    """Remove the manifest, if it is there, from the context's workspace."""
+    from polars_cloud.constants import API_CLIENT
+
+    # Another task may have removed it, or this one when the reply was lost.
+    with suppress(not_found_error()):
+        API_CLIENT.unregister_compute_cluster_manifest(workspace_id=ctx.workspace.id, name=name)
+
+
+# Queries
+
+
+class QueryClient(Protocol):
+    """What a context and its `DirectQuery`s call of the client's `SchedulerClient`."""
+
+    def do_query(
+        self,
+        *,
+        plan: bytes,
+        settings: Any,
+        labels: list[str] | None,
+        execution_id: str | None,
+        lineage_context: Any,
+    ) -> UUID: ...
+
+    def get_direct_query_status(self, query_id: UUID) -> Any: ...
+
+    def get_direct_query_result(self, query_id: UUID, timeout_ms: int) -> QueryInfoPy: ...
+
+    def cancel_direct_query(self, query_id: UUID) -> None: ...
+
+
+def send_queries_through(client: QueryClient, ctx: ComputeContext) -> None:
+    """Make the context send its queries, by whichever route, through the client given.
+
+    With polars-cloud 0.12, each route of a query on a direct context ends in `do_query`: sinks,
+    `execute`, `show`, `explain`, `spawn` and `RemoteEngine`. `ctx.start()` does nothing any more:
+    whoever implements `do_query` starts the cluster.
+    """
+    ctx.__class__ = _redirected_context()
+    ctx._redirected_to = client  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _redirected_context() -> type[ComputeContext]:
+    from polars_cloud import ComputeContext
+
+    class RedirectedContext(ComputeContext):
+        _redirected_to: QueryClient
+
+        def start(self, *, wait: bool = False) -> None:
+            """Do nothing: the first query starts the cluster."""
+
+        def _get_direct_client(self) -> Any:
+            return self._redirected_to
+
+    return RedirectedContext
+
+
+def get_query_client(ctx: ComputeContext) -> SchedulerClient:
+    """Return the client's own connection to the context's cluster."""
+    from polars_cloud import ComputeContext
+
+    client = ComputeContext._get_direct_client(ctx)
+    assert client is not None, "only in proxy mode, which is refused"
+    return client
+
+
+def get_client(query: DirectQuery) -> object:
+    """Return the client through which the query was submitted."""
+    return getattr(query, "_client", None)
+
+
+def is_query(value: object) -> TypeGuard[DirectQuery]:
+    """Return whether the value is a submitted query."""
+    from polars_cloud import DirectQuery, ProxyQuery
+
+    return isinstance(value, DirectQuery | ProxyQuery)
+
+
+def is_result(value: object) -> TypeGuard[QueryResult]:
+    from polars_cloud import QueryResult
+
+    return isinstance(value, QueryResult)
+
+
+def get_query_id(query: DirectQuery) -> str:
+    return str(query._query_id)
+
+
+def get_result_info(result: QueryResult) -> QueryInfoPy:
+    """Return what the client's `get_direct_query_result` gave for the result."""
+    return result.finished_task_info.inner
+
+
+def get_context(query: DirectQuery) -> ComputeContext:
+    return cast("ComputeContext", query._cluster)
+
+
+def connect_query(query_id: str, ctx: ComputeContext) -> DirectQuery:
+    """Connect to a query by its id, on the cluster that it was submitted to."""
+    from polars_cloud import DirectQuery
+
+    return DirectQuery(UUID(query_id), get_query_client(ctx), ctx)
+
+
+def get_stages(query: DirectQuery) -> tuple[int, int | None]:
+    """Return how many of a query's stages are done, and of how many if that is known yet."""
+    details = query._client.get_query_details(query._query_id)
+    return len(details.finished_stages), details.total_num_stages
+
+
+def connect_queries(ctx: ComputeContext) -> Callable[[str], DirectQuery]:
+    """Return a function that connects to the cluster's queries with the current login.
+
+    The client has one login per process. These queries keep theirs, whoever logs in later, until
+    it expires.
+    """
+    from polars_cloud import ClientOptions, DirectQuery, TLSOptions
+    from polars_cloud.constants import API_CLIENT
+    from polars_cloud.polars_cloud import SchedulerClient
+
+    info = API_CLIENT.get_compute_server_info(ctx.workspace.id, UUID(get_cluster_id(ctx)))
+    scheduler, observatory = (
+        ClientOptions(
+            uri=f"https://{endpoint.address}",
+            domain_name=endpoint.tls_server_name,
+            extra_headers={"authorization": API_CLIENT.get_auth_header()},
+            tls_options=TLSOptions(ca_cert=info.public_server_key.encode()),
+        )
+        for endpoint in (info.scheduler, info.observatory)
+    )
+    client = SchedulerClient.without_default_auth(scheduler=scheduler, observatory=observatory)
+    return lambda query_id: DirectQuery(UUID(query_id), client, ctx)
+
+
+def list_queries(ctx: ComputeContext) -> Iterator[tuple[str, str | None]]:
+    """Yield id and destination of each query that was submitted to the context's cluster."""
+    from polars_cloud.constants import API_CLIENT
+
+    for query in API_CLIENT.get_queries(ctx.workspace.id):
+        if query.cluster_id == ctx._compute_id:
+            yield str(query.id), query.output_location

@@ -1,0 +1,146 @@
+"""Keep a manifest registered as the code says, for the worker's versions of Polars and Python."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .client import (
+    COMPARED_AS_WRITTEN,
+    get_changes,
+    get_cluster_id,
+    get_spec,
+    misspecified_error,
+    not_found_error,
+    unregister_manifest,
+)
+from .session import CloudSession
+
+if TYPE_CHECKING:
+    from polars_cloud import ComputeContext
+
+logger = logging.getLogger(__name__)
+
+REGISTRATIONS = 5
+"""Maximum attempts while other tasks change the manifest."""
+
+Cluster = Mapping[str, Any]
+"""A manifest's `name`, and options of `polars_cloud.ComputeContext`: `cpus`, `memory`, ..."""
+
+
+def register_manifest(
+    session: CloudSession, cluster: Cluster, is_used: Callable[[], bool]
+) -> ComputeContext:
+    """Register the manifest if it is absent, and anew if its options have changed.
+
+    A manifest pins Polars and Python to the patch, and the client refuses one that does not match.
+    A cluster that is in use keeps its size until its users have left; a live cluster of other
+    versions runs on, without a name, until its idle timeout. An option that the code leaves out
+    stays as it was registered.
+
+    Parameters
+    ----------
+    cluster
+        Manifest's name and options.
+    is_used
+        Returns whether another task uses the cluster. Called only if it is live and idle.
+
+    Returns
+    -------
+    polars_cloud.ComputeContext
+        By the manifest's name.
+
+    Raises
+    ------
+    ValueError
+        Polars Cloud refused the options.
+    """
+    name = cluster["name"]
+    try:
+        registered = find_manifest(session, name)
+    except misspecified_error() as error:
+        logger.warning("Manifest %s is registered anew: %s", name, error)
+        wanted = _unnamed(session, cluster)
+        session.call(unregister_manifest, wanted, name)
+        return _register(session, wanted, name)
+    if registered is None:
+        return _register(session, _unnamed(session, cluster), name)
+
+    try:
+        changes = _find_changes(session, registered, cluster)
+    except not_found_error():  # another task is just changing it
+        return _register(session, _unnamed(session, cluster), name)
+    if not changes:
+        return registered
+    status = session.call(registered.get_status)
+    is_live = status.is_available() or status.name == "STARTING"
+    if is_live and (status.name != "IDLE" or is_used()):
+        logger.warning(
+            "Manifest %s keeps its size while cluster %s is in use; the next start applies: %s",
+            name,
+            get_cluster_id(registered),
+            changes,
+        )
+        return registered
+    wanted = _unnamed(session, cluster)
+    logger.info("Manifest %s is changed: %s", name, changes)
+    if is_live:
+        session.call(registered.stop)
+    session.call(unregister_manifest, wanted, name)
+    return _register(session, wanted, name)
+
+
+def find_manifest(session: CloudSession, name: str) -> ComputeContext | None:
+    """Return the manifest's context, or None if there is no such manifest.
+
+    Raises
+    ------
+    ComputeClusterMisspecified
+        The manifest is registered for another Polars or Python.
+    """
+    from polars_cloud import ComputeContext
+
+    workspace = session.find_workspace()
+    try:
+        return session.call(lambda: ComputeContext(workspace=workspace, name=name))
+    except not_found_error():
+        return None
+
+
+def _find_changes(session: CloudSession, registered: ComputeContext, cluster: Cluster) -> str:
+    options = {key: value for key, value in cluster.items() if key != "name"}
+    if not options.keys() <= COMPARED_AS_WRITTEN:
+        # The client normalizes the others, and refuses those that it does not know.
+        unnamed = _unnamed(session, cluster)
+        old, new = (session.call(get_spec, ctx) for ctx in (registered, unnamed))
+        # What the code leaves open is for Polars Cloud to fill in.
+        changes = {key: (old[key], new[key]) for key in new if new[key] and old[key] != new[key]}
+    else:
+        changes = get_changes(registered, options)
+    return ", ".join(f"{key} {old} → {new}" for key, (old, new) in changes.items())
+
+
+def _register(session: CloudSession, wanted: ComputeContext, name: str) -> ComputeContext:
+    refusal = ValueError()
+    for _ in range(REGISTRATIONS):
+        try:
+            session.call(wanted.register, name)
+        except ValueError as error:
+            # It may be there: registered by another task, or by this one when the reply was lost.
+            if found := find_manifest(session, name):
+                return found
+            # Or it was there, and another task that changes it as well has just removed it.
+            refusal = error
+        else:
+            logger.info("Registered manifest %s", name)
+            return wanted
+    raise refusal
+
+
+def _unnamed(session: CloudSession, cluster: Cluster) -> ComputeContext:
+    from polars_cloud import ComputeContext
+
+    workspace = session.find_workspace()
+    options = {key: value for key, value in cluster.items() if key != "name"}
+    return session.call(lambda: ComputeContext(workspace=workspace, **options))

@@ -1,0 +1,79 @@
+"""Read from a serialized plan where its query writes."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, NamedTuple
+
+import msgspec
+
+NODES_KEY = msgspec.msgpack.encode("dsl_plans")
+DATA_KEY = msgspec.msgpack.encode("dataframes")
+HEADER_LENGTH = len(b"DSL_VERSION") + 2 + 2 + 64
+TEMPORARY, TO_CLIENT = "<in-memory>", "<flight>"
+"""Targets of a query whose result goes to a temporary place or back to the client."""
+
+
+class Plan(NamedTuple):
+    """What identifies a query.
+
+    Attributes
+    ----------
+    destinations
+        URIs that its sinks name. Empty for a temporary result.
+    digest
+        Of the plan's bytes, which are equal in each process for the same code, except where a
+        Python `set` went in.
+    has_location
+        Whether a successful query tells where its result is: not with `sink_batches` or `explain`.
+    """
+
+    destinations: tuple[str, ...]
+    digest: str
+    has_location: bool
+
+
+def read_plan(plan: bytes) -> Plan:
+    """Take the sinks from a plan that Polars 2.0 serialized.
+
+    A plan is a header and a MessagePack document: the root's index, the data of in-memory frames,
+    and last the nodes. Only the root and the nodes are decoded.
+
+    Raises
+    ------
+    ValueError
+        The plan has another form.
+    """
+    root = _find_root(plan)
+    sinks = root["SinkMultiple"]["inputs"] if "SinkMultiple" in root else [root]
+    payloads = [sink["Sink"]["payload"] for sink in sinks]
+    uris = [_find_uri(payload) for payload in payloads]
+    return Plan(
+        tuple(uri for uri in uris if uri not in (None, TEMPORARY, TO_CLIENT)),
+        hashlib.sha256(plan).hexdigest()[:16],
+        None not in uris and TO_CLIENT not in uris,
+    )
+
+
+def _find_root(plan: bytes) -> dict[str, Any]:
+    end = len(plan)
+    data = plan.find(DATA_KEY, HEADER_LENGTH)
+    # A text in a node, or the data of a frame, may look like the key.
+    while (end := plan.rfind(NODES_KEY, HEADER_LENGTH, end)) > data > 0:
+        try:
+            nodes = msgspec.msgpack.decode(plan[end + len(NODES_KEY) :], type=list[dict[str, Any]])
+            start = msgspec.msgpack.decode(b"\x81" + plan[HEADER_LENGTH + 1 : data])
+        except msgspec.DecodeError:
+            continue
+        root: dict[str, Any] = nodes[start["root"]["idx"]]["value"]
+        return root
+    raise ValueError("This plan is not one that Polars serialized")
+
+
+def _find_uri(payload: dict[str, Any]) -> str | None:
+    match payload:
+        case {"File": {"target": {"inner": str(uri)}}}:
+            return uri
+        case {"Partitioned": {"base_path": {"inner": str(uri)}}}:
+            return uri
+    return None

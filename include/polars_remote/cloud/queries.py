@@ -1,0 +1,128 @@
+"""Find a submitted query again, and cancel it."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from ..settings import PORTAL
+from .client import (
+    connect_query,
+    frontend_domain,
+    get_cluster_id,
+    get_context,
+    get_query_id,
+    list_queries,
+    not_found_error,
+)
+from .session import CloudSession
+
+if TYPE_CHECKING:
+    from polars_cloud import ComputeContext, DirectQuery, QueryStatus
+
+logger = logging.getLogger(__name__)
+
+NOT_FOUND = "Error calling gRPC endpoint, Some requested entity was not found"
+
+
+def find_live_cluster(session: CloudSession, cluster_id: str) -> ComputeContext | None:
+    """Return the cluster's context, or None if it has stopped or was never there."""
+    from polars_cloud import ComputeContext
+
+    workspace = session.find_workspace()
+    try:
+        return session.call(lambda: ComputeContext.connect(cluster_id, workspace=workspace))
+    except not_found_error():
+        return None
+    except RuntimeError as error:
+        if "incorrect state" not in str(error):
+            raise
+        return None
+
+
+def find_query(
+    session: CloudSession,
+    cluster_id: str,
+    query_id: str | None,
+    destination: str,
+    known: list[str],
+) -> DirectQuery | None:
+    """Return the query that was submitted, or None if its cluster is gone or has no such query.
+
+    Parameters
+    ----------
+    query_id
+        None if the reply to the submission was lost.
+    destination
+        URI by which a query without an id is found. A temporary result has none.
+    known
+        Ids of queries with this destination that the cluster had before.
+    """
+    ctx = find_live_cluster(session, cluster_id)
+    if ctx is None:
+        return None
+    query_id = query_id or find_new_query(session, ctx, destination, known)
+    return None if query_id is None else session.call(connect_query, query_id, ctx)
+
+
+def find_new_query(
+    session: CloudSession, ctx: ComputeContext, destination: str, known: list[str]
+) -> str | None:
+    """Return the id of the query with this destination that is not among the known ones."""
+    if not destination:
+        return None
+    listed = session.call(lambda: list(list_queries(ctx)))
+    new = [each for each, uri in listed if uri == destination and each not in known]
+    return new[-1] if new else None
+
+
+def find_status(session: CloudSession, query: DirectQuery) -> QueryStatus | None:
+    """Return the query's status, or None if its cluster does not know it."""
+    try:
+        return session.call(query.get_status)
+    except RuntimeError as error:
+        if NOT_FOUND not in str(error):
+            raise
+        return None
+
+
+def end_query(session: CloudSession, query: DirectQuery) -> None:
+    """Cancel the query unless it has ended.
+
+    Raises
+    ------
+    Exception
+        The query could not be canceled.
+    """
+    is_canceled = False
+
+    def cancel_unless_ended() -> None:
+        nonlocal is_canceled
+        try:
+            if query.get_status().is_done():
+                return
+        except Exception as error:
+            if NOT_FOUND in str(error):
+                return
+            if is_canceled:
+                raise
+        query.cancel()  # quiet about every error
+        is_canceled = True
+        if not query.get_status().is_done():
+            raise TimeoutError("it is still running")
+
+    session.call(cancel_unless_ended)
+    if is_canceled:
+        logger.info("Canceled query %s", describe(query))
+
+
+def describe(query: DirectQuery) -> str:
+    """Return the query's id and, last, the address of its page."""
+    return f"{get_query_id(query)} {get_page(query)}"
+
+
+def get_page(query: DirectQuery) -> str:
+    """Return the address of the query's page on Polars Cloud."""
+    ctx = get_context(query)
+    portal = PORTAL or f"https://{frontend_domain()}"
+    return f"{portal}/portal/{ctx.workspace.id}/{get_cluster_id(ctx)}/queries/{get_query_id(query)}"

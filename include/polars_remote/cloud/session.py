@@ -1,0 +1,257 @@
+"""Call Polars Cloud with the login of an Airflow Connection."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from airflow.sdk import BaseHook, Connection
+
+from ..compat.versions import AirflowNotFoundException
+from ..errors import LoginRefusedError, WorkspaceNotFoundError
+from ..settings import OUTAGE_SECONDS, WORKSPACE
+from .retry import http_status, is_transient, retry
+
+if TYPE_CHECKING:
+    from polars_cloud import Workspace
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+EMULATOR = "polars-cloud-emulator"
+"""Client ID of the emulator's account: never sent to the real service, nor a real one to it."""
+
+# The client has one exception type for every failed login: only the text tells a refusal from an
+# outage.
+REFUSED_LOGIN = "missing field `access_token`"
+LOGGED_OUT = "The request does not have valid authentication credentials"
+
+
+class CloudSession:
+    """Calls to Polars Cloud with the login of one Airflow Connection.
+
+    The client has one login per process. Sessions of other Connections wait for their turn.
+
+    Parameters
+    ----------
+    conn_id
+        Id of the Airflow Connection.
+    """
+
+    def __init__(self, conn_id: str) -> None:
+        self.conn_id = conn_id
+        self._workspace: Workspace | None = None
+
+    def log_in(self) -> None:
+        """Log in now. Otherwise the first call does.
+
+        Raises
+        ------
+        LoginRefusedError
+            Not retried: the Connection is missing, incomplete or refused.
+        ConnectionError
+            Polars Cloud cannot be reached.
+        ValueError
+            Any other answer, in the words of Polars Cloud.
+        """
+        with _login.held_by(self.conn_id, renew=True):
+            pass
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Keep this login for the calls in the body. Raises what `log_in` raises."""
+        with _login.held_by(self.conn_id):
+            yield
+
+    def call(
+        self,
+        function: Callable[..., T],
+        *arguments: Any,
+        call_timeout: float | None = OUTAGE_SECONDS / 4,
+    ) -> T:
+        """Call Polars Cloud as `retry` does; log in again if the login has expired.
+
+        Raises
+        ------
+        Exception
+            As `log_in` and `retry`.
+        """
+        bound = functools.partial(function, *arguments)
+        with self.turn():
+            try:
+                return retry(bound, call_timeout=call_timeout)
+            except Exception as error:
+                if not is_logged_out(error):
+                    raise
+                logger.warning("Login expired, logging in again: %s", error)
+            if refused := log_in(self.conn_id):
+                raise refused
+            return retry(bound, call_timeout=call_timeout)
+
+    def find_workspace(self) -> Workspace:
+        """Return the workspace that `POLARS_CLOUD_WORKSPACE` names; looked up once.
+
+        Raises
+        ------
+        WorkspaceNotFoundError
+            The account has no such workspace. The message lists those that it has.
+        """
+        if self._workspace is None:
+            self._workspace = self.call(_find_workspace)
+        return self._workspace
+
+
+class _Login:
+    """The client's login: one per process, used by any number of threads for one account."""
+
+    def __init__(self) -> None:
+        self._turns = threading.Condition()
+        self._conn_id: str | None = None
+        self._users = 0
+        self._waiting: list[str] = []
+        self._holding = ContextVar[str | None]("holding", default=None)
+        """Connection for which the current thread, or the one that started it, has the turn."""
+
+    @contextmanager
+    def held_by(self, conn_id: str, *, renew: bool = False) -> Iterator[None]:
+        if self._holding.get() == conn_id:
+            yield
+            return
+        self._begin(conn_id, renew)
+        token = self._holding.set(conn_id)
+        try:
+            yield
+        finally:
+            self._holding.reset(token)
+            with self._turns:
+                self._users -= 1
+                self._turns.notify_all()
+
+    def _begin(self, conn_id: str, renew: bool) -> None:
+        with self._turns:
+            self._waiting.append(conn_id)
+            # First come, first served: nobody overtakes another account that waits.
+            try:
+                self._turns.wait_for(
+                    lambda: (
+                        (not self._users and self._waiting[0] == conn_id)
+                        or (self._conn_id == conn_id and set(self._waiting) == {conn_id})
+                    )
+                )
+            finally:
+                self._waiting.remove(conn_id)
+            if renew or self._conn_id != conn_id:
+                self._conn_id = None
+                if error := log_in(conn_id):
+                    self._turns.notify_all()
+                    raise error
+                self._conn_id = conn_id
+            self._users += 1
+            self._turns.notify_all()
+
+
+_login = _Login()
+
+
+def log_in(conn_id: str) -> Exception | None:
+    """Log in with the Connection; return the error for the caller to raise.
+
+    The frames in here hold the secret, and an exception that is raised in one shows its locals.
+    """
+    connection = find_connection(conn_id)
+    if isinstance(connection, Exception):
+        return connection
+    assert connection.password, "find_connection has looked"
+
+    try:
+        import polars_cloud as pc  # costs ten times the rest of a DAG file when it is parsed
+    except ImportError as error:
+        return LoginRefusedError(
+            f"The client of Polars Cloud cannot be imported ({error}): install it here"
+        )
+
+    authenticate = functools.partial(
+        pc.authenticate,
+        client_id=connection.login,
+        client_secret=connection.password,
+        interactive=False,
+    )
+    try:
+        retry(authenticate)
+    except Exception as error:
+        text = str(error)
+        if REFUSED_LOGIN in text or http_status(text) == "401":
+            return _refuse(conn_id, "was refused by Polars Cloud")
+        if isinstance(error, ValueError) and not is_transient(error):
+            return error.with_traceback(None)
+        reason = text.partition("\n\t")[0]  # without the hint to log in with a browser
+        return ConnectionError(
+            "Polars Cloud could not be reached: check the network of this worker and, if set, "
+            "POLARS_CLOUD_API_ADDR and POLARS_CLOUD_DOMAIN in its environment "
+            f"({reason.replace(connection.password, '***')})."
+        )
+    return None
+
+
+def find_connection(conn_id: str) -> Connection | LoginRefusedError:
+    """Return the Connection if it can be used for a login, or else what is wrong with it."""
+    try:
+        connection = BaseHook.get_connection(conn_id)
+    except AirflowNotFoundException:
+        return _refuse(conn_id, "is missing")
+    if not connection.login:
+        return _refuse(conn_id, "has no login")
+    if not connection.password:
+        return _refuse(conn_id, "has no password")
+    is_emulators = connection.login == EMULATOR or connection.login.startswith(f"{EMULATOR}-")
+    if is_emulators != talks_to_emulator():
+        return LoginRefusedError(
+            f"The Airflow Connection {conn_id!r} was not used: its login is the emulator's, but "
+            "this worker talks to Polars Cloud. Set the client ID of a service account."
+            if is_emulators
+            else f"The Airflow Connection {conn_id!r} was not used: its login is an account's, but "
+            "this worker talks to the emulator. Unset POLARS_CLOUD_DOMAIN and "
+            "POLARS_CLOUD_API_ADDR, or with Docker Compose set POLARS_CLOUD_EMULATOR=0 in .env."
+        )
+    return connection
+
+
+def talks_to_emulator() -> bool:
+    """Return whether this worker's Polars Cloud is the emulator."""
+    return os.environ.get("POLARS_CLOUD_DOMAIN", "").startswith("emulator@")
+
+
+def is_logged_out(error: BaseException) -> bool:
+    """Return whether Polars Cloud does not accept the login any more."""
+    text = str(error)
+    return LOGGED_OUT in text or http_status(text) == "401"
+
+
+def _find_workspace() -> Workspace:
+    from polars_cloud import Workspace
+    from polars_cloud.exceptions import WorkspaceResolveError
+
+    try:
+        return Workspace(WORKSPACE)
+    except WorkspaceResolveError as error:
+        problem = str(error).splitlines()[0].rstrip(".")
+    names = ", ".join(sorted(workspace.name for workspace in Workspace.list()))
+    raise WorkspaceNotFoundError(
+        f"{problem}. Set POLARS_CLOUD_WORKSPACE to a workspace of this account: "
+        f"{names or 'it has none yet, so make one in Polars Cloud first'}"
+    )
+
+
+def _refuse(conn_id: str, problem: str) -> LoginRefusedError:
+    return LoginRefusedError(
+        f"The Airflow Connection {conn_id!r} {problem}: under Admin > Connections, in "
+        f"AIRFLOW_CONN_{conn_id.upper()} or in your secrets backend, set type = HTTP, "
+        "login = client ID and password = client secret of a Polars Cloud service account."
+    )

@@ -1,0 +1,54 @@
+"""Exceptions of this package. All derive from `PolarsRemoteError`.
+
+A query that fails raises its own exception, such as `polars.exceptions.ColumnNotFoundError`.
+"""
+
+from .compat.versions import AirflowFailException
+
+
+class PolarsRemoteError(Exception):
+    """Base class."""
+
+
+class SettingsError(PolarsRemoteError, ValueError):
+    """An environment variable has a value that is not allowed."""
+
+
+class NotAuthenticatedError(PolarsRemoteError, RuntimeError):
+    """The task has no `@authenticate`."""
+
+
+class LoginRefusedError(PolarsRemoteError, AirflowFailException):
+    """The Airflow Connection is missing, incomplete or refused. Not retried."""
+
+
+class WorkspaceNotFoundError(PolarsRemoteError, AirflowFailException):
+    """The account has no such workspace. Not retried."""
+
+
+class ClusterRefusedError(PolarsRemoteError, AirflowFailException):
+    """The cluster cannot be used with what this package promises. Not retried."""
+
+
+class ClusterNotStartedError(PolarsRemoteError, RuntimeError):
+    """The cluster failed or stopped while it was starting."""
+
+
+class QueryRefusedError(PolarsRemoteError, AirflowFailException):
+    """The query was not sent, because it cannot be kept on record. Not retried."""
+
+
+class QueryCanceledError(PolarsRemoteError, AirflowFailException):
+    """Somebody canceled the query. Not retried."""
+
+
+class QueryLostError(PolarsRemoteError, RuntimeError):
+    """The query has no result, because its cluster has stopped or named no location."""
+
+
+class QueryNotAwaitedError(PolarsRemoteError, RuntimeError):
+    """The task ended without the result of a query that it had submitted."""
+
+
+class TakenOverError(PolarsRemoteError, RuntimeError):
+    """A later try of the task owns its queries."""

@@ -1,0 +1,328 @@
+"""The one way to end what a task has started.
+
+An entry of the record whose owner has ended, by Airflow's word, is ended by whoever sees it first:
+the task itself, its next try, a teardown, a trigger, a DAG's callback, the next user of the same
+cluster, or the sweep. The result of a task never depends on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from typing import TYPE_CHECKING, NamedTuple
+
+from airflow.configuration import conf
+from airflow.sdk import Context
+
+from ..cloud.client import get_cluster_id, misspecified_error
+from ..cloud.manifests import find_manifest
+from ..cloud.queries import end_query, find_query
+from ..cloud.retry import time_left, time_limit
+from ..cloud.session import CloudSession
+from ..compat.internals import has_supervisor
+from . import record
+from .record import ClusterUse, Owner, QueryRecord, TaskRecord
+
+if TYPE_CHECKING:
+    from polars_cloud import ComputeContext, DirectQuery
+
+logger = logging.getLogger(__name__)
+
+WIND_UP_SECONDS = 10.0
+"""How long to wait for the cluster to become idle."""
+
+PARSE_SECONDS = 10.0
+"""Seconds reserved in the DAG processor for parsing the file and for final log lines."""
+
+ENDS_AT_ONCE = 8
+"""Maximum concurrent cancellations of a task."""
+
+FindQuery = Callable[[CloudSession, str, QueryRecord], "DirectQuery | None"]
+
+
+class Left(NamedTuple):
+    """What could not be ended, whose it is, and why."""
+
+    what: str
+    owner: Owner
+    reason: str
+
+    def __str__(self) -> str:
+        return f"Could not end {self.what} of {self.owner}: {self.reason}"
+
+
+def clean_up(context: Context | None = None) -> None:
+    """End what ended tasks have left: the `on_failure_callback` and `on_success_callback` of a DAG.
+
+    A run that exceeds its `dagrun_timeout` skips its teardown, and a worker that is killed at a
+    task's last try leaves its query behind. Tasks that were cleared since are active again, and
+    keep their queries.
+
+    Airflow calls back once, in the DAG processor, and kills the call after
+    `dag_file_processor_timeout`, which a list of callbacks shares: put `clean_up` first.
+
+    Parameters
+    ----------
+    context
+        Of the run. Without it, of all runs, as in the DAG `end_orphans`; this needs Airflow 3.3.
+    """
+    if not has_supervisor():
+        return  # `dag.test()` kills no task, and nobody answers for Airflow
+    if context is None:
+        left = end_orphans()
+    else:
+        seconds = conf.getfloat("dag_processor", "dag_file_processor_timeout") - PARSE_SECONDS
+        with time_limit(max(seconds, PARSE_SECONDS)):
+            left = end_orphans(record.digest(context["dag"].dag_id, context["run_id"]))
+    log_left(left)
+
+
+def end_orphans(run: str = "", *, besides: Collection[str] = ()) -> list[Left]:
+    """End each entry whose owner has ended, and return what is left.
+
+    Parameters
+    ----------
+    run
+        `Owner.run`; all runs if empty.
+    besides
+        Keys of tasks that somebody watches.
+    """
+    left: list[Left] = []
+    # Queries first: a cluster on which none runs can be stopped.
+    tasks = record.find_keys(f"{record.TASKS}{run}/" if run else record.TASKS)
+    for key in tasks:
+        if key not in besides and (task := record.get_task(key)):
+            # The state is asked after the entry was read: an ended owner writes no more.
+            left += _end_orphan(key, task, run)
+    for key in record.find_keys(record.CLUSTERS, run):
+        if use := record.get_use(key):
+            left += _end_orphan(key, use, run)
+    return left
+
+
+def _end_orphan(key: str, entry: TaskRecord | ClusterUse, run: str) -> list[Left]:
+    try:
+        if entry.owner.is_active():
+            if run:
+                logger.info("%s is active: nothing of it is ended", entry.owner)
+            return []
+    except Exception as error:
+        return [Left("the entry", entry.owner, str(error))]
+    logger.info("Ending what %s has left", entry.owner)
+    session = CloudSession(entry.conn_id)
+    if isinstance(entry, TaskRecord):
+        return end_task(session, key, entry)
+    return end_use(session, entry)
+
+
+def end_task_entry(key: str) -> list[Left]:
+    """End what a deferred task has started, unless a later try owns it."""
+    task = record.get_task(key)
+    if task is None:
+        return []
+    if max(record.find_keys(record.task_key(task.owner)), default=key) > key:
+        logger.info("A later try of %s owns its queries: they are left alone", task.owner)
+        return []
+    return end_task(CloudSession(task.conn_id), key, task)
+
+
+def end_task(
+    session: CloudSession,
+    key: str,
+    task: TaskRecord,
+    *,
+    ended: Collection[str] = (),
+    given_up: Collection[str] = (),
+    find: FindQuery | None = None,
+) -> list[Left]:
+    """Cancel a task's queries, give up its clusters, and erase its entry; never raises.
+
+    What could not be ended stays on record, and is returned.
+
+    Parameters
+    ----------
+    ended
+        Names of queries that have ended.
+    given_up
+        Names of queries that could not be canceled a moment ago.
+    find
+        Connects to a query; by the ids on record unless given.
+    """
+    queries = {name: each for name, each in task.queries.items() if name not in ended}
+    to_end = {name: each for name, each in queries.items() if name not in given_up}
+    failed_queries = end_queries(session, task.owner, to_end, find)
+    left = [*failed_queries.values()]
+    uses = []
+    for use_key in sorted(task.cluster_uses):
+        try:
+            use = record.get_use(use_key)
+        except Exception as error:
+            left.append(Left("the use of a cluster", task.owner, str(error)))
+            uses.append(use_key)
+            continue
+        if use and (failed := end_use(session, use)):
+            left += failed
+            uses.append(use_key)
+    try:
+        task.queries = {
+            name: each
+            for name, each in queries.items()
+            if name in failed_queries or name in given_up
+        }
+        if task.queries or left:
+            task.cluster_uses, task.is_stale = uses, True
+            record.put(key, task)
+        else:
+            record.erase(key)
+    except Exception as error:
+        left.append(Left("the entry", task.owner, str(error)))
+    return left
+
+
+def end_queries(
+    session: CloudSession,
+    owner: Owner,
+    queries: Mapping[str, QueryRecord],
+    find: FindQuery | None = None,
+) -> dict[str, Left]:
+    """Cancel the queries, several at a time, and return what is left by name; never raises."""
+    if not queries:
+        return {}
+
+    def end(name: str, query: QueryRecord) -> Left | None:
+        try:
+            if found := (find or find_recorded)(session, name, query):
+                end_query(session, found)
+        except Exception as error:
+            what = f"query {query.query_id or '(id unknown)'} for {name}"
+            return Left(f"{what} on cluster {query.cluster_id}", owner, str(error))
+        return None
+
+    with ThreadPoolExecutor(min(len(queries), ENDS_AT_ONCE)) as threads:
+        ends = {
+            name: threads.submit(copy_context().run, end, name, each)
+            for name, each in queries.items()
+        }
+    return {name: left for name, each in ends.items() if (left := each.result())}
+
+
+def find_recorded(session: CloudSession, name: str, query: QueryRecord) -> DirectQuery | None:
+    """Connect to a query on record, or return None if its cluster is gone or does not know it."""
+    # Releases before the second wrote no destination: it was the name.
+    destination = query.destination or ("" if name.startswith("temporary result") else name)
+    return find_query(session, query.cluster_id, query.query_id, destination, query.known)
+
+
+def end_use(
+    session: CloudSession, use: ClusterUse, ctx: ComputeContext | None = None
+) -> list[Left]:
+    """End a use of a cluster; the last user stops it. Never raises.
+
+    Of two who end their use at the same time, each looks again when it is off the record: one of
+    them is the last.
+
+    Parameters
+    ----------
+    ctx
+        Of the cluster, if its id is known.
+    """
+    try:
+        others = _Others(session, use)
+        is_last = not others.are_active()
+        if is_last and others.want_stop:
+            _stop(session, use, ctx)
+        record.erase(use.key)
+        if not is_last:
+            if others.are_active():
+                logger.info("Cluster of manifest %s runs on for its other users", use.manifest)
+            elif others.want_stop:
+                _stop(session, use, ctx)
+    except Exception as error:
+        return [Left(f"the use of the cluster of manifest {use.manifest}", use.owner, str(error))]
+    return []
+
+
+def has_other_users(session: CloudSession, use: ClusterUse) -> bool:
+    """Return whether another active task uses the cluster; end what ended tasks have left on it."""
+    return _Others(session, use).are_active()
+
+
+class _Others:
+    """The other users of a cluster."""
+
+    def __init__(self, session: CloudSession, use: ClusterUse) -> None:
+        self._session = session
+        self._use = use
+        self.want_stop = use.stops
+        """Whether this user, or one that has ended without doing so, stops the cluster."""
+
+    def are_active(self) -> bool:
+        """Return whether any is active; end the queries of those that have ended."""
+        for key in record.find_keys(record.cluster_prefix(self._use.manifest)):
+            if key == self._use.key or not (other := record.get_use(key)):
+                continue
+            if other.owner.is_active():
+                return True
+            # Another Connection's is left to the sweep, as this process has one login at a time.
+            if other.conn_id == self._session.conn_id and self._end_tasks(other):
+                self.want_stop |= other.stops
+                record.erase(key)
+        return False
+
+    def _end_tasks(self, use: ClusterUse) -> bool:
+        """End the queries of the tasks that used the cluster; return whether all have ended."""
+        owner = use.owner
+        prefix = f"{record.TASKS}{owner.run}/" if owner.whole_run else record.task_key(owner)
+        all_ended = True
+        for key in record.find_keys(prefix):
+            task = record.get_task(key)
+            if task is None or task.owner.is_active():
+                continue
+            logger.info("Ending what %s has left", task.owner)
+            left = end_queries(self._session, task.owner, task.queries)
+            log_left(left.values())
+            all_ended &= not left
+            task.queries = {name: task.queries[name] for name in left}
+            task.cluster_uses = [each for each in task.cluster_uses if each != use.key]
+            if task.queries or task.cluster_uses:
+                record.put(key, task)
+            else:
+                record.erase(key)
+        return all_ended
+
+
+def _stop(session: CloudSession, use: ClusterUse, ctx: ComputeContext | None) -> None:
+    """Stop the cluster unless somebody's query runs on it."""
+    manifest = use.manifest
+    if ctx is None or get_cluster_id(ctx) is None:
+        try:
+            ctx = find_manifest(session, manifest)
+        except misspecified_error() as error:
+            logger.info("Manifest %s was registered anew, nothing to stop: %s", manifest, error)
+            return
+    if ctx is None:
+        logger.info("Manifest %s does not exist: nothing to stop", manifest)
+        return
+    deadline = time.monotonic() + time_left(WIND_UP_SECONDS)
+    while (status := session.call(ctx.get_status)).name == "RUNNING":
+        if time.monotonic() > deadline:
+            logger.info("Cluster %s runs on: it has a query of somebody else", get_cluster_id(ctx))
+            return
+        time.sleep(0.2)
+    if not status.is_available():
+        logger.info("Cluster of manifest %s is not running: nothing to stop", manifest)
+    # Asked again: somebody may have come while the cluster became idle.
+    elif has_other_users(session, use):
+        logger.info("Cluster of manifest %s runs on for its other users", manifest)
+    else:
+        session.call(ctx.stop)
+        logger.info("Cluster %s stopped", get_cluster_id(ctx))
+
+
+def log_left(left: Iterable[Left]) -> None:
+    """Warn of what could not be ended."""
+    for each in left:
+        logger.warning("%s. It stays on record, for the next try, clean_up or the sweep", each)

@@ -1,0 +1,311 @@
+"""The record: which query and which cluster belongs to which task.
+
+An entry is an Airflow Variable. Only Variables are seen by each task of each DAG and by the DAG
+processor, outlive a worker that is killed, and can be listed. An entry exists while a query or a
+cluster is in use, and has a single writer: the task that its key names. Keys are digests: they may
+have 250 characters, and a name in them could be taken for a secret's, whose value is masked.
+
+`task_state_store` and `ResumableJobMixin`, which is built on it, show an entry to its own task
+alone: neither another user of a cluster nor a callback could read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+
+from airflow.sdk import Variable, get_current_context
+
+from ..cloud.retry import in_thread
+from ..compat import variable_keys
+from ..compat.internals import TASK_ENDS, get_task_states
+
+T = TypeVar("T")
+
+VERSION = 2
+PREFIX = "polars_cloud"
+TASKS, CLUSTERS = f"{PREFIX}/task/", f"{PREFIX}/cluster/"
+"""Prefixes of the keys of all tasks and of all uses of clusters."""
+
+
+class Owner(NamedTuple):
+    """A task of a run; for a shared cluster the run as a whole, by the task that starts it."""
+
+    dag_id: str
+    run_id: str
+    task_id: str
+    map_index: int
+    whole_run: bool = False
+
+    @classmethod
+    def current(cls, *, whole_run: bool = False) -> Owner:
+        ti = get_current_context()["ti"]
+        map_index = -1 if ti.map_index is None else ti.map_index
+        return cls(ti.dag_id, ti.run_id, ti.task_id, map_index, whole_run)
+
+    def __str__(self) -> str:
+        index = f"[{self.map_index}]" if self.map_index >= 0 else ""
+        return f"{self.dag_id}.{self.task_id}{index} in run {self.run_id}"
+
+    @property
+    def run(self) -> str:
+        return digest(self.dag_id, self.run_id)
+
+    @property
+    def task(self) -> str:
+        return digest(self.task_id, self.map_index, self.whole_run)
+
+    def is_active(self) -> bool:
+        """Return whether the owner has not ended, by Airflow's word."""
+        task_id = None if self.whole_run else self.task_id
+        states = in_thread(
+            lambda: get_task_states(self.dag_id, self.run_id, task_id, self.map_index)
+        )
+        return not states <= TASK_ENDS
+
+
+@dataclass
+class Stored:
+    """A part of an entry, as a dict in JSON.
+
+    Releases share the record during an upgrade. What another release has written is kept: fields
+    that this one does not know are in `unknown`, and a field's stored name never changes.
+    """
+
+    STORED_AS: ClassVar[dict[str, str]] = {}
+    """Stored names that differ from the fields' names."""
+
+    unknown: dict[str, Any] = field(default_factory=dict, kw_only=True)
+
+    @classmethod
+    def load(cls, stored: dict[str, Any]) -> Self:
+        names = {cls.STORED_AS.get(each.name, each.name): each.name for each in fields(cls)}
+        del names["unknown"]
+        known = {names[key]: value for key, value in stored.items() if key in names}
+        return cls(**known, unknown={k: v for k, v in stored.items() if k not in names})
+
+    def dump(self) -> dict[str, Any]:
+        values = {
+            self.STORED_AS.get(each.name, each.name): getattr(self, each.name)
+            for each in fields(self)
+            if each.name != "unknown"
+        }
+        return self.unknown | values
+
+
+@dataclass
+class QueryRecord(Stored):
+    """A query that a task is about to submit or has submitted.
+
+    Attributes
+    ----------
+    cluster_id, manifest
+        Where it runs.
+    known
+        Ids of the queries with its destination that the cluster had before.
+    try_number
+        The try that submitted it.
+    destination
+        URI that it writes to; empty if it has none, or several.
+    has_location
+        Whether it tells where its result is once it has succeeded.
+    query_id, page, submitted_at
+        Known once it was submitted; the time in seconds since the epoch.
+    """
+
+    cluster_id: str
+    manifest: str
+    known: list[str]
+    try_number: int = 1
+    destination: str = ""
+    has_location: bool = True
+    query_id: str | None = None
+    page: str = ""
+    submitted_at: float | None = None
+
+
+@dataclass
+class Result(Stored):
+    """Where a query has written its rows, and how many."""
+
+    location: list[str] = field(default_factory=list)
+    rows: int | None = None
+
+
+@dataclass
+class Wait(Stored):
+    """What a deferred task waits for, and needs again when it is resumed.
+
+    Attributes
+    ----------
+    since
+        When the wait began, in seconds since the epoch.
+    cluster
+        Id of the cluster that is starting.
+    returned, outlet_events
+        What the task's function returned, with names in the place of queries, and told of its
+        outlets; serialized as for an XCom.
+    results
+        Of the queries that have ended, by name.
+    """
+
+    since: float
+    cluster: str = ""
+    returned: Any = None
+    outlet_events: Any = field(default_factory=list)
+    results: dict[str, Result] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, stored: dict[str, Any]) -> Self:
+        results = {name: Result.load(value) for name, value in stored.get("results", {}).items()}
+        return super().load(stored | {"results": results})
+
+    def dump(self) -> dict[str, Any]:
+        return super().dump() | {"results": {k: each.dump() for k, each in self.results.items()}}
+
+
+@dataclass
+class TaskRecord(Stored):
+    """What a try of a task has started.
+
+    Attributes
+    ----------
+    clear_number
+        How often the run had been cleared when the try began.
+    is_stale
+        The task has failed or was cleared: its queries are ended, not resumed.
+    queries
+        By name: the destination, or a temporary result's digest.
+    cluster_uses
+        Keys of the entries about clusters that the task uses.
+    waits_for
+        Set while the task is deferred.
+    deadline
+        When its `execution_timeout` is over, in seconds since the epoch.
+    """
+
+    STORED_AS = {"is_stale": "over", "cluster_uses": "kept"}  # noqa: RUF012
+
+    owner: Owner
+    conn_id: str
+    clear_number: int = 0
+    is_stale: bool = False
+    queries: dict[str, QueryRecord] = field(default_factory=dict)
+    cluster_uses: list[str] = field(default_factory=list)
+    waits_for: Wait | None = None
+    deadline: float | None = None
+    version: int = VERSION
+
+    @classmethod
+    def load(cls, stored: dict[str, Any]) -> Self:
+        queries = {name: QueryRecord.load(each) for name, each in stored["queries"].items()}
+        waits_for = Wait.load(stored["waits_for"]) if stored["waits_for"] else None
+        owner = Owner(*stored["owner"])
+        return super().load(stored | {"owner": owner, "queries": queries, "waits_for": waits_for})
+
+    def dump(self) -> dict[str, Any]:
+        return super().dump() | {
+            "queries": {name: each.dump() for name, each in self.queries.items()},
+            "waits_for": self.waits_for.dump() if self.waits_for else {},
+        }
+
+
+@dataclass
+class ClusterUse(Stored):
+    """A use of a manifest's cluster.
+
+    Attributes
+    ----------
+    stops
+        Whether the last user stops the cluster; otherwise its idle timeout does.
+    """
+
+    owner: Owner
+    conn_id: str
+    manifest: str
+    stops: bool = True
+    version: int = VERSION
+
+    @classmethod
+    def load(cls, stored: dict[str, Any]) -> Self:
+        return super().load(stored | {"owner": Owner(*stored["owner"])})
+
+    @property
+    def key(self) -> str:
+        return cluster_prefix(self.manifest) + f"{self.owner.run}/{self.owner.task}"
+
+
+def task_key(owner: Owner, ti_id: object = "") -> str:
+    """Return the key of a try of a task; without the try's id, the prefix of all its tries."""
+    return f"{TASKS}{owner.run}/{owner.task}/{ti_id}"
+
+
+def cluster_prefix(manifest: str) -> str:
+    """Return what the keys of all uses of the manifest's cluster begin with."""
+    return f"{CLUSTERS}{digest(manifest)}/"
+
+
+def put(key: str, entry: TaskRecord | ClusterUse) -> None:
+    """Write an entry."""
+    value = entry.dump()
+    description = f"In use by {entry.owner}"
+
+    def write() -> None:
+        variable_keys.add(key)
+        Variable.set(key, value, description=description, serialize_json=True)
+
+    _in_turn(write)
+
+
+def get_task(key: str) -> TaskRecord | None:
+    """Read the entry about a try of a task; None if it is gone."""
+    stored = _get(key)
+    return TaskRecord.load(stored) if stored else None
+
+
+def get_use(key: str) -> ClusterUse | None:
+    """Read the entry about a use of a cluster; None if it is gone."""
+    stored = _get(key)
+    return ClusterUse.load(stored) if stored else None
+
+
+def find_keys(prefix: str, run: str = "") -> list[str]:
+    """Return the keys that begin with the prefix; of one run, if it is given."""
+    return _in_turn(lambda: variable_keys.find(prefix, run))
+
+
+def erase(key: str) -> None:
+    """Delete an entry."""
+
+    def delete() -> None:
+        Variable.delete(key)
+        variable_keys.remove(key)
+
+    _in_turn(delete)
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def _get(key: str) -> dict[str, Any] | None:
+    stored: dict[str, Any] | None = _in_turn(
+        lambda: Variable.get(key, default=None, deserialize_json=True)
+    )
+    return stored
+
+
+_turn = threading.Lock()
+
+
+def _in_turn(function: Callable[[], T]) -> T:
+    """Call in a thread, after what an earlier caller was interrupted in has been carried out."""
+
+    def call() -> T:
+        with _turn:
+            return function()
+
+    return in_thread(call)

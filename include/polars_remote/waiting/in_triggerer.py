@@ -1,0 +1,311 @@
+"""Poll queries and clusters from the triggerer, where many tasks wait in one process.
+
+Each poll is a single call in a thread, so that the triggerer's event loop is never blocked. The
+client's login is process-wide: a cluster's queries are polled with a login of their own, and the
+other calls take turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import Context
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from airflow.configuration import conf
+
+from ..cloud.client import connect_queries, get_cluster_status
+from ..cloud.queries import find_live_cluster
+from ..cloud.retry import is_transient, start_thread, time_limit
+from ..cloud.session import CloudSession, is_logged_out
+from ..compat.versions import AirflowFailException
+from ..errors import QueryLostError
+from ..ownership.end import Left, end_orphans, end_task_entry, log_left
+from ..ownership.record import Owner
+from ..settings import OUTAGE_SECONDS
+from .progress import Progress, describe_progress, get_pause
+
+if TYPE_CHECKING:
+    from polars_cloud import DirectQuery, QueryStatus
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CALLS_AT_ONCE = 8
+"""Maximum concurrent calls per cluster."""
+
+CALL_SECONDS = 20.0
+"""Seconds after which a call without a reply is abandoned."""
+
+FIRST_SWEEP_SECONDS, SWEEP_SECONDS = 5.0, 60.0
+"""First delay and interval of the orphan sweep."""
+
+CLUSTER_PAUSE_SECONDS = 3.0
+"""Poll interval in seconds for a cluster that is starting."""
+
+
+class WatchedCluster:
+    """A cluster whose queries are polled, with the login of one account."""
+
+    def __init__(self, conn_id: str, cluster_id: str) -> None:
+        self._session = CloudSession(conn_id)
+        self._cluster_id = cluster_id
+        self._connecting = asyncio.Lock()
+        self._calls = asyncio.Semaphore(CALLS_AT_ONCE)
+        self._connect_query: Callable[[str], DirectQuery] | None = None
+
+    async def call(self, query_id: str, function: Callable[[DirectQuery], T]) -> T:
+        """Call the function with one of the cluster's queries.
+
+        Raises
+        ------
+        QueryLostError
+            The cluster has stopped.
+        Exception
+            As the function raised it; `TimeoutError` if there was no reply.
+        """
+        async with self._calls:
+            try:
+                return await self._call(query_id, function)
+            except Exception as error:
+                if is_logged_out(error):  # as a login is after a while
+                    return await self._call(query_id, function)
+                raise
+
+    async def _call(self, query_id: str, function: Callable[[DirectQuery], T]) -> T:
+        async with self._connecting:
+            if self._connect_query is None:
+                self._connect_query = await _in_thread(self._connect)
+            connect = self._connect_query
+        try:
+            return await _in_thread(lambda: function(connect(query_id)))
+        except Exception as error:
+            has_new_one = self._connect_query is not connect
+            if not has_new_one and (is_logged_out(error) or isinstance(error, TimeoutError)):
+                self._connect_query = None
+            raise
+
+    def _connect(self) -> Callable[[str], DirectQuery]:
+        with time_limit(CALL_SECONDS - 1.0), self._session.turn():
+            ctx = find_live_cluster(self._session, self._cluster_id)
+            if ctx is None:
+                raise QueryLostError(f"cluster {self._cluster_id} has stopped")
+            return self._session.call(connect_queries, ctx)
+
+
+class Watch:
+    """What the triggers of one event loop share.
+
+    Attributes
+    ----------
+    watched
+        Keys of the tasks that a trigger watches.
+    """
+
+    def __init__(self) -> None:
+        self.watched: set[str] = set()
+        self._clusters = WeakValueDictionary[tuple[str, str], WatchedCluster]()
+        self._logged: set[tuple[str, Owner]] = set()
+        # In a context of its own: its log is nobody's task's. It goes on when no task waits, for
+        # the tasks that did not wait here.
+        self._sweep = asyncio.get_running_loop().create_task(
+            self._keep_sweeping(), context=Context()
+        )
+
+    def get_cluster(self, conn_id: str, cluster_id: str) -> WatchedCluster:
+        """Return the cluster's connection, shared for as long as anybody uses it."""
+        key = (conn_id, cluster_id)
+        if (cluster := self._clusters.get(key)) is None:
+            cluster = self._clusters[key] = WatchedCluster(conn_id, cluster_id)
+        return cluster
+
+    async def _keep_sweeping(self) -> None:
+        await asyncio.sleep(FIRST_SWEEP_SECONDS)
+        while True:
+            try:
+                await asyncio.wrap_future(start_thread(self._sweep_orphans))
+            except Exception as error:
+                logger.warning("Orphan sweep failed, retrying in %.0f s: %s", SWEEP_SECONDS, error)
+            await asyncio.sleep(SWEEP_SECONDS)
+
+    def _sweep_orphans(self) -> None:
+        left = end_orphans(besides=self.watched)
+        log_left(each for each in left if (each.what, each.owner) not in self._logged)
+        self._logged = {(each.what, each.owner) for each in left}
+
+
+_watches = WeakKeyDictionary[asyncio.AbstractEventLoop, Watch]()
+
+
+def _get_watch() -> Watch:
+    loop = asyncio.get_running_loop()
+    if (watch := _watches.get(loop)) is None:
+        watch = _watches[loop] = Watch()
+    return watch
+
+
+@contextmanager
+def watching_task(task_key: str) -> Iterator[None]:
+    """Watch a deferred task, and sweep what ended tasks have left that nobody watches.
+
+    Airflow tells a trigger that its task has ended, unless that was before a triggerer ran it.
+    """
+    watch = _get_watch()
+    watch.watched.add(task_key)
+    try:
+        yield
+    finally:
+        watch.watched.discard(task_key)
+
+
+async def watch_queries(
+    conn_id: str, queries: list[dict[str, Any]]
+) -> AsyncIterator[tuple[dict[str, Any], bool]]:
+    """Yield the results of the queries so far, and whether to resume the task.
+
+    That is when all have succeeded, and when waiting on is in vain here: one has failed or was
+    canceled, an outage lasts too long, a cluster has stopped.
+    """
+    watch = _get_watch()
+    clusters = {
+        each["cluster_id"]: watch.get_cluster(conn_id, each["cluster_id"]) for each in queries
+    }
+    since = min(each["submitted_at"] for each in queries)
+    progress = Progress(since)
+    outage = Outage()
+    results: dict[str, Any] = {}
+    while len(results) < len(queries):
+        should_log = progress.should_log()
+        left = [each for each in queries if each["destination"] not in results]
+        polls = await asyncio.gather(
+            *(_poll(clusters[each["cluster_id"]], each, should_log) for each in left),
+            return_exceptions=True,
+        )
+        errors = [found for found in polls if isinstance(found, BaseException)]
+        if not errors:
+            outage.reset()
+        for query, found in zip(left, polls, strict=True):
+            if isinstance(found, dict):
+                results[query["destination"]] = found
+        is_over = len(results) == len(queries) or any(
+            [outage.exceeds_budget(each) for each in errors]
+        )
+        yield {"results": results}, is_over
+        await asyncio.sleep(get_pause(time.time() - since))
+
+
+async def _poll(
+    cluster: WatchedCluster, query: dict[str, Any], should_log: bool
+) -> dict[str, Any] | None:
+    """Return a query's result, or None while it has none; raise `QueryLostError` if it will not."""
+    query_id = query["query_id"]
+    status = await cluster.call(query_id, lambda each: each.get_status())
+    if not status.is_done():
+        if should_log:
+            text = await cluster.call(query_id, _describe(status, query["submitted_at"]))
+            logger.info("Query %s is %s: %s", query_id, text, query["page"])
+        return None
+    if status.name != "SUCCESS":
+        raise QueryLostError(f"query {query_id} is {status.name}")
+    return await cluster.call(query_id, _get_result)
+
+
+async def watch_cluster(
+    conn_id: str, cluster_id: str
+) -> AsyncIterator[tuple[dict[str, Any], bool]]:
+    """Yield whether to resume the task, and why the cluster did not start if it did not."""
+    session = CloudSession(conn_id)
+
+    def poll() -> tuple[str, str]:
+        with time_limit(CALL_SECONDS - 1.0), session.turn():
+            return session.call(get_cluster_status, cluster_id, session.find_workspace())
+
+    progress = Progress(time.time())
+    outage = Outage()
+    while True:
+        try:
+            status, reason = await _in_thread(poll)
+        except Exception as error:
+            yield {}, outage.exceeds_budget(error)
+        else:
+            outage.reset()
+            has_failed = status not in {"STARTING", "IDLE", "RUNNING"}
+            yield {"failed": reason or status} if has_failed else {}, status != "STARTING"
+            if progress.should_log():
+                logger.info("Cluster %s is %s", cluster_id, status)
+        await asyncio.sleep(CLUSTER_PAUSE_SECONDS)
+
+
+class Outage:
+    """Tracks how long Polars Cloud has been unreachable."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def exceeds_budget(self, error: BaseException) -> bool:
+        """Return whether to resume the task, now that a poll has failed with this error."""
+        # Without a login, as where the client is missing, nothing can be polled from here: the
+        # trigger fails, and its task waits in its worker, which may be better off.
+        if not isinstance(error, Exception) or isinstance(error, AirflowFailException):
+            raise error
+        if not is_transient(error) and not is_logged_out(error):
+            logger.info("The task is resumed: %s", error)
+            return True
+        if self._since is None:
+            self._since = time.monotonic()
+            logger.warning("Polars Cloud is unavailable, retrying: %s", error)
+        if time.monotonic() - self._since < OUTAGE_SECONDS:
+            return False
+        logger.warning("Polars Cloud is still unavailable, the task is resumed: %s", error)
+        return True
+
+    def reset(self) -> None:
+        """Note that Polars Cloud has answered."""
+        self._since = None
+
+
+async def cancel_queries(conn_id: str, queries: list[dict[str, Any]]) -> None:
+    """Cancel the queries of a task that is out of time."""
+    for each in queries:
+        cluster = _get_watch().get_cluster(conn_id, each["cluster_id"])
+        try:
+            await cluster.call(each["query_id"], lambda query: query.cancel())
+        except Exception as error:
+            logger.warning(
+                "Could not cancel query %s here; its task will, when it resumes: %s",
+                each["query_id"],
+                error,
+            )
+        else:
+            logger.info("Canceled query %s: the task is out of time", each["query_id"])
+
+
+async def end_task(task_key: str) -> None:
+    """End what a deferred task has started."""
+
+    def end() -> list[Left]:
+        # Airflow gives up waiting for it then.
+        seconds = conf.getfloat("triggerer", "on_kill_timeout", fallback=30.0)
+        with time_limit(seconds - 1.0):
+            return end_task_entry(task_key)
+
+    log_left(await asyncio.wrap_future(start_thread(end)))
+
+
+async def _in_thread(function: Callable[[], T]) -> T:
+    async with asyncio.timeout(CALL_SECONDS):
+        return await asyncio.wrap_future(start_thread(function))
+
+
+def _get_result(query: DirectQuery) -> dict[str, Any]:
+    result = query.await_result()
+    return {"location": result.location, "rows": result.n_rows_total}
+
+
+def _describe(status: QueryStatus, submitted_at: float) -> Callable[[DirectQuery], str]:
+    return lambda query: describe_progress(query, status, time.time() - submitted_at)

@@ -1,0 +1,181 @@
+"""Wait in the worker for queries to end, and check how they ended."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ..cloud.client import get_query_id
+from ..cloud.queries import describe
+from ..errors import QueryCanceledError, QueryLostError
+from . import deferral
+from .deferral import check_deadline
+from .progress import Progress, describe_progress
+
+if TYPE_CHECKING:
+    from polars_cloud import DirectQuery, QueryResult
+
+    from ..ownership.scope import TaskScope
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 5.0
+"""Worker poll interval in seconds: at first, and for a query that has been running for a while."""
+
+Resubmit = Callable[[str], "DirectQuery | None"]
+"""Submits a query anew that its cluster's stop has ended; None if that is not the cause."""
+
+
+def wait_until_ended(
+    scope: TaskScope,
+    queries: Mapping[str, DirectQuery],
+    *,
+    seconds: float = math.inf,
+    resubmit: Resubmit = lambda name: None,
+) -> dict[str, QueryResult]:
+    """Wait until all queries have ended, one has not succeeded, or these seconds are over.
+
+    Polls in Python, where Airflow's time-outs and signals reach the task.
+
+    Returns
+    -------
+    dict
+        Results of the queries that have ended, by name.
+    """
+    ends = time.monotonic() + seconds
+    since = time.time()
+    progress = Progress(since)
+    pause = FIRST_PAUSE
+    left = dict(queries)
+    results: dict[str, QueryResult] = {}
+
+    def end(name: str, result: QueryResult) -> None:
+        if result.status.name == "FAILED" and (anew := resubmit(name)):
+            left[name] = anew
+        else:
+            del left[name]
+            results[name] = result
+
+    with _held(left) as (held, news):
+        while True:
+            while held:
+                name, result = held.popitem()
+                if name in left:
+                    end(name, result)
+            if not left or any(each.status.name != "SUCCESS" for each in results.values()):
+                return results
+            if time.monotonic() >= ends:
+                return results
+            if scope.can_return_queries:
+                check_deadline(scope)
+            if news.wait(min(pause, max(ends - time.monotonic(), 0.0))):
+                news.clear()
+                continue
+            pause = min(pause * 1.5, LONGEST_PAUSE)
+            should_log = progress.should_log()
+            for name, query in list(left.items()):
+                status = scope.session.call(query.get_status)
+                if status.is_done():
+                    end(name, get_result(scope, query))
+                elif should_log:
+                    text = describe_progress(query, status, time.time() - since)
+                    logger.info("Query %s: %s", get_query_id(query), text)
+
+
+def get_result(scope: TaskScope, query: DirectQuery) -> QueryResult:
+    """Return the result of a query that has ended, in whichever way."""
+    return scope.session.call(lambda: query.await_result(raise_on_failure=False))
+
+
+def check_result(scope: TaskScope, name: str, query: DirectQuery, result: QueryResult) -> None:
+    """Log how the query ended, and refuse an end without a result; a failure is not raised.
+
+    Raises
+    ------
+    QueryCanceledError
+        Somebody canceled it.
+    QueryLostError
+        It succeeded without saying where its result is, or failed without saying why.
+    """
+    query_id = get_query_id(query)
+    scope.mark_ended(query_id)
+    record = scope.record.queries.get(name)
+    if result.status.name == "FAILED":
+        logger.error("Query failed: %s", describe(query))
+        if not result.finished_task_info.errors:
+            raise QueryLostError(f"Query {query_id} failed without an error")
+    elif result.status.name == "CANCELED":
+        raise QueryCanceledError(
+            f"Somebody canceled this query, and nothing was written: {describe(query)}"
+        )
+    elif not result.location and (record is None or record.has_location):
+        raise QueryLostError(
+            f"This query succeeded without saying where its result is: {describe(query)}"
+        )
+    else:
+        submitted_at = record.submitted_at if record else None
+        log_result(query_id, result.n_rows_total, result.location or [], submitted_at)
+
+
+def log_result(
+    query_id: str, rows: int | None, location: list[str], submitted_at: float | None
+) -> None:
+    """Log what a query has written."""
+    age = time.time() - (submitted_at or time.time())
+    places = ", ".join(location) or "nowhere"
+    logger.info("Query %s wrote %s rows in %.1f s to %s", query_id, rows, age, places)
+
+
+def refuse_forgotten(
+    scope: TaskScope, manifest: str | None = None, *, besides: Mapping[str, object] = {}
+) -> None:
+    """Refuse to forget a query, with its own exception if it fails within some seconds.
+
+    Raises
+    ------
+    QueryNotAwaitedError
+        The task does not know how a query ended.
+    """
+    forgotten = scope.get_open(name for name in scope.get_unended(manifest) if name not in besides)
+    seconds = deferral.IN_WORKER_SECONDS
+    for name, result in wait_until_ended(scope, forgotten, seconds=seconds).items():
+        if result.status.name == "FAILED":
+            check_result(scope, name, forgotten[name], result)
+            result.raise_err()
+    scope.check_that_all_were_awaited(manifest, besides=besides)
+
+
+@contextmanager
+def _held(
+    queries: Mapping[str, DirectQuery],
+) -> Iterator[tuple[dict[str, QueryResult], threading.Event]]:
+    """Hold a call for each query that is answered when it ends: most need no poll at all.
+
+    A call that is held for hours is cut at times, so that polls go on beside it.
+    """
+    held: dict[str, QueryResult] = {}
+    news, is_over = threading.Event(), threading.Event()
+
+    def hold(name: str, query: DirectQuery) -> None:
+        while not is_over.is_set():
+            try:
+                result = query.await_result(raise_on_failure=False)
+                if result.status.is_done():
+                    held[name] = result
+                    break
+            except Exception:
+                pass  # the next poll tells whether it matters
+            is_over.wait(LONGEST_PAUSE)
+        news.set()
+
+    for each in queries.items():
+        threading.Thread(target=hold, args=each, name="polars-cloud-wait", daemon=True).start()
+    try:
+        yield held, news
+    finally:
+        is_over.set()

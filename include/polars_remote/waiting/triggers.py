@@ -1,0 +1,131 @@
+"""Triggers that wait for a query or a cluster. The triggerer imports this module.
+
+Workers import it, too, to defer a task: what only the triggerer needs is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import time
+from abc import abstractmethod
+from collections.abc import AsyncIterator
+from typing import Any
+
+from airflow.triggers.base import BaseTrigger, TriggerEvent
+
+
+class PolarsCloudTrigger(BaseTrigger):
+    """Polls Polars Cloud until there is news for the task. It ends nothing unless the task ends.
+
+    Parameters
+    ----------
+    conn_id
+        Id of the Airflow Connection.
+    task_key
+        Key of the entry about the task.
+    not_before, resume_at, deadline
+        When the trigger may fire, when it fires in any case, and when the task is out of time and
+        its queries are canceled; in seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        *,
+        conn_id: str,
+        task_key: str,
+        not_before: float,
+        resume_at: float,
+        deadline: float | None,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.conn_id = conn_id
+        self.task_key = task_key
+        self.not_before = not_before
+        self.resume_at = resume_at
+        self.deadline = deadline
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        """Return the class and its arguments; Airflow stores them, and none is secret."""
+        return f"{type(self).__module__}.{type(self).__qualname__}", {
+            "conn_id": self.conn_id,
+            "task_key": self.task_key,
+            "not_before": self.not_before,
+            "resume_at": self.resume_at,
+            "deadline": self.deadline,
+        }
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        """Fire once: with all news, or with what there is of it when the task has to be resumed."""
+        # In a thread, as Polars takes long enough to hold up every other trigger.
+        await asyncio.to_thread(importlib.import_module, ".in_triggerer", __package__)
+        from .in_triggerer import watching_task
+
+        news: dict[str, Any] = {}
+        with watching_task(self.task_key):
+            async for poll in self.poll():
+                news, is_over = poll
+                if is_over or time.time() >= self.resume_at:
+                    break
+        if self.deadline is not None and time.time() >= self.deadline:
+            await self.cancel()
+        await asyncio.sleep(self.not_before - time.time())
+        yield TriggerEvent(news)  # type: ignore[no-untyped-call]
+
+    async def on_kill(self) -> None:
+        """End what the task has started: a user has marked or cleared it, or its run is over."""
+        from .in_triggerer import end_task
+
+        await end_task(self.task_key)
+
+    @abstractmethod
+    def poll(self) -> AsyncIterator[tuple[dict[str, Any], bool]]:
+        """Yield again and again the news for the task, and whether to resume it now."""
+
+    async def cancel(self) -> None:
+        """Cancel what the task must not wait for any longer; the task itself does the rest."""
+
+
+class QueryTrigger(PolarsCloudTrigger):
+    """Waits until each of a task's queries has succeeded, or one has not.
+
+    Parameters
+    ----------
+    queries
+        Of each its `destination`, `query_id`, `cluster_id`, `page` and `submitted_at`.
+    """
+
+    def __init__(self, *, queries: list[dict[str, Any]], **times: Any) -> None:
+        super().__init__(**times)
+        self.queries = queries
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        path, arguments = super().serialize()
+        return path, arguments | {"queries": self.queries}
+
+    def poll(self) -> AsyncIterator[tuple[dict[str, Any], bool]]:
+        from .in_triggerer import watch_queries
+
+        return watch_queries(self.conn_id, self.queries)
+
+    async def cancel(self) -> None:
+        from .in_triggerer import cancel_queries
+
+        await cancel_queries(self.conn_id, self.queries)
+
+
+class ClusterTrigger(PolarsCloudTrigger):
+    """Waits until a cluster is running, or has failed to start."""
+
+    def __init__(self, *, cluster_id: str, **times: Any) -> None:
+        super().__init__(**times)
+        self.cluster_id = cluster_id
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        path, arguments = super().serialize()
+        return path, arguments | {"cluster_id": self.cluster_id}
+
+    def poll(self) -> AsyncIterator[tuple[dict[str, Any], bool]]:
+        from .in_triggerer import watch_cluster
+
+        return watch_cluster(self.conn_id, self.cluster_id)
