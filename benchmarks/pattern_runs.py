@@ -6,8 +6,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
@@ -45,7 +46,7 @@ def patterns() -> Iterator[Patterns]:
     """Start an emulator, and load the DAGs so that each task has one try."""
     with running_emulator() as emulator, airflow_output_in(LOG) as console:
         use_airflow(AIRFLOW_HOME / "cluster_cost")  # whose DAGs are not those of the others
-        os.environ["AIRFLOW__DAG_PROCESSOR__DAG_BUNDLE_CONFIG_LIST"] = _dag_bundles()
+        os.environ["AIRFLOW__DAG_PROCESSOR__DAG_BUNDLE_CONFIG_LIST"] = bundles(DAGS)
         use_emulator(emulator.environment)
         subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], check=True)
         console.print(f"Airflow's log in {LOG.relative_to(ROOT)}")
@@ -105,13 +106,13 @@ def idle_seconds(cluster: dict[str, Any]) -> float:
     return 60 * minutes
 
 
-def _dag_bundles() -> str:
-    """Both folders as Airflow's configuration takes them: `dag.test()` looks nowhere else."""
+def bundles(folders: Iterable[Path]) -> str:
+    """Return folders as Airflow's configuration takes them: `dag.test()` looks nowhere else."""
     local = "airflow.dag_processing.bundles.local.LocalDagBundle"
     return json.dumps(
         [
             {"name": folder.name, "classpath": local, "kwargs": {"path": str(folder)}}
-            for folder in DAGS
+            for folder in folders
         ]
     )
 
@@ -120,7 +121,8 @@ def _register_manifest() -> None:
     """Do what the published wiring leaves to somebody, once, outside the DAGs."""
     import polars_cloud as pc
 
-    from include.polars_remote.settings import MANIFEST, WORKSPACE
+    from include.polars_remote.settings import WORKSPACE
+    from include.shop import MANIFEST
 
     pc.ComputeContext(workspace=WORKSPACE, cpus=2, memory=4, cluster_size=3).register(MANIFEST)
 

@@ -1,7 +1,7 @@
 """What it costs to wait: many held queries, waited for by plain tasks and by deferred ones.
 
 Each task submits one query to a shared cluster and waits until it ends, under Airflow's scheduler
-with 4 slots. `@task` with `run_query` waits in its worker, `@query_task` with `submit` leaves it.
+with 4 slots. A `@task` waits in its worker, a `@query_task` gives its slot back.
 """
 
 import argparse
@@ -50,7 +50,7 @@ SOURCE = """
 from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 from include.auth import authenticate
-from include.polars_remote import query_task, run_query, shared_cluster, submit, use_cluster
+from include.polars_remote import query_task, shared_cluster, use_cluster
 
 CLUSTER = {{"name": "airflow-{dag_id}", "cpus": 2, "memory": 4, "idle_timeout_mins": 60}}
 
@@ -76,8 +76,8 @@ def {dag_id}():
 {dag_id}()
 """
 WAYS = {
-    PLAIN: ("task", "run_query(query.remote(ctx).execute).location"),
-    DEFERRED: ("query_task", "submit(query.remote(ctx).execute)"),
+    PLAIN: ("task", "query.remote(ctx).execute().location"),
+    DEFERRED: ("query_task", "query.remote(ctx).execute(blocking=False)"),
 }
 
 NOTE = """

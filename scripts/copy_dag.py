@@ -4,6 +4,7 @@ Usage: copy_dag.py DAG FOLDER. The folder is an AIRFLOW_HOME or a project, with 
 else it is itself a DAGs folder or the root of a DAG bundle. No file is overwritten.
 """
 
+import ast
 import re
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ SETTINGS_FILES = (".env", "Dockerfile", "docker-compose*.y*ml", "airflow_setting
 """Where a project may set variables and Connections."""
 CONNECTION = r"AIRFLOW_CONN_POLARS_CLOUD|conn_id: *\W?polars_cloud"
 OLDEST_AIRFLOW = "3.1"
+YOURS = "shop.py"
+"""The one file in `include/` that is there to be edited."""
 
 
 def find_folders(to: Path) -> tuple[Path, Path]:
@@ -46,15 +49,41 @@ def find_folders(to: Path) -> tuple[Path, Path]:
     return to / "dags", to / "plugins" if has_plugins else to
 
 
+def find_parts(dag_file: Path) -> dict[Path, set[str]]:
+    """Return the files and folders in `include/` that a DAG needs, with the names it imports."""
+    parts: dict[Path, set[str]] = {}
+    left = [dag_file]
+    while left:
+        for node in ast.walk(ast.parse(left.pop().read_text())):
+            if not isinstance(node, ast.ImportFrom) or node.level:
+                continue
+            package, *modules = (node.module or "").split(".")
+            if package == "include":
+                part = ROOT / "include" / modules[0]
+                part = part if part.is_dir() else part.with_suffix(".py")
+                if part.is_file() and part not in parts:
+                    left.append(part)
+                parts.setdefault(part, set()).update(each.name for each in node.names)
+    return parts
+
+
 def find_copies(dag_file: Path, dags: Path, home: Path) -> dict[Path, Path]:
     """Return the files to copy, each with its place."""
     include = ROOT / "include"
-    is_new = not (home / "include").exists()
-    parts = [include] if is_new else [include / "auth.py", include / "polars_remote"]
-    files = [file for part in parts for file in (part, *sorted(part.rglob("*"))) if file.is_file()]
-    return {dag_file: dags / dag_file.name} | {
+    parts = find_parts(dag_file)
+    files = [file for part in parts for file in (part, *part.rglob("*")) if file.is_file()]
+    if not (home / "include").exists():
+        files += [include / "__init__.py", include / ".airflowignore"]
+    copies = {
         file: home / file.relative_to(ROOT) for file in files if "__pycache__" not in file.parts
     }
+    # Whoever has edited it keeps it, as long as it has what the DAG imports.
+    shop = include / YOURS
+    if shop in copies and copies[shop].is_file():
+        defined = re.findall(r"^(?:def )?(\w+)", copies[shop].read_text(), re.MULTILINE)
+        if parts[shop] <= set(defined):
+            del copies[shop]
+    return {dag_file: dags / dag_file.name} | dict(sorted(copies.items()))
 
 
 def check_copies(copies: dict[Path, Path]) -> None:
@@ -127,11 +156,11 @@ def find_tasks(to: Path, dag_file: Path, dags: Path, home: Path) -> Iterator[str
     settings = [file for pattern in SETTINGS_FILES for file in sorted(to.glob(pattern))]
     lines = [line for file in settings for line in file.read_text().splitlines()]
     text = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
-    # Each variable in the module of settings is named like the environment variable.
-    imported = re.findall(
-        r"^from include\.polars_remote\.settings import (.+)", dag_file.read_text(), re.M
-    )
-    names = ["WORKSPACE", *re.findall(r"\w+", " ".join(imported))]
+    shop = find_parts(dag_file).get(ROOT / "include" / YOURS)
+    names = ["WORKSPACE"]
+    if shop is not None:
+        # Each variable in the shop's module is named like the environment variable.
+        names += ["DATA", *sorted({"MANIFEST"} & shop)]
     missing = [f"POLARS_CLOUD_{name}" for name in names if f"POLARS_CLOUD_{name}" not in text]
     if missing:
         yield f"Set {', '.join(missing)} for DAG processor, workers and triggerer."

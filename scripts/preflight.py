@@ -48,7 +48,7 @@ def main(home: Path, emulator: bool, spend: bool) -> int:
         if "preflight" not in dag_bag.dags:
             return 1
         dag = dag_bag.dags["preflight"]
-        steps = logging.getLogger("include.polars_remote.preflight")
+        steps = logging.getLogger("include.preflight")
         steps.addHandler(Lines(console))
         state = dag.test(run_conf={"spend": spend}).state
         if state == "success" and not spend:

@@ -105,7 +105,13 @@ def ti(start_try: "StartTry", emulator: RunningEmulator) -> Iterator["RuntimeTas
         raise TestIsOver
 
 
+@pytest.fixture(autouse=True)
+def always_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A try asks each time whether it is the owner: a worker is frozen for a moment only here."""
+    monkeypatch.setattr("include.polars_remote.ownership.scope.OWNER_SECONDS", -1.0)
+
+
 @pytest.fixture
 def short_outages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls to a Polars Cloud that is unavailable are given up soon."""
-    monkeypatch.setattr("include.polars_remote.outages.OUTAGE_SECONDS", 0.5)
+    monkeypatch.setattr("include.polars_remote.cloud.retry.OUTAGE_SECONDS", 0.5)

@@ -1,4 +1,4 @@
-"""What a test sees of Polars Cloud and of the ledger."""
+"""What a test sees of Polars Cloud and of the record."""
 
 import json
 from typing import Any
@@ -27,7 +27,7 @@ def calls(emulator: RunningEmulator, name: str) -> int:
 
 
 def entries(supervisor: Supervisor, kind: str) -> list[dict[str, Any]]:
-    """The ledger's entries for a `task` or a `cluster`."""
+    """The record's entries for a `task` or a `cluster`."""
     return [
         json.loads(value)
         for key, value in sorted(supervisor.variables.items())

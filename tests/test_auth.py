@@ -1,4 +1,4 @@
-"""`include/auth.py` and `login.py` against the emulator, through the unmodified client."""
+"""`include/auth.py`, and its login in `cloud/session.py`, through the unmodified client."""
 
 import asyncio
 import inspect
@@ -22,8 +22,14 @@ from airflow.sdk import task
 from airflow.sdk.exceptions import AirflowFailException
 
 from include.auth import authenticate
-from include.polars_remote.login import EMULATOR, call_polars_cloud, log_in
-from include.polars_remote.task_scope import current_scope
+from include.polars_remote import use_cluster
+from include.polars_remote.cloud.session import EMULATOR, log_in
+from include.polars_remote.errors import (
+    LoginRefusedError,
+    NotAuthenticatedError,
+    QueryRefusedError,
+)
+from include.polars_remote.ownership.scope import current_scope
 from polars_cloud_emulator.testing import RunningEmulator
 from tests.observed import calls
 from tests.tries import StartTry
@@ -126,10 +132,15 @@ def get_user() -> object:
     return API_CLIENT.get_user()
 
 
+def call_get_user() -> object:
+    """Call Polars Cloud as the task does."""
+    return current_scope().session.call(get_user)
+
+
 @authenticate
 def run_long_query(meanwhile: Callable[[], object]) -> str:
     meanwhile()
-    call_polars_cloud(get_user)
+    call_get_user()
     return "the query ran"
 
 
@@ -156,9 +167,10 @@ def run_python(*args: str, **environment: str) -> subprocess.CompletedProcess[st
 
 def refusal(function: Callable[[], object]) -> str:
     """The sentence of a failure that Airflow does not retry, after a search for the secret."""
-    with pytest.raises(AirflowFailException) as caught:
+    with pytest.raises(LoginRefusedError) as caught:
         function()
     error = caught.value
+    assert isinstance(error, AirflowFailException)
     assert error.__cause__ is None
     assert error.__context__ is None
     frames = error.__traceback__.tb_next.tb_next  # type: ignore[union-attr]  # below this module
@@ -203,16 +215,27 @@ def test_another_connection_can_be_named(monkeypatch: pytest.MonkeyPatch) -> Non
     assert run_nightly_query() == "the query ran"
 
 
-@pytest.mark.parametrize("run", [run_query, lambda region: asyncio.run(await_query(region))])
-def test_what_the_task_submits_is_its_own_only_while_it_runs(run: Callable[[str], object]) -> None:
-    run("north")
-    with pytest.raises(RuntimeError, match="Put @authenticate below @task"):
+def test_a_task_without_authenticate_is_told_to_have_it() -> None:
+    with pytest.raises(NotAuthenticatedError, match="Put @authenticate below @task"):
         current_scope()
+
+
+@pytest.mark.parametrize("run", [run_query, lambda region: asyncio.run(await_query(region))])
+def test_a_task_that_has_ended_uses_no_cluster(
+    emulator: RunningEmulator, run: Callable[[str], object]
+) -> None:
+    run("north")
+    with (
+        pytest.raises(QueryRefusedError, match="is not used, because its task has ended"),
+        use_cluster({"name": "shop", "cpus": 2, "memory": 4}),
+    ):
+        pass
+    assert emulator.state()["manifests"] == []
 
 
 def test_the_scope_of_a_task_knows_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIRFLOW_CONN_NIGHTLY", os.environ["AIRFLOW_CONN_POLARS_CLOUD"])
-    run = authenticate(conn_id="nightly")(lambda: current_scope().conn_id)
+    run = authenticate(conn_id="nightly")(lambda: current_scope().session.conn_id)
     assert run() == "nightly"
 
 
@@ -226,7 +249,7 @@ def test_coroutine_logs_in_again(emulator: RunningEmulator) -> None:
     @authenticate
     async def await_long_query() -> None:
         emulator.add_fault("GET user/me", "tokens_expire")
-        await asyncio.to_thread(call_polars_cloud, get_user)
+        await asyncio.to_thread(call_get_user)
 
     asyncio.run(await_long_query())
     assert calls(emulator, "token") == 2
@@ -241,7 +264,7 @@ def test_task_logs_in_again_with_the_connection_it_named(
     @authenticate(conn_id="nightly")
     def run_long_nightly_query() -> None:
         emulator.add_fault("GET user/me", "tokens_expire")
-        call_polars_cloud(get_user)
+        call_get_user()
 
     run_long_nightly_query()
     assert calls(emulator, "token") == 2
@@ -341,7 +364,7 @@ def test_a_process_without_the_client_says_what_to_install(
     )
     monkeypatch.setitem(sys.modules, "polars_cloud", None)
     error = log_in("polars_cloud")
-    assert isinstance(error, AirflowFailException)
+    assert isinstance(error, LoginRefusedError)
     assert "cannot be imported" in str(error)
 
 
@@ -406,7 +429,7 @@ def test_the_emulators_credentials_are_never_sent_to_an_account(
         POLARS_CLOUD_DOMAIN=f"account{place}",
         AIRFLOW_CONN_POLARS_CLOUD=connection(login, WRONG_SECRET),
     )
-    assert "AirflowFailException: The Airflow Connection 'polars_cloud' was not used" in ran.stderr
+    assert "LoginRefusedError: The Airflow Connection 'polars_cloud' was not used" in ran.stderr
     assert "its login is the emulator's, but this worker talks to Polars Cloud" in ran.stderr
     assert emulator.journal() == []
 
@@ -426,7 +449,7 @@ def test_an_accounts_refused_credentials_say_what_to_set(emulator: RunningEmulat
 def test_token_that_the_rest_api_refuses_is_not_retried() -> None:
     with rest_api_that_answers(401, "{}") as address:
         ran = run_python("-c", LOG_IN, POLARS_CLOUD_API_ADDR=address)
-    assert "AirflowFailException: The Airflow Connection 'polars_cloud' was refused" in ran.stderr
+    assert "LoginRefusedError: The Airflow Connection 'polars_cloud' was refused" in ran.stderr
 
 
 def test_words_of_the_rest_api_come_through() -> None:
@@ -443,7 +466,7 @@ def test_unreachable_service_is_retried_and_says_what_to_check() -> None:
     nowhere = f"emulator@127.0.0.1:{closed_port}"
     ran = run_python("-c", LOG_IN, POLARS_CLOUD_DOMAIN=nowhere, POLARS_CLOUD_OUTAGE="1")
     assert "\nConnectionError: Polars Cloud could not be reached: check the network" in ran.stderr
-    assert "AirflowFailException" not in ran.stderr
+    assert "LoginRefusedError" not in ran.stderr
     assert os.environ["POLARS_CLOUD_CLIENT_SECRET"] not in ran.stderr
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any
@@ -16,18 +17,19 @@ import pytest
 from airflow.dag_processing.dagbag import DagBag
 from airflow.sdk import DAG
 
+from copy_dag import find_parts
 from include.polars_remote import clean_up
-from local_airflow import PATTERNS, ROOT
+from local_airflow import PATTERNS, ROOT, UPKEEP
 from tests.eight_dags import KEPT
 
 DAG_IDS = set(PATTERNS)
-PREFLIGHT = "preflight"
-"""Shows no pattern: it looks at the deployment."""
 SHUT_DOWN_BY_TASK = {
     dag_id for dag_id in KEPT if "shared_cluster(" in (ROOT / "dags" / f"{dag_id}.py").read_text()
 }
 CLUSTER_TASKS = {"start_cluster", "stop_cluster"}
 """Made by `shared_cluster`, which logs them in."""
+WAITS = re.compile(r"\.await_result\(|\.execute\((?![^)]*\bblocking=False)")
+"""Calls that return when a query has ended."""
 
 PARSER = """
 import json, os, sys
@@ -103,9 +105,16 @@ def source_of(task: Any) -> str:
     return inspect.getsource(function) if function else ""
 
 
+def get_callbacks(callbacks: Any) -> list[Any]:
+    """What a DAG calls back, which may be one function or several."""
+    if callbacks is None:
+        return []
+    return list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+
+
 def test_all_dags_are_there_and_parsing_them_touches_nothing(parse: Parse) -> None:
     assert parse(ROOT / "dags", ROOT) == {
-        "dags": sorted(DAG_IDS | {PREFLIGHT}),
+        "dags": sorted(DAG_IDS | UPKEEP),
         "errors": {},
         "heavy": [],
         "connections": [],
@@ -147,7 +156,7 @@ def test_a_dag_is_named_like_its_file_and_says_what_it_is_for(
         assert dag.default_args["retry_delay"].total_seconds() > 0
 
 
-@pytest.mark.parametrize("dag_id", sorted(KEPT | {PREFLIGHT}))
+@pytest.mark.parametrize("dag_id", sorted(KEPT | UPKEEP))
 def test_a_dag_works_in_another_deployment_with_only_what_it_names(
     dags: dict[str, DAG], parse: Parse, tmp_path: Path, dag_id: str
 ) -> None:
@@ -162,7 +171,7 @@ def test_a_dag_works_in_another_deployment_with_only_what_it_names(
     assert report["dags"] == [dag_id]
 
 
-@pytest.mark.parametrize("dag_id", sorted(KEPT | {PREFLIGHT}))
+@pytest.mark.parametrize("dag_id", sorted(KEPT | UPKEEP))
 def test_a_dag_works_beside_an_include_folder_of_the_users_own(
     dags: dict[str, DAG], parse: Parse, tmp_path: Path, dag_id: str
 ) -> None:
@@ -171,8 +180,11 @@ def test_a_dag_works_beside_an_include_folder_of_the_users_own(
     for name in ("__init__", "settings", "queries", "clusters"):
         (include / f"{name}.py").write_text("MINE = True\n")
     shutil.copy(dags[dag_id].fileloc, tmp_path)
-    shutil.copy(ROOT / "include" / "auth.py", include)
-    shutil.copytree(ROOT / "include" / "polars_remote", include / "polars_remote")
+    for part in find_parts(Path(dags[dag_id].fileloc)):
+        if part.is_dir():
+            shutil.copytree(part, include / part.name)
+        else:
+            shutil.copy(part, include)
 
     report = parse(tmp_path)
     assert report["errors"] == {}
@@ -185,7 +197,7 @@ def test_the_folder_of_helpers_works_by_another_name_and_in_another_place(
     shutil.copytree(ROOT / "include" / "polars_remote", tmp_path / "company" / "remote")
     (tmp_path / "reports.py").write_text(
         "from airflow.sdk import dag\n"
-        "from company.remote import clean_up, run_query, shared_cluster\n"
+        "from company.remote import clean_up, query_task, shared_cluster\n"
         "@dag(schedule=None, on_failure_callback=clean_up)\n"
         "def reports():\n"
         '    with shared_cluster({"name": "reports"}):\n'
@@ -224,12 +236,26 @@ def test_every_task_that_makes_a_query_is_authenticated(dags: dict[str, DAG], da
         assert Path(wrapper.co_filename) == ROOT / "include" / "auth.py", task.task_id
 
 
-@pytest.mark.parametrize("dag_id", sorted(DAG_IDS))
+@pytest.mark.parametrize("dag_id", sorted(DAG_IDS | UPKEEP))
 def test_every_task_that_waits_has_a_time_limit(dags: dict[str, DAG], dag_id: str) -> None:
     for task in dags[dag_id].tasks:
-        source = source_of(task)
-        if "wait_for(" in source or "run_query(" in source or task.task_id in CLUSTER_TASKS:
+        if WAITS.search(source_of(task)) or task.task_id in CLUSTER_TASKS or dag_id in UPKEEP:
             assert task.execution_timeout is not None, task.task_id
+
+
+@pytest.mark.parametrize(
+    ("line", "waits"),
+    [
+        ("query.await_result().location", True),
+        ("lf.remote(ctx).execute()", True),
+        ("lf.remote(ctx).execute(blocking=True)", True),
+        ("lf.remote(ctx).execute(blocking=False)", False),
+        ("lf.remote(ctx).execute(\n    blocking=False,\n)", False),
+        ("lf.remote(ctx).sink_parquet(uri)", False),
+    ],
+)
+def test_a_call_that_waits_is_told_from_one_that_does_not(line: str, waits: bool) -> None:
+    assert bool(WAITS.search(line)) == waits
 
 
 @pytest.mark.parametrize("dag_id", sorted(SHUT_DOWN_BY_TASK))
@@ -249,15 +275,39 @@ def test_every_query_lies_between_the_start_and_the_stop_of_its_cluster(
         assert stop.task_id in query.get_flat_relative_ids(upstream=False), query.task_id
 
 
-@pytest.mark.parametrize("dag_id", sorted(KEPT - {"single_query"} | {PREFLIGHT}))
-def test_a_failed_run_is_cleaned_up(dags: dict[str, DAG], dag_id: str) -> None:
+@pytest.mark.parametrize("dag_id", sorted(KEPT - {"single_query"} | {"preflight"}))
+def test_a_run_is_cleaned_up(dags: dict[str, DAG], dag_id: str) -> None:
     assert dags[dag_id].on_failure_callback is clean_up
+    assert dags[dag_id].on_success_callback is clean_up
+
+
+@pytest.mark.parametrize("dag_id", sorted(DAG_IDS | UPKEEP))
+def test_a_run_is_cleaned_up_first_of_all_and_however_it_ends(
+    dags: dict[str, DAG], dag_id: str
+) -> None:
+    dag = dags[dag_id]
+    ends = [get_callbacks(each) for each in (dag.on_failure_callback, dag.on_success_callback)]
+    if any(clean_up in callbacks for callbacks in ends):
+        assert [callbacks[:1] for callbacks in ends] == [[clean_up], [clean_up]]
 
 
 def test_preflight_runs_by_hand_alone_and_asks_before_it_spends(dags: dict[str, DAG]) -> None:
-    dag = dags[PREFLIGHT]
+    dag = dags["preflight"]
     assert dag.schedule is None
     assert dag.params["spend"] is False
+    assert dag.doc_md is not None
+    assert "What it costs" in dag.doc_md
+    assert "shop" not in dag.tags
+
+
+def test_end_orphans_runs_by_itself_and_ends_before_its_next_run(dags: dict[str, DAG]) -> None:
+    dag = dags["end_orphans"]
+    assert isinstance(dag.schedule, timedelta)
+    assert dag.max_active_runs == 1
+    assert not dag.catchup
+    [task] = dag.tasks
+    assert task.execution_timeout is not None
+    assert task.execution_timeout < dag.schedule
     assert dag.doc_md is not None
     assert "What it costs" in dag.doc_md
     assert "shop" not in dag.tags

@@ -1,7 +1,7 @@
 """Every DAG through Airflow and the real client, down to the Parquet that it wrote."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
@@ -9,16 +9,19 @@ import boto3
 import polars as pl
 import pytest
 from airflow.dag_processing.dagbag import DagBag
+from airflow.models import Variable
 from airflow.models.asset import AssetEvent
 from airflow.sdk import DAG, DagRunState
 from airflow.utils.session import create_session
 from polars.testing import assert_frame_equal
 from sqlalchemy import select
 
-from include.polars_remote import deferral
+from include.polars_remote import use_cluster
+from include.polars_remote.waiting import deferral
 from local_airflow import PATTERNS, ROOT
 from polars_cloud_emulator.testing import RunningEmulator, eventually
-from tests.observed import variables
+from tests.observed import cluster_statuses, query_statuses, variables
+from tests.tries import Supervisor, kill
 
 BUCKET = "your-bucket"
 DATA = f"s3://{BUCKET}"
@@ -248,7 +251,7 @@ def test_a_failed_query_fails_the_run_with_its_own_exception_and_leaves_no_more_
 
 
 @pytest.mark.dag("single_query")
-def test_a_failed_query_does_not_fail_who_left_without_waiting(
+def test_a_failed_query_does_not_fail_a_task_that_has_detached_it(
     dags: dict[str, DAG], emulator: RunningEmulator, tables: Tables
 ) -> None:
     replace("sales", tables["sales"].drop("status"))
@@ -318,11 +321,11 @@ def test_tasks_that_are_deferred_hand_over_and_announce_the_same(
 ) -> None:
     caplog.set_level("INFO", "include")
     monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.0)
-    monkeypatch.setattr(deferral, "LONGEST_RACE", 0.0)
+    monkeypatch.setattr(deferral, "LONGEST_RESUME_DELAY", 0.0)
     emulator.add_fault("SubmitQuery", "query_takes", seconds=2, times=4)
     run = dags["complete_pipeline"].test(logical_date=datetime.now(UTC))
     assert run.state == DagRunState.SUCCESS
-    assert caplog.text.count("waits without a worker slot, for query") == 4
+    assert caplog.text.count("Deferred until query") == 4
     day = run.logical_date.date()
     file = f"reports/daily/{day}.parquet"
     report = pl.read_parquet(f"{DATA}/{file}")
@@ -366,3 +369,25 @@ def test_running_a_day_again_replaces_exactly_that_days_report(
     assert_frame_equal(new_today, old_today)
     reports = boto3.client("s3").list_objects_v2(Bucket=BUCKET, Prefix="reports/daily/")
     assert reports["KeyCount"] == 2
+
+
+def test_end_orphans_ends_what_a_run_has_left_that_is_gone(
+    dags: dict[str, DAG], emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    def submit() -> Iterator[None]:
+        cluster = {"name": "airflow-shop", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
+        with use_cluster(cluster) as ctx:
+            pl.LazyFrame({"number": [1]}).remote(ctx).single_node().execute(blocking=False)
+            yield
+
+    emulator.add_fault("SubmitQuery", "query_waits", seconds=3600)
+    kill(submit)
+    assert query_statuses(emulator) == ["Scheduled"]
+    with create_session() as session:
+        for key, value in supervisor.variables.items():
+            session.add(Variable(key=key, val=value))  # noqa: AIR311
+
+    assert dags["end_orphans"].test().state == DagRunState.SUCCESS
+    assert query_statuses(emulator) == ["Canceled"]
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert variables() == []

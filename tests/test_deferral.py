@@ -1,9 +1,11 @@
-"""`deferral.py`: what a deferred task is waiting for, for how long, and how it goes on."""
+"""`deferral.py`, `in_worker.py`: what a task waits for, where and for how long."""
 
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from pkgutil import resolve_name
 from types import ModuleType, SimpleNamespace
@@ -15,13 +17,14 @@ from airflow.sdk import DAG, get_current_context
 from airflow.sdk.exceptions import AirflowTaskTimeout, TaskDeferred
 from airflow.sdk.serde import deserialize, serialize
 
-from include.polars_remote import clusters, deferral
-from include.polars_remote.client_internals import get_cluster_id
-from include.polars_remote.clusters import compute_context, use_cluster
-from include.polars_remote.queries import submit
-from include.polars_remote.shared_clusters import shared_cluster
-from include.polars_remote.task_scope import TaskKilled, current_scope
-from include.polars_remote.triggers import ClusterTrigger, QueryTrigger
+from include.polars_remote import clusters, shared_cluster, use_cluster
+from include.polars_remote.cloud.client import get_cluster_id
+from include.polars_remote.clusters import start_and_wait
+from include.polars_remote.errors import ClusterNotStartedError, QueryLostError, TakenOverError
+from include.polars_remote.ownership.kills import TaskKilled
+from include.polars_remote.ownership.scope import current_scope
+from include.polars_remote.waiting import deferral, in_worker
+from include.polars_remote.waiting.triggers import ClusterTrigger, QueryTrigger
 from polars_cloud_emulator.testing import RunningEmulator, eventually
 from tests.observed import calls, cluster_statuses, entries, query_statuses
 from tests.tries import StartTry, Supervisor, TriedTask, deferral_of, kill
@@ -101,7 +104,7 @@ def end_start_up(emulator: RunningEmulator) -> Callable[[], None]:
 
 
 def sink(ctx: Any, uri: str = FILE) -> Any:
-    return submit(TWO_ROWS.remote(ctx).single_node().sink_parquet, uri)
+    return TWO_ROWS.remote(ctx).single_node().sink_parquet(uri)
 
 
 def ask() -> Any:
@@ -109,9 +112,31 @@ def ask() -> Any:
         return sink(ctx)
 
 
+@pytest.fixture
+def run_cluster(start_try: StartTry) -> Callable[[dict[str, Any]], None]:
+    """Let a cluster run already, which nobody uses."""
+
+    def run(cluster: dict[str, Any]) -> None:
+        with start_try(task_id="other"), use_cluster(cluster, stop=False) as ctx:
+            start_and_wait(current_scope(), ctx)
+
+    return run
+
+
+def arguments_of(trigger: Any) -> dict[str, Any]:
+    """What Airflow stores of a trigger."""
+    _, arguments = trigger.serialize()
+    return dict(arguments)
+
+
 def trigger_of(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """The trigger of a try that is to end in a deferral."""
     return deferral_of(run, *args, **options).trigger
+
+
+def resume_stored(task: TriedTask, deferred: TaskDeferred) -> Any:
+    """Let the task go on with what Airflow itself has stored of its deferral."""
+    return task._resume("resume", {**(deferred.kwargs or {}), "event": {}})
 
 
 def find(emulator: RunningEmulator, manifest: str) -> list[str]:
@@ -238,16 +263,16 @@ def test_airflow_gives_a_trigger_more_time_than_it_takes(
     _, deferred = defer_for_query(emulator)
     after = clock.time()
     trigger: Any = deferred.trigger
-    assert before < trigger.fires_from < trigger.hand_back_at < trigger.deadline
-    assert before + deferral.SHORTEST_ROUND <= trigger.hand_back_at
-    assert trigger.hand_back_at <= after + deferral.SHORTEST_ROUND
+    assert before < trigger.not_before < trigger.resume_at < trigger.deadline
+    assert before + deferral.SHORTEST_TRIGGER_TIMEOUT <= trigger.resume_at
+    assert trigger.resume_at <= after + deferral.SHORTEST_TRIGGER_TIMEOUT
     gives_up_at = before + deferred.timeout.total_seconds()
-    assert trigger.hand_back_at < gives_up_at < after + deferral.SHORTEST_ROUND + 2 * 60
+    assert trigger.resume_at < gives_up_at < after + deferral.SHORTEST_TRIGGER_TIMEOUT + 2 * 60
 
 
-@pytest.mark.parametrize(("start_up", "race"), [(1, 6), (9, 9), (600, 12)])
+@pytest.mark.parametrize(("start_up", "delay"), [(1, 6), (9, 9), (600, 12)])
 def test_a_trigger_waits_longer_before_it_fires_where_the_worker_was_slow_to_start(
-    hold: Callable[[], None], clock: Clock, start_up: int, race: int
+    hold: Callable[[], None], clock: Clock, start_up: int, delay: int
 ) -> None:
     def start_slowly() -> Any:
         current_scope().started_at = time.time() - start_up
@@ -257,7 +282,7 @@ def test_a_trigger_waits_longer_before_it_fires_where_the_worker_was_slow_to_sta
     before = clock.time()
     trigger = trigger_of(TriedTask(start_slowly).run)
     took = clock.time() - before
-    assert before + race <= trigger.fires_from <= before + race + 2 * took
+    assert before + delay <= trigger.not_before <= before + delay + 2 * took
 
 
 def test_a_query_that_runs_on_is_deferred_again_for_as_long_as_it_has_run(
@@ -273,17 +298,17 @@ def test_a_query_that_runs_on_is_deferred_again_for_as_long_as_it_has_run(
     since = entry["waits_for"]["since"]
     assert first.deadline is None
 
-    rounds = [first.hand_back_at - clock.time()]
+    timeouts = [first.resume_at - clock.time()]
     for _ in range(5):
-        clock.advance(timedelta(seconds=rounds[-1]))
+        clock.advance(timedelta(seconds=timeouts[-1]))
         trigger = trigger_of(task.resume)
-        assert trigger.what == first.what
-        assert trigger.hand_back_at >= first.hand_back_at
-        rounds.append(trigger.hand_back_at - clock.time())
+        assert trigger.queries == first.queries
+        assert trigger.resume_at >= first.resume_at
+        timeouts.append(trigger.resume_at - clock.time())
         [entry] = entries(supervisor, "task")
         assert entry["waits_for"]["since"] == since
     # Each as long as all before it, within bounds; some seconds have passed on the wall.
-    assert rounds == pytest.approx([300, 300, 600, 1200, 1800, 1800], abs=60)
+    assert timeouts == pytest.approx([300, 300, 600, 1200, 1800, 1800], abs=60)
     eventually(lambda: query_statuses(emulator) == ["InProgress"])
     assert [query["cancels"] for query in emulator.state()["queries"]] == [0]
     assert calls(emulator, "SubmitQuery") == 1
@@ -295,7 +320,7 @@ def test_no_trigger_outlasts_the_deadline(
     task = TriedTask(ask, execution_timeout=timedelta(minutes=4))
     hold()
     trigger = trigger_of(task.run)
-    assert trigger.hand_back_at == trigger.deadline
+    assert trigger.resume_at == trigger.deadline
     assert trigger.deadline == pytest.approx(clock.time() + 4 * 60, abs=60)
 
 
@@ -314,7 +339,7 @@ def test_the_deadline_is_that_of_the_first_start_however_often_the_task_is_defer
     assert len(deadlines) == 1
     eventually(lambda: query_statuses(emulator) == ["InProgress"])
     clock.advance(0.4 * HOUR)
-    with pytest.raises(AirflowTaskTimeout, match="1:00:00 are over"):
+    with pytest.raises(AirflowTaskTimeout, match="execution_timeout of 1:00:00 is over"):
         task.resume()
     assert query_statuses(emulator) == ["Canceled"]
     assert cluster_statuses(emulator) == ["Stopped"]
@@ -361,6 +386,76 @@ def test_a_task_that_is_out_of_time_while_its_cluster_starts_stops_the_cluster(
     assert supervisor.variables == {}
 
 
+def test_a_task_that_waits_in_its_worker_without_a_trigger_keeps_its_deadline(
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    clock: Clock,
+    hold: Callable[[], None],
+) -> None:
+    task = TriedTask(ask, execution_timeout=HOUR)
+    hold()
+    deferral_of(task.run)
+    clock.advance(0.5 * HOUR)
+    with (
+        once_it_waits(emulator, lambda: clock.advance(HOUR)),
+        pytest.raises(AirflowTaskTimeout, match="execution_timeout of 1:00:00 is over"),
+    ):
+        task.resume_without_trigger()
+    assert query_statuses(emulator) == ["Canceled"]
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+# In the worker
+
+
+@contextmanager
+def once_it_waits(emulator: RunningEmulator, act: Callable[[], None]) -> Iterator[None]:
+    """Act when the body waits for a query in its worker."""
+    asked = calls(emulator, "GetQueryResult")
+
+    def wait_and_act() -> None:
+        eventually(lambda: calls(emulator, "GetQueryResult") > asked)
+        act()
+
+    with ThreadPoolExecutor() as background:
+        acted = background.submit(wait_and_act)
+        yield
+        acted.result()
+
+
+def test_the_end_of_a_query_is_seen_without_a_poll(
+    emulator: RunningEmulator,
+    start_try: StartTry,
+    monkeypatch: pytest.MonkeyPatch,
+    hold: Callable[[], None],
+    end_held: Callable[[], None],
+) -> None:
+    monkeypatch.setattr(in_worker, "FIRST_PAUSE", HOUR.total_seconds())
+    monkeypatch.setattr(in_worker, "LONGEST_PAUSE", 0.1)  # until a call that was cut is repeated
+    hold()
+    with start_try(), use_cluster(CLUSTER, stop=False) as ctx, once_it_waits(emulator, end_held):
+        asked = calls(emulator, "GetQueryStatus")
+        assert sink(ctx).await_result().location == [FILE]
+    assert query_statuses(emulator) == ["Success"]
+    assert calls(emulator, "GetQueryStatus") == asked
+
+
+def test_the_end_of_a_query_is_seen_although_the_call_that_waits_for_it_was_cut(
+    emulator: RunningEmulator,
+    start_try: StartTry,
+    monkeypatch: pytest.MonkeyPatch,
+    hold: Callable[[], None],
+    end_held: Callable[[], None],
+) -> None:
+    monkeypatch.setattr(in_worker, "LONGEST_PAUSE", HOUR.total_seconds())  # until it is repeated
+    hold()
+    emulator.add_fault("GetQueryResult", "grpc_error", code="ABORTED", message="cut")
+    with start_try(), use_cluster(CLUSTER, stop=False) as ctx, once_it_waits(emulator, end_held):
+        assert sink(ctx).await_result().location == [FILE]
+    assert calls(emulator, "GetQueryStatus") > 0
+
+
 # A cluster that starts
 
 
@@ -403,12 +498,12 @@ def test_a_task_whose_cluster_is_still_starting_is_deferred_again(
     [entry] = entries(supervisor, "task")
     clock.advance(timedelta(minutes=10))
     second = trigger_of(task.resume)
-    assert second.what == first.what
+    assert second.cluster_id == first.cluster_id
     assert second.deadline == first.deadline
-    assert second.hand_back_at > first.hand_back_at
+    assert second.resume_at > first.resume_at
     [later_entry] = entries(supervisor, "task")
     assert later_entry["waits_for"] == entry["waits_for"]
-    assert calls(emulator, "start") == 1
+    assert cluster_statuses(emulator) == ["Starting"]
 
 
 def test_a_cluster_that_has_not_started_is_an_error_with_its_reason_and_used_no_longer(
@@ -417,30 +512,37 @@ def test_a_cluster_that_has_not_started_is_an_error_with_its_reason_and_used_no_
     task, _ = defer_for_cluster(emulator)
     stop_all(emulator)
     start_slowly()
-    with pytest.raises(RuntimeError, match="did not start: no machines left"):
+    with pytest.raises(ClusterNotStartedError, match="did not start: no machines left"):
         task.resume({"failed": "no machines left"})
     assert query_statuses(emulator) == []
     assert set(cluster_statuses(emulator)) == {"Stopped"}
     assert supervisor.variables == {}
 
 
-@pytest.mark.parametrize("use", [use_cluster, compute_context])
+@pytest.mark.parametrize("stop", [True, False])
 def test_a_cluster_that_has_not_started_is_named_and_not_started_a_second_time(
-    emulator: RunningEmulator, start_slowly: Callable[[], None], use: Callable[[Any], Any]
+    emulator: RunningEmulator, start_slowly: Callable[[], None], stop: bool
 ) -> None:
-    task = TriedTask(ask if use is use_cluster else lambda: sink(compute_context(CLUSTER)))
+    def ask() -> Any:
+        with use_cluster(CLUSTER, stop=stop) as ctx:
+            return sink(ctx)
+
+    task = TriedTask(ask)
     start_slowly()
-    cluster_id = trigger_of(task.run).what["cluster_id"]
+    cluster_id = trigger_of(task.run).cluster_id
     stop_all(emulator)
     start_slowly()
-    with pytest.raises(RuntimeError, match="did not start: no machines left") as raised:
+    with pytest.raises(ClusterNotStartedError, match="did not start: no machines left") as raised:
         task.resume({"failed": "no machines left"})
     assert cluster_id in str(raised.value)
     assert calls(emulator, "start") == 1
 
 
 def test_a_query_on_another_cluster_is_canceled_when_the_next_does_not_start(
-    emulator: RunningEmulator, supervisor: Supervisor, start_slowly: Callable[[], None]
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    run_cluster: Callable[[dict[str, Any]], None],
+    start_slowly: Callable[[], None],
 ) -> None:
     def ask_then_start() -> Any:
         with use_cluster(CLUSTER) as shop:
@@ -448,7 +550,7 @@ def test_a_query_on_another_cluster_is_canceled_when_the_next_does_not_start(
             with use_cluster(OTHER_CLUSTER) as warehouse:
                 return [first, sink(warehouse, OTHER_FILE)]
 
-    compute_context(CLUSTER)  # is running
+    run_cluster(CLUSTER)
     emulator.add_fault("SubmitQuery", "query_hangs")
     task = TriedTask(ask_then_start)
     start_slowly()
@@ -457,7 +559,7 @@ def test_a_query_on_another_cluster_is_canceled_when_the_next_does_not_start(
     [warehouse] = (each for each in emulator.state()["clusters"] if each["manifest"] == "warehouse")
     stop(emulator, warehouse["id"])
     start_slowly()
-    with pytest.raises(RuntimeError, match="did not start: no machines left"):
+    with pytest.raises(ClusterNotStartedError, match="did not start: no machines left"):
         task.resume({"failed": "no machines left"})
     assert query_statuses(emulator) == ["Canceled"]
     assert set(cluster_statuses(emulator)) == {"Stopped"}
@@ -470,7 +572,7 @@ def test_the_next_try_starts_a_cluster_that_has_not_started(
     task, _ = defer_for_cluster(emulator)
     stop_all(emulator)
     start_slowly()
-    with pytest.raises(RuntimeError, match="no machines left"):
+    with pytest.raises(ClusterNotStartedError, match="no machines left"):
         task.resume({"failed": "no machines left"})
     start_slowly()
     assert isinstance(trigger_of(task.run, 2), ClusterTrigger)
@@ -480,16 +582,18 @@ def test_the_next_try_starts_a_cluster_that_has_not_started(
 def test_a_query_that_was_submitted_before_another_cluster_started_is_not_submitted_twice(
     emulator: RunningEmulator,
     supervisor: Supervisor,
+    run_cluster: Callable[[dict[str, Any]], None],
     start_slowly: Callable[[], None],
     end_start_up: Callable[[], None],
 ) -> None:
     def ask_two_clusters() -> Any:
-        with use_cluster(CLUSTER) as shop:
-            first = [sink(shop), submit(TWO_ROWS.remote(shop).single_node().execute)]
+        with use_cluster(pair) as shop:
+            first = [sink(shop), TWO_ROWS.remote(shop).single_node().execute(blocking=False)]
         with use_cluster(OTHER_CLUSTER) as warehouse:
             return [*first, sink(warehouse, OTHER_FILE)]
 
-    compute_context({**CLUSTER, "cluster_size": 2})  # is running
+    pair = {**CLUSTER, "cluster_size": 2}
+    run_cluster(pair)
     task = TriedTask(ask_two_clusters)
     emulator.add_fault("SubmitQuery", "query_takes", times=2, seconds=STARTUP.total_seconds())
     start_slowly()
@@ -535,7 +639,7 @@ def test_a_task_that_loses_its_trigger_waits_for_its_cluster_in_its_worker(
     deferral_of(task.run)
     assert task.resume_without_trigger() == [FILE]
     assert looks == [["Starting"]] * 2
-    assert "No triggerer looks after this task (Trigger timeout)" in caplog.text
+    assert "No triggerer watches this task (Trigger timeout)" in caplog.text
     assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}
 
@@ -553,6 +657,7 @@ def test_a_plain_task_waits_for_its_cluster_in_its_worker(
     monkeypatch.setattr(clusters, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
     start_slowly()
     with start_try(), use_cluster(CLUSTER) as ctx:
+        assert sink(ctx).await_result().location == [FILE]
         assert get_cluster_id(ctx) == emulator.state()["clusters"][0]["id"]
     assert cluster_statuses(emulator) == ["Stopped"]
 
@@ -614,7 +719,7 @@ def test_a_shared_cluster_that_does_not_start_is_used_by_nobody(
     deferral_of(task.run)
     stop_all(emulator)
     start_slowly()
-    with pytest.raises(RuntimeError, match="did not start: no machines left"):
+    with pytest.raises(ClusterNotStartedError, match="did not start: no machines left"):
         task.run({"failed": "no machines left"})
     assert set(cluster_statuses(emulator)) == {"Stopped"}
     assert supervisor.variables == {}
@@ -710,8 +815,8 @@ def test_the_try_after_a_crash_resumes_the_query_of_a_deferred_task(
     if crashed == "resumed":
         deferral_of(task.resume)
     second = trigger_of(task.run, 2)
-    assert [each["query_id"] for each in second.what["queries"]] == [
-        each["query_id"] for each in first.what["queries"]
+    assert [each["query_id"] for each in second.queries] == [
+        each["query_id"] for each in first.queries
     ]
     assert second.deadline > first.deadline
     assert second.task_key != first.task_key
@@ -769,9 +874,26 @@ def test_a_try_that_was_deferred_owns_nothing_once_the_next_one_has_taken_over(
 ) -> None:
     late, task = TriedTask(ask), TriedTask(ask)
     hold()
-    deferral_of(late.run)
+    deferred = deferral_of(late.run)
     deferral_of(task.run, 2)
-    with pytest.raises(RuntimeError, match="not on record any more"):
-        late.resume()
+    with pytest.raises(QueryLostError, match=f"record of the query for {FILE} is gone"):
+        resume_stored(late, deferred)
+    with pytest.raises(QueryLostError, match="record of this task is gone"):
+        late.resume_without_trigger()
+    assert [query["cancels"] for query in emulator.state()["queries"]] == [0]
     eventually(lambda: query_statuses(emulator) == ["InProgress"])
     eventually(lambda: cluster_statuses(emulator) == ["Running"])
+
+
+def test_a_try_whose_cluster_was_starting_starts_nothing_once_the_next_one_has_taken_over(
+    emulator: RunningEmulator, supervisor: Supervisor, end_start_up: Callable[[], None]
+) -> None:
+    late, deferred = defer_for_cluster(emulator)
+    deferral_of(TriedTask(ask).run, 2)
+    before = dict(supervisor.variables)
+    end_start_up()
+    with pytest.raises(TakenOverError):
+        resume_stored(late, deferred)
+    assert query_statuses(emulator) == []
+    assert cluster_statuses(emulator) == ["Idle"]
+    assert supervisor.variables == before

@@ -1,61 +1,95 @@
-"""What is private to `polars_cloud` and Airflow is taken in two modules, and is still there."""
+"""Private names of `polars_cloud` and of Airflow stand in one module each, and are still there."""
 
 import ast
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
+from uuid import UUID
 
 import polars as pl
 import pytest
 from airflow.sdk.execution_time import task_runner
 
-from include.polars_remote import client_internals
-from include.polars_remote.client_internals import (
+from include.polars_remote.cloud import client
+from include.polars_remote.cloud.client import (
+    COMPARED_AS_WRITTEN,
     SPEC,
+    QueryClient,
+    connect_queries,
     connect_query,
     forget_cluster,
     frontend_domain,
+    get_changes,
+    get_client,
     get_cluster_id,
+    get_cluster_status,
     get_context,
-    get_destination,
     get_manifest_name,
+    get_query_client,
     get_query_id,
+    get_result_info,
     get_spec,
+    is_query,
+    is_result,
     list_queries,
     misspecified_error,
     not_found_error,
+    send_queries_through,
+    start_without_waiting,
     unregister_manifest,
-    with_labels,
+    was_available,
 )
-from include.polars_remote.clusters import compute_context
-from include.polars_remote.manifests import ensure_manifest
+from include.polars_remote.cloud.manifests import register_manifest
+from include.polars_remote.cloud.plans import read_plan
+from include.polars_remote.cloud.session import EMULATOR, CloudSession
 from polars_cloud_emulator.testing import RunningEmulator
 from tests.observed import cluster_statuses
+from tests.tries import Supervisor
 
 INCLUDE = Path(__file__).parents[1] / "include"
 FOLDER = INCLUDE / "polars_remote"
-INTERNALS = {FOLDER / "airflow_internals.py", FOLDER / "client_internals.py"}
+CLIENT = FOLDER / "cloud" / "client.py"
+AIRFLOW = FOLDER / "compat" / "internals.py"
 CLUSTER = {"name": "shop", "cpus": 2, "memory": 4}
+LF = pl.LazyFrame({"x": [1]})
+FILE = "s3://your-bucket/results/one.parquet"
 PRIVATE_MODULES = {
     "polars_cloud.polars_cloud",
     "polars_cloud.constants",
     "airflow.sdk.execution_time",
     "airflow.sdk.execution_time.task_runner",
 }
-PRIVATE_NAMES = {"task_runner", "SUPERVISOR_COMMS", "API_CLIENT", "FRONTEND_DOMAIN"}
+PRIVATE_NAMES = {
+    "task_runner",
+    "SUPERVISOR_COMMS",
+    "TRIGGER_FAIL_REPR",
+    "API_CLIENT",
+    "FRONTEND_DOMAIN",
+}
 
 
 def modules() -> list[Path]:
     found = sorted(INCLUDE.rglob("*.py"))
-    assert set(found) > INTERNALS
+    assert set(found) > {CLIENT, AIRFLOW}
     return found
 
 
 def place(path: Path) -> str:
     return str(path.relative_to(INCLUDE))
+
+
+@pytest.fixture
+def session(pc: ModuleType, supervisor: Supervisor) -> CloudSession:
+    return CloudSession("polars_cloud")
+
+
+@pytest.fixture
+def ctx(session: CloudSession) -> Any:
+    """The client's own context, by a manifest's name; its cluster was never started."""
+    return register_manifest(session, CLUSTER, lambda: False)
 
 
 # Where private names are taken
@@ -100,10 +134,16 @@ def belongs_to_this_folder(owner: ast.expr) -> bool:
 @pytest.mark.parametrize("path", modules(), ids=place)
 def test_no_other_module_takes_a_private_name(path: Path) -> None:
     uses = list(private_uses(ast.parse(path.read_text())))
-    if path in INTERNALS:
+    if path in (CLIENT, AIRFLOW):
         assert uses, "found none: the test does not see them any more"
     else:
-        assert uses == [], f"{path.name} takes private names: move them to an *_internals.py"
+        where = f"{place(CLIENT)} or {place(AIRFLOW)}"
+        assert uses == [], f"{place(path)} takes private names: move them to {where}"
+
+
+def test_each_of_the_two_modules_takes_the_names_of_one_package() -> None:
+    assert "airflow" not in CLIENT.read_text()
+    assert "polars_cloud" not in AIRFLOW.read_text()
 
 
 @pytest.mark.parametrize(
@@ -118,6 +158,7 @@ def test_no_other_module_takes_a_private_name(path: Path) -> None:
         "from polars_cloud.context._names import x",
         "from airflow.sdk.execution_time import task_runner",
         "from airflow.sdk.execution_time.task_runner import SUPERVISOR_COMMS",
+        "from airflow.sdk.bases.operator import TRIGGER_FAIL_REPR",
         "task_runner.SUPERVISOR_COMMS",
     ],
 )
@@ -127,13 +168,62 @@ def test_a_private_name_is_seen(source: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.py")), ids=place)
 def test_the_folder_can_be_renamed_as_a_whole(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 0:
-            assert (node.module or "").partition(".")[0] not in {"include", FOLDER.name}
-        if isinstance(node, ast.ImportFrom):
-            assert node.level <= 1, "reaches out of the folder"
-        if isinstance(node, ast.Import):
-            assert not any(name.name.startswith("include") for name in node.names)
+    assert list(outer_imports(path.read_text(), len(path.relative_to(FOLDER).parts))) == []
+
+
+def outer_imports(source: str, depth: int) -> Iterator[str]:
+    """Yield imports that name the folder, or that reach out of it.
+
+    Parameters
+    ----------
+    depth
+        Dots that lead from the module to the folder itself.
+    """
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.ImportFrom(level=0, module=str(module)):
+                names_it = module.partition(".")[0] in {INCLUDE.name, FOLDER.name}
+            case ast.ImportFrom(level=level):
+                names_it = level > depth
+            case ast.Import(names=names):
+                names_it = any(
+                    each.name.partition(".")[0] in {INCLUDE.name, FOLDER.name} for each in names
+                )
+            case _:
+                continue
+        if names_it:
+            yield ast.unparse(node)
+
+
+@pytest.mark.parametrize(
+    ("source", "depth"),
+    [
+        ("from .. import auth", 1),
+        ("from ..auth import authenticate", 1),
+        ("from ... import auth", 2),
+        ("from ...auth import authenticate", 2),
+        ("from include.polars_remote import queries", 1),
+        ("from polars_remote import queries", 2),
+        ("import include.auth", 2),
+    ],
+)
+def test_an_import_that_leaves_the_folder_is_seen(source: str, depth: int) -> None:
+    assert list(outer_imports(source, depth)) == [source]
+
+
+@pytest.mark.parametrize(
+    ("source", "depth"),
+    [
+        ("from . import queries", 1),
+        ("from .cloud.client import SPEC", 1),
+        ("from .. import settings", 2),
+        ("from ..cloud.client import SPEC", 2),
+        ("from .client import SPEC", 2),
+        ("import polars_cloud", 2),
+    ],
+)
+def test_an_import_inside_the_folder_is_allowed(source: str, depth: int) -> None:
+    assert list(outer_imports(source, depth)) == []
 
 
 # What there still is
@@ -153,15 +243,24 @@ def names_taken(path: Path) -> set[str]:
     return taken
 
 
+def names_defined(path: Path) -> set[str]:
+    """Return what the classes of a module define."""
+    defined = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        for each in node.body if isinstance(node, ast.ClassDef) else ():
+            match each:
+                case ast.FunctionDef(name=name) | ast.AnnAssign(target=ast.Name(id=name)):
+                    defined.add(name)
+    return defined
+
+
 @pytest.fixture
-def clients_objects(pc: ModuleType) -> dict[str, tuple[Any, ...]]:
+def clients_objects(pc: ModuleType, ctx: Any) -> dict[str, tuple[Any, ...]]:
     """Where each private name of the client's is looked up."""
     from polars_cloud import constants, polars_cloud
 
-    ctx = compute_context(CLUSTER)
     ctx.start()
-    remote = pl.LazyFrame({"x": [1]}).remote(ctx)
-    query = remote.execute(blocking=False)
+    query = LF.remote(ctx).execute(blocking=False)
     return {
         "_compute_id": (ctx,),
         "_name": (ctx,),
@@ -170,14 +269,13 @@ def clients_objects(pc: ModuleType) -> dict[str, tuple[Any, ...]]:
         "_idle_timeout_mins": (ctx,),
         # Of a context by name there is none: the manifest is asked for it.
         "_requirements_txt": (pc.ComputeContext(workspace="playground", cpus=2, memory=4),),
-        "_get_direct_client": (ctx,),
+        "_get_direct_client": (ctx, pc.ComputeContext),
         "_query_id": (query,),
         "_client": (query,),
+        "_cluster": (query,),
         "_from_api_model": (pc.ComputeContextStatus,),
         "SchedulerClient": (polars_cloud,),
-        "_cluster": (query,),
-        "_labels": (remote, remote.single_node()),
-        "_pl_partition_by": (pl.PartitionBy("s3://your-bucket/x/", key="x"),),
+        "QueryInfoPy": (polars_cloud,),
         "NotFoundError": (polars_cloud,),
         "ComputeClusterMisspecified": (polars_cloud,),
         "API_CLIENT": (constants,),
@@ -188,15 +286,32 @@ def clients_objects(pc: ModuleType) -> dict[str, tuple[Any, ...]]:
 def test_each_private_name_of_the_client_is_still_there(
     clients_objects: dict[str, tuple[Any, ...]],
 ) -> None:
-    taken = names_taken(FOLDER / "client_internals.py")
-    assert taken <= clients_objects.keys(), "say in this test where to look these up"
+    ours = names_defined(CLIENT) - clients_objects.keys()
+    assert names_taken(CLIENT) - ours == clients_objects.keys(), "say here where to look these up"
     vanished = [
         f"{type(owner).__name__}.{name}"
-        for name in sorted(taken)
-        for owner in clients_objects[name]
+        for name, owners in clients_objects.items()
+        for owner in owners
         if not hasattr(owner, name)
     ]
     assert vanished == [], f"polars_cloud has no {', '.join(vanished)} any more"
+
+
+def test_each_call_of_the_clients_private_api_is_still_there(pc: ModuleType) -> None:
+    from polars_cloud.constants import API_CLIENT
+    from polars_cloud.polars_cloud import SchedulerClient
+
+    called = set()
+    for node in ast.walk(ast.parse(CLIENT.read_text())):
+        match node:
+            case ast.Attribute(attr=name, value=ast.Name(id="API_CLIENT")):
+                called.add(name)
+    assert len(called) > 5, "found too few: the test does not see them any more"
+    assert {name for name in called if not hasattr(API_CLIENT, name)} == set()
+    on_cluster = {name for name in vars(QueryClient) if not name.startswith("_")}
+    on_cluster |= {"get_query_details", "without_default_auth"}
+    assert "do_query" in on_cluster
+    assert {name for name in on_cluster if not hasattr(SchedulerClient, name)} == set()
 
 
 def test_each_private_name_of_airflow_is_still_there(supervisor: object) -> None:
@@ -229,11 +344,10 @@ def test_each_option_of_a_cluster_is_compared_or_left_out_on_purpose(pc: ModuleT
     assert options - left_out == SPEC.keys()
 
 
-# What they do
+# What they do: clusters
 
 
-def test_a_context_gives_its_cluster_and_its_manifest(pc: ModuleType) -> None:
-    ctx = ensure_manifest(CLUSTER)
+def test_a_context_gives_its_cluster_and_its_manifest(pc: ModuleType, ctx: Any) -> None:
     assert get_manifest_name(ctx) == "shop"
     assert get_cluster_id(ctx) is None
     ctx.start()
@@ -242,9 +356,8 @@ def test_a_context_gives_its_cluster_and_its_manifest(pc: ModuleType) -> None:
 
 
 def test_a_context_that_has_forgotten_its_failed_cluster_starts_another(
-    pc: ModuleType, emulator: RunningEmulator
+    ctx: Any, emulator: RunningEmulator
 ) -> None:
-    ctx = ensure_manifest(CLUSTER)
     emulator.add_fault("POST manifest/start", "startup_fails", message="no machines left")
     with pytest.raises(RuntimeError, match="no machines left"):
         ctx.start()
@@ -253,6 +366,44 @@ def test_a_context_that_has_forgotten_its_failed_cluster_starts_another(
     forget_cluster(ctx)
     ctx.start()
     assert cluster_statuses(emulator) == ["Failed", "Idle"]
+
+
+def test_a_start_without_waiting_returns_while_the_cluster_starts(
+    ctx: Any, emulator: RunningEmulator
+) -> None:
+    assert not was_available(ctx)
+    emulator.add_fault("POST manifest/start", "startup_takes", seconds=60)
+    start_without_waiting(ctx)
+    assert cluster_statuses(emulator) == ["Starting"]
+    assert not was_available(ctx)
+    cluster_id = get_cluster_id(ctx)
+    assert cluster_id is not None
+    assert cluster_id == emulator.state()["clusters"][0]["id"]
+    assert get_cluster_status(cluster_id, ctx.workspace) == ("STARTING", "")
+
+
+def test_a_context_knows_that_its_cluster_was_available(ctx: Any) -> None:
+    start_without_waiting(ctx)
+    ctx.get_status()
+    assert was_available(ctx)
+
+
+def test_a_second_start_of_a_manifest_finds_its_live_cluster(
+    ctx: Any, emulator: RunningEmulator
+) -> None:
+    start_without_waiting(ctx)
+    first = get_cluster_id(ctx)
+    start_without_waiting(ctx)
+    assert get_cluster_id(ctx) == first
+    assert len(cluster_statuses(emulator)) == 1
+
+
+def test_a_clusters_status_says_why_it_has_failed(ctx: Any, emulator: RunningEmulator) -> None:
+    emulator.add_fault("POST manifest/start", "startup_fails", message="no machines left")
+    start_without_waiting(ctx)
+    cluster_id = get_cluster_id(ctx)
+    assert cluster_id is not None
+    assert get_cluster_status(cluster_id, ctx.workspace) == ("FAILED", "no machines left")
 
 
 def test_a_registered_specification_is_the_one_that_was_asked_for(pc: ModuleType) -> None:
@@ -275,42 +426,182 @@ def test_a_registered_specification_is_the_one_that_was_asked_for(pc: ModuleType
     assert {name: spec[name] for name in options} == expected
 
 
-def test_unregistering_can_be_repeated(pc: ModuleType, emulator: RunningEmulator) -> None:
-    ctx = compute_context(CLUSTER)
+def test_an_option_that_is_compared_as_written_is_kept_as_written(pc: ModuleType) -> None:
+    options: dict[str, Any] = {
+        "cpus": 4,
+        "memory": 8,
+        "storage": 50,
+        "cluster_size": 3,
+        "env_vars": {"TZ": "UTC"},
+        "idle_timeout_mins": 20,
+    }
+    # In place of processors and memory.
+    by_type: dict[str, Any] = {"instance_type": "t3.medium"}
+    assert options.keys() | by_type.keys() == COMPARED_AS_WRITTEN
+    for name, each in (("shop", options), ("typed", by_type)):
+        pc.ComputeContext(workspace="playground", **each).register(name)
+        registered = pc.ComputeContext(workspace="playground", name=name)
+        assert get_changes(registered, each) == {}
+    registered = pc.ComputeContext(workspace="playground", name="shop")
+    assert get_changes(registered, {"cpus": 2, "memory": 8}) == {"cpus": (4, 2)}
+
+
+def test_unregistering_can_be_repeated(ctx: Any, emulator: RunningEmulator) -> None:
     for _ in range(2):
         unregister_manifest(ctx, "shop")
     assert emulator.state()["manifests"] == []
 
 
-def test_the_clients_errors_are_told_apart(pc: ModuleType) -> None:
+def test_the_clients_errors_are_told_apart(pc: ModuleType, ctx: Any) -> None:
     with pytest.raises(not_found_error()):
         pc.ComputeContext(workspace="playground", name="nowhere")
     with pytest.raises(misspecified_error()):
         pc.ComputeContext(workspace="playground", name="shop", cpus=2)
 
 
-def test_a_query_gives_its_id_and_its_context_and_is_listed(pc: ModuleType) -> None:
-    ctx = compute_context(CLUSTER)
-    uri = "s3://your-bucket/results/one.parquet"
-    query: Any = pl.LazyFrame({"x": [1]}).remote(ctx).single_node().sink_parquet(uri)
+# What they do: queries
+
+
+def test_a_query_gives_its_id_its_context_and_its_client_and_is_listed(ctx: Any) -> None:
+    ctx.start()
+    query: Any = LF.remote(ctx).single_node().sink_parquet(FILE)
+    assert is_query(query)
     assert get_context(query) is ctx
-    assert list(list_queries(ctx)) == [(get_query_id(query), uri)]
-    assert connect_query(get_query_id(query), ctx).await_result().location == [uri]
+    assert get_client(query) is get_query_client(ctx)
+    assert list(list_queries(ctx)) == [(get_query_id(query), FILE)]
+    connected = connect_query(get_query_id(query), ctx)
+    result = connected.await_result()
+    assert is_result(result)
+    assert not is_query(result)
+    assert not is_result(query)
+    assert result.location == [FILE]
+    assert get_result_info(result) is not None
 
 
-def test_labels_are_added_to_a_copy(pc: ModuleType) -> None:
-    for remote in (
-        pl.LazyFrame().remote().labels(["mine"]),
-        pl.LazyFrame().remote().labels(["mine"]).single_node(),
-    ):
-        assert with_labels(remote, ["ours"])._labels == ["mine", "ours"]
-        assert remote._labels == ["mine"]
+def test_queries_of_another_cluster_are_not_listed(pc: ModuleType, ctx: Any) -> None:
+    ctx.start()
+    LF.remote(ctx).single_node().sink_parquet(FILE).await_result()
+    other = pc.ComputeContext(workspace="playground", cpus=2, memory=4)
+    other.start()
+    assert list(list_queries(other)) == []
 
 
-def test_the_destination_of_a_partitioned_sink_is_its_base_path(tmp_path: Path) -> None:
-    assert get_destination("s3://your-bucket/x.csv") == "s3://your-bucket/x.csv"
-    assert get_destination(pl.PartitionBy("s3://your-bucket/x/", key="x")) == "s3://your-bucket/x/"
-    assert get_destination(pl.PartitionBy(tmp_path, key="x")) == str(tmp_path)
+def test_queries_that_were_connected_keep_their_login_when_another_account_logs_in(
+    pc: ModuleType, ctx: Any, emulator: RunningEmulator
+) -> None:
+    ctx.start()
+    query: Any = LF.remote(ctx).single_node().sink_parquet(FILE)
+    connect = connect_queries(ctx)
+    client_id, secret = emulator.add_service_account("second")
+    pc.authenticate(client_id=client_id, client_secret=secret, interactive=False)
+    before = len(emulator.journal())
+    assert connect(get_query_id(query)).await_result().location == [FILE]
+    query.get_status()  # on the context's connection, whose login is the latest
+    [result, status] = emulator.journal()[before:]
+    assert (result["account"], status["account"]) == (EMULATOR, client_id)
+
+
+class Redirected(Exception):
+    """A query has come through the client that was given."""
+
+
+class Capturing:
+    """Takes what the client's context sends, and sends nothing."""
+
+    def __init__(self) -> None:
+        self.plans: list[bytes] = []
+
+    def do_query(
+        self,
+        *,
+        plan: bytes,
+        settings: Any,
+        labels: list[str] | None,
+        execution_id: str | None,
+        lineage_context: Any,
+    ) -> NoReturn:
+        self.plans.append(plan)
+        raise Redirected
+
+    def get_direct_query_status(self, query_id: UUID) -> NoReturn:
+        raise AssertionError
+
+    def get_direct_query_result(self, query_id: UUID, timeout_ms: int) -> NoReturn:
+        raise AssertionError
+
+    def cancel_direct_query(self, query_id: UUID) -> None:
+        raise AssertionError
+
+
+FOLDER_URI = "s3://your-bucket/results/one/"
+PARTITIONS_URI = "s3://your-bucket/x/"
+PARTITIONS = pl.PartitionBy(PARTITIONS_URI, key="x")
+
+
+def spawn(_: object, ctx: Any) -> object:
+    from polars_cloud import spawn
+
+    return spawn(LF, dst=FOLDER_URI, context=ctx)
+
+
+def sink_with_engine(_: object, ctx: Any) -> object:
+    return LF.sink_parquet(FOLDER_URI, engine=pl.RemoteEngine(ctx))
+
+
+ROUTES: dict[str, tuple[Callable[[Any, Any], object], tuple[str, ...], bool]] = {
+    # Of each the call, its destinations, and whether its result has a location.
+    "sink_parquet": (lambda remote, _: remote.sink_parquet(FOLDER_URI), (FOLDER_URI,), True),
+    "sink_csv": (lambda remote, _: remote.sink_csv(FOLDER_URI), (FOLDER_URI,), True),
+    "sink_ipc": (lambda remote, _: remote.sink_ipc(FOLDER_URI), (FOLDER_URI,), True),
+    "partitions": (lambda remote, _: remote.sink_parquet(PARTITIONS), (PARTITIONS_URI,), True),
+    "sink_batches": (lambda remote, _: remote.sink_batches(print), (), False),
+    "execute": (lambda remote, _: remote.execute(blocking=False), (), True),
+    "execute and wait": (lambda remote, _: remote.execute(), (), True),
+    "await_and_scan": (lambda remote, _: remote.await_and_scan(), (), True),
+    "show": (lambda remote, _: remote.show(), (), True),
+    "explain": (lambda remote, _: remote.explain(), (), False),
+    "spawn": (spawn, (FOLDER_URI,), True),
+    "RemoteEngine": (sink_with_engine, (FOLDER_URI,), True),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("mode", ["single_node", "distributed"])
+def test_each_route_of_a_query_passes_the_client_that_was_given(
+    ctx: Any, emulator: RunningEmulator, mode: str, route: str
+) -> None:
+    send_queries_through(capturing := Capturing(), ctx)
+    call, destinations, has_location = ROUTES[route]
+    with pytest.raises(Redirected):
+        call(getattr(LF.remote(ctx), mode)(), ctx)
+    [plan] = capturing.plans
+    found = read_plan(plan)
+    assert (found.destinations, found.has_location) == (destinations, has_location)
+    assert cluster_statuses(emulator) == []
+
+
+def test_a_context_whose_queries_are_redirected_starts_nothing_by_itself(
+    ctx: Any, emulator: RunningEmulator
+) -> None:
+    send_queries_through(Capturing(), ctx)
+    ctx.start()
+    assert cluster_statuses(emulator) == []
+    assert get_manifest_name(ctx) == "shop"
+
+
+def test_other_contexts_are_not_redirected(ctx: Any, session: CloudSession) -> None:
+    send_queries_through(Capturing(), ctx)
+    other: Any = register_manifest(session, CLUSTER, lambda: False)
+    other.start()
+    assert LF.remote(other).execute().n_rows_total == 1
+
+
+def test_a_redirected_contexts_own_connection_is_the_clients(ctx: Any) -> None:
+    from polars_cloud.polars_cloud import SchedulerClient
+
+    ctx.start()
+    send_queries_through(Capturing(), ctx)
+    assert isinstance(get_query_client(ctx), SchedulerClient)
 
 
 def test_the_pages_of_polars_cloud_have_an_address(pc: ModuleType) -> None:
@@ -319,6 +610,6 @@ def test_the_pages_of_polars_cloud_have_an_address(pc: ModuleType) -> None:
 
 
 def test_nothing_of_the_client_is_imported_before_it_is_needed() -> None:
-    tree = ast.parse(inspect.getsource(client_internals))
+    tree = ast.parse(inspect.getsource(client))
     imported = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert not any("polars_cloud" in ast.unparse(node) for node in imported)

@@ -3,9 +3,8 @@
 import polars as pl
 import pytest
 
-from include.polars_remote.clusters import compute_context
-from include.polars_remote.labels import LONGEST, get_labels, shorten
-from include.polars_remote.queries import leave, submit
+from include.polars_remote import detach, use_cluster
+from include.polars_remote.ownership.labels import LONGEST, get_labels, shorten
 from polars_cloud_emulator.testing import RunningEmulator
 from tests.tries import StartTry
 
@@ -51,9 +50,9 @@ def test_a_label_is_shortened_to_the_same_in_each_process() -> None:
 def test_polars_cloud_shows_the_labels_of_a_task_with_long_ids(
     emulator: RunningEmulator, start_try: StartTry
 ) -> None:
-    with start_try(12, map_index=3, **LONG):
-        ctx = compute_context({"name": "shop", "cpus": 2, "memory": 4})
-        leave(submit(pl.LazyFrame({"x": [1]}).remote(ctx).sink_parquet, "s3://your-bucket/labels/"))
+    cluster = {"name": "shop", "cpus": 2, "memory": 4}
+    with start_try(12, map_index=3, **LONG), use_cluster(cluster, stop=False) as ctx:
+        detach(pl.LazyFrame({"x": [1]}).remote(ctx).sink_parquet("s3://your-bucket/labels/"))
         labels = get_labels()
     [query] = emulator.state()["queries"]
     assert query["labels"] == labels

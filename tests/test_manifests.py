@@ -1,8 +1,8 @@
-"""`manifests.py`: the manifest is there, and is what the code says for this worker."""
+"""`cloud/manifests.py`: the manifest is there, and is what the code says for this worker."""
 
 import io
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
@@ -10,15 +10,14 @@ from typing import Any
 import polars as pl
 import pytest
 
-from include.polars_remote.clusters import compute_context, use_cluster
-from include.polars_remote.manifests import ensure_manifest
-from include.polars_remote.queries import run_query
+from include.polars_remote import ensure_manifest, use_cluster
 from polars_cloud_emulator.testing import RunningEmulator
 from tests.manifest_body import MANIFEST_BODY
-from tests.observed import cluster_statuses
+from tests.observed import cluster_statuses, entries
 from tests.tries import StartTry, Supervisor, kill
 
 CLUSTER = {"name": "shop", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
+ONE_ROW = pl.LazyFrame({"x": [1]})
 LARGER = {**CLUSTER, "cpus": 8, "memory": 16, "cluster_size": 4}
 OTHER_VERSIONS = [
     {"polars_version": "1.41.2"},
@@ -44,12 +43,14 @@ def calls(emulator: RunningEmulator, method: str) -> int:
     )
 
 
+@pytest.mark.usefixtures("ti")
 def test_an_absent_manifest_is_registered(pc: ModuleType, emulator: RunningEmulator) -> None:
     ensure_manifest(CLUSTER)
     assert registered(emulator)["idle_timeout_mins"] == 10
     assert pc.ComputeContext(name="shop", workspace="playground").cpus == 2
 
 
+@pytest.mark.usefixtures("ti", "pc")
 @pytest.mark.parametrize(
     "options",
     [
@@ -61,7 +62,7 @@ def test_an_absent_manifest_is_registered(pc: ModuleType, emulator: RunningEmula
     ids=["nothing", "sizes", "requirements", "architecture"],
 )
 def test_a_fitting_manifest_is_left_alone(
-    pc: ModuleType, emulator: RunningEmulator, options: dict[str, Any]
+    emulator: RunningEmulator, options: dict[str, Any]
 ) -> None:
     cluster = {**CLUSTER, **options}
     ensure_manifest(cluster)
@@ -71,7 +72,7 @@ def test_a_fitting_manifest_is_left_alone(
     assert calls(emulator, "POST") == 1
 
 
-@pytest.mark.usefixtures("pc")
+@pytest.mark.usefixtures("ti", "pc")
 @pytest.mark.parametrize("drift", OTHER_VERSIONS, ids=["polars", "python"])
 def test_a_manifest_of_other_versions_is_registered_anew(
     emulator: RunningEmulator, drift: dict[str, Any], caplog: pytest.LogCaptureFixture
@@ -84,10 +85,20 @@ def test_a_manifest_of_other_versions_is_registered_anew(
     assert "Manifest shop is registered anew" in caplog.text
 
 
+@pytest.mark.usefixtures("ti", "pc")
+def test_a_manifest_in_proxy_mode_is_registered_anew_where_the_code_asks_for_direct(
+    emulator: RunningEmulator,
+) -> None:
+    emulator.call("POST", "manifest", {**MANIFEST_BODY, "mode": "Proxy", "name": "shop"})
+    with use_cluster({**CLUSTER, "connection_mode": "direct"}) as ctx:
+        ONE_ROW.remote(ctx).execute()
+    assert registered(emulator)["mode"] == "Direct"
+
+
 # A specification that has changed
 
 
-@pytest.mark.usefixtures("pc")
+@pytest.mark.usefixtures("ti", "pc")
 @pytest.mark.parametrize(
     ("options", "changes"),
     [
@@ -117,18 +128,13 @@ def test_a_changed_specification_is_applied_and_logged(
 
 
 @pytest.mark.usefixtures("ti", "pc")
-@pytest.mark.parametrize("use", [use_cluster, compute_context])
+@pytest.mark.parametrize("stop", [True, False])
 def test_a_changed_specification_is_what_the_next_start_starts(
-    emulator: RunningEmulator, use: Callable[[Any], Any]
+    emulator: RunningEmulator, stop: bool
 ) -> None:
     for cluster in (CLUSTER, LARGER):
-        if use is use_cluster:
-            with use_cluster(cluster):
-                pass
-        else:
-            ctx = compute_context(cluster)
-            run_query(pl.LazyFrame({"x": [1]}).remote(ctx).execute)
-            ctx.stop()
+        with use_cluster(cluster, stop=stop) as ctx:
+            ONE_ROW.remote(ctx).execute()
     assert [cluster["cluster_size"] for cluster in emulator.state()["clusters"]] == [1, 4]
 
 
@@ -139,14 +145,15 @@ def test_a_cluster_that_is_in_use_keeps_its_specification(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def body() -> Iterator[None]:
-        with use_cluster(CLUSTER):
+        with use_cluster(CLUSTER) as ctx:
+            ONE_ROW.remote(ctx).execute()
             yield
 
     kill(body, task_id="other")
     with start_try():
         ensure_manifest(LARGER)
     assert "keeps its size while cluster" in caplog.text
-    assert "changed at the next start: cpus 2 → 8, memory 4 → 16" in caplog.text
+    assert "the next start applies: cpus 2 → 8, memory 4 → 16" in caplog.text
     assert cluster_statuses(emulator) == ["Idle"]
     assert registered(emulator)["req_cpu_cores"] == 2
 
@@ -155,9 +162,11 @@ def test_a_cluster_that_is_in_use_keeps_its_specification(
 def test_a_cluster_on_which_a_query_runs_keeps_its_specification(
     pc: ModuleType, emulator: RunningEmulator
 ) -> None:
-    ctx = ensure_manifest(CLUSTER)
+    ensure_manifest(CLUSTER)
+    ctx = pc.ComputeContext(workspace="playground", name="shop")
+    ctx.start()
     emulator.add_fault("SubmitQuery", "query_hangs")
-    pl.LazyFrame({"x": [1]}).remote(ctx).execute(blocking=False)
+    ONE_ROW.remote(ctx).execute(blocking=False)
     ensure_manifest(LARGER)
     assert cluster_statuses(emulator) == ["Running"]
     assert registered(emulator)["req_cpu_cores"] == 2
@@ -167,7 +176,8 @@ def test_an_idle_cluster_that_nobody_uses_makes_way_for_another_specification(
     pc: ModuleType, emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
 ) -> None:
     def body() -> Iterator[None]:
-        with use_cluster(CLUSTER):
+        with use_cluster(CLUSTER) as ctx:
+            ONE_ROW.remote(ctx).execute()
             yield
 
     kill(body, task_id="killed")
@@ -176,12 +186,13 @@ def test_an_idle_cluster_that_nobody_uses_makes_way_for_another_specification(
         ensure_manifest(LARGER)
     assert cluster_statuses(emulator) == ["Stopped"]
     assert registered(emulator)["req_cpu_cores"] == 8
+    assert entries(supervisor, "cluster") == []
 
 
 # Outages
 
 
-@pytest.mark.usefixtures("pc")
+@pytest.mark.usefixtures("ti", "pc")
 @pytest.mark.parametrize("operation", ["GET manifest/find", "POST manifest", "DELETE manifest"])
 @pytest.mark.parametrize(
     "fault", [{"kind": "http_error", "status": 503}, {"kind": "answer_lost"}], ids=["503", "lost"]
@@ -196,7 +207,7 @@ def test_an_outage_is_survived(
     assert emulator.state()["faults"] == []
 
 
-@pytest.mark.usefixtures("pc")
+@pytest.mark.usefixtures("ti", "pc")
 def test_registering_at_the_same_time_is_no_error(emulator: RunningEmulator) -> None:
     with ThreadPoolExecutor() as tasks:
         for done in [tasks.submit(ensure_manifest, CLUSTER) for _ in range(4)]:
@@ -205,7 +216,7 @@ def test_registering_at_the_same_time_is_no_error(emulator: RunningEmulator) -> 
     assert calls(emulator, "DELETE") == 0
 
 
-@pytest.mark.usefixtures("pc")
+@pytest.mark.usefixtures("ti", "pc")
 def test_changing_at_the_same_time_is_no_error(emulator: RunningEmulator) -> None:
     ensure_manifest(CLUSTER)
     with ThreadPoolExecutor() as tasks:
@@ -214,7 +225,7 @@ def test_changing_at_the_same_time_is_no_error(emulator: RunningEmulator) -> Non
     assert registered(emulator)["req_cpu_cores"] == 8
 
 
-@pytest.mark.usefixtures("pc")
+@pytest.mark.usefixtures("ti", "pc")
 def test_a_manifest_that_another_task_has_just_removed_is_registered(
     emulator: RunningEmulator,
 ) -> None:
@@ -224,19 +235,19 @@ def test_a_manifest_that_another_task_has_just_removed_is_registered(
     assert registered(emulator)["name"] == "shop"
 
 
-@pytest.mark.usefixtures("pc")
+@pytest.mark.usefixtures("ti", "pc")
 def test_a_refused_spec_is_an_error_in_the_words_of_polars_cloud() -> None:
     with pytest.raises(ValueError, match="idle_timeout_mins must be at least 10"):
         ensure_manifest({**CLUSTER, "idle_timeout_mins": 5})
 
 
-@pytest.mark.usefixtures("pc")
+@pytest.mark.usefixtures("ti", "pc")
 def test_a_misspelled_option_is_an_error_that_names_it() -> None:
     with pytest.raises(TypeError, match="memry"):
         ensure_manifest({"name": "shop", "cpus": 2, "memry": 4})
 
 
-@pytest.mark.usefixtures("pc")
+@pytest.mark.usefixtures("ti", "pc")
 def test_requirements_may_be_a_file_object() -> None:
     for _ in range(2):
         ensure_manifest({**CLUSTER, "requirements": io.BytesIO(b"numpy==2.3.5\n")})

@@ -14,13 +14,13 @@ from types import ModuleType
 import polars as pl
 import pytest
 from airflow.dag_processing.dagbag import DagBag
-from airflow.providers.standard.operators.python import PythonOperator
 from airflow.sdk import DAG
 
-from include.polars_remote import login, preflight
-from include.polars_remote.airflow_versions import AirflowFailException
-from include.polars_remote.clusters import use_cluster
-from include.polars_remote.manifests import ensure_manifest
+from include import preflight
+from include.polars_remote import ensure_manifest, use_cluster
+from include.polars_remote.cloud import session
+from include.polars_remote.compat.versions import AirflowFailException
+from include.polars_remote.errors import ClusterNotStartedError
 from local_airflow import ROOT
 from polars_cloud_emulator.testing import RunningEmulator, eventually
 from tests.buckets import create_bucket_elsewhere, create_bucket_of_others
@@ -50,7 +50,7 @@ def set_settings(monkeypatch: pytest.MonkeyPatch) -> Set:
 
     def set_settings(**values: str) -> None:
         for name, module in list(sys.modules.items()):
-            if name.startswith("include.polars_remote"):
+            if name.startswith("include."):
                 for setting, value in values.items():
                     if hasattr(module, setting):
                         monkeypatch.setattr(module, setting, value)
@@ -63,7 +63,7 @@ def on_the_service(emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch) -
     """The emulator passes for the real service, and its account for a user's."""
     place = emulator.environment["POLARS_CLOUD_DOMAIN"].removeprefix("emulator")
     monkeypatch.setenv("POLARS_CLOUD_DOMAIN", f"service{place}")
-    monkeypatch.setattr(login, "EMULATOR", "another-emulator")
+    monkeypatch.setattr(session, "EMULATOR", "another-emulator")
 
 
 @pytest.fixture
@@ -88,11 +88,7 @@ def load(airflow_db: None) -> Callable[[str], DAG]:
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What preflight has logged."""
-    return [
-        record.getMessage()
-        for record in caplog.records
-        if record.name == "include.polars_remote.preflight"
-    ]
+    return [record.getMessage() for record in caplog.records if record.name == "include.preflight"]
 
 
 def failure(caplog: pytest.LogCaptureFixture) -> str:
@@ -122,7 +118,7 @@ def test_each_step_tells_in_a_line_what_it_has_found(
     from polars import __version__ as polars
     from polars_cloud import __version__ as client
 
-    preflight.take_free_steps()
+    preflight.check_setup()
     python = platform.python_version()
     assert lines(caplog) == [
         f"Airflow: ok: Airflow {airflow}, Python {python}",
@@ -144,7 +140,7 @@ def test_releases_that_nobody_has_tried_are_named_and_let_pass(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "NEWEST_TRIED", {"Airflow": "3.0", "polars-cloud": "0.11"})
-    preflight.take_free_steps()
+    preflight.check_setup()
     airflow, client, *_ = lines(caplog)
     assert "(tried up to 3.0)" in airflow
     assert "(tried up to 0.11)" in client
@@ -156,7 +152,7 @@ def test_an_old_python_is_refused(
 ) -> None:
     monkeypatch.setattr(preflight, "OLDEST_PYTHON", "4.0")
     with pytest.raises(AirflowFailException):
-        preflight.take_free_steps()
+        preflight.check_setup()
     assert failure(caplog) == (
         f"Airflow: FAILED: This worker runs Python {platform.python_version()}: the DAGs need 4.0 "
         "or newer"
@@ -171,7 +167,7 @@ def test_a_polars_that_the_client_does_not_work_with_is_refused(
     (tmp_path / "polars-1.44.2.dist-info" / "METADATA").write_text("Name: polars\nVersion: 1.44.2")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(AirflowFailException):
-        preflight.take_free_steps()
+        preflight.check_setup()
     assert failure(caplog).startswith(
         "Client: FAILED: polars 1.44.2 is installed, but polars-cloud 0.12.0 needs polars["
     )
@@ -185,7 +181,7 @@ def test_a_worker_without_the_client_is_refused(
     with monkeypatch.context() as patches:
         patches.setattr(sys, "path", [str(tmp_path)])
         with pytest.raises(AirflowFailException):
-            preflight.take_free_steps()
+            preflight.check_setup()
     assert failure(caplog) == (
         "Client: FAILED: polars-cloud is not installed on this worker: install requirements.txt "
         "there"
@@ -193,7 +189,7 @@ def test_a_worker_without_the_client_is_refused(
 
 
 def test_a_polars_with_32_bit_row_numbers_is_refused() -> None:
-    look = "from include.polars_remote import preflight; preflight.look_at_client()"
+    look = "from include import preflight; preflight.check_client()"
     ran = subprocess.run(
         [sys.executable, "-c", look],
         cwd=ROOT,
@@ -221,7 +217,7 @@ def test_a_data_location_that_is_no_bucket_is_refused(
 ) -> None:
     set_settings(DATA=data)
     with pytest.raises(AirflowFailException):
-        preflight.take_free_steps()
+        preflight.check_setup()
     assert failure(caplog) == (
         f"Data: FAILED: POLARS_CLOUD_DATA {BAD_DATA[data]}. Set it to the URI below which your "
         f"tables lie, such as {SHOP}"
@@ -233,10 +229,10 @@ def test_the_default_data_location_is_refused_on_the_service(
     caplog: pytest.LogCaptureFixture, set_settings: Set
 ) -> None:
     with pytest.raises(AirflowFailException):
-        preflight.take_free_steps()
+        preflight.check_setup()
     assert "POLARS_CLOUD_DATA is not set, and its default" in failure(caplog)
     set_settings(DATA=SHOP)
-    preflight.take_free_steps()
+    preflight.check_setup()
     assert f"Data: ok: {SHOP}" in lines(caplog)
     assert "Login: ok: accepted by Polars Cloud" in lines(caplog)
 
@@ -261,7 +257,7 @@ def test_a_connection_of_the_wrong_shape_is_refused(
     if value:
         monkeypatch.setenv("AIRFLOW_CONN_POLARS_CLOUD", value)
     with pytest.raises(AirflowFailException):
-        preflight.take_free_steps()
+        preflight.check_setup()
     assert f"Connection: FAILED: The Airflow Connection 'polars_cloud' {problem}" in failure(caplog)
     assert "a secret" not in caplog.text
 
@@ -273,7 +269,7 @@ def test_a_refused_login_is_told_without_the_secret(
     wrong = connection(login="polars-cloud-emulator", password="a secret")
     monkeypatch.setenv("AIRFLOW_CONN_POLARS_CLOUD", wrong)
     with pytest.raises(AirflowFailException):
-        preflight.take_free_steps()
+        preflight.check_setup()
     assert "Login: FAILED: The Airflow Connection 'polars_cloud' was refused" in failure(caplog)
     assert "login = client ID and password = client secret" in failure(caplog)
     assert "a secret" not in caplog.text
@@ -285,18 +281,18 @@ def test_an_outage_while_logging_in_is_told_as_one(
 ) -> None:
     emulator.add_fault("GET user/me", "http_error", status=503, times=1000)
     with pytest.raises(ConnectionError):
-        preflight.take_free_steps()
+        preflight.check_setup()
     assert "Login: FAILED: Polars Cloud could not be reached" in failure(caplog)
 
 
 @pytest.mark.usefixtures("in_task")
-@pytest.mark.parametrize("workspace", ["nowhere", "play", ""])
+@pytest.mark.parametrize("workspace", ["nowhere", "play"])
 def test_an_unknown_workspace_is_refused_with_those_that_there_are(
     caplog: pytest.LogCaptureFixture, set_settings: Set, workspace: str
 ) -> None:
     set_settings(WORKSPACE=workspace)
     with pytest.raises(AirflowFailException):
-        preflight.take_free_steps()
+        preflight.check_setup()
     assert failure(caplog) == (
         f"Workspace: FAILED: Workspace '{workspace}' does not exist. Set POLARS_CLOUD_WORKSPACE to "
         "a workspace of this account: playground"
@@ -309,7 +305,7 @@ def test_an_empty_manifest_name_is_refused(
 ) -> None:
     set_settings(MANIFEST="")
     with pytest.raises(AirflowFailException):
-        preflight.take_free_steps()
+        preflight.check_setup()
     assert failure(caplog).startswith("Manifest: FAILED: POLARS_CLOUD_MANIFEST is empty")
 
 
@@ -318,7 +314,7 @@ def test_a_manifest_is_told_with_its_versions(
     emulator: RunningEmulator, caplog: pytest.LogCaptureFixture, pc: ModuleType
 ) -> None:
     ensure_manifest({**CLUSTER, "name": "airflow-production"})
-    preflight.take_free_steps()
+    preflight.check_setup()
     versions = f"polars {pl.__version__} and Python {platform.python_version()}"
     expected = f"Manifest: ok: airflow-production is for {versions}, as this worker has them"
     assert lines(caplog)[-1] == expected
@@ -326,7 +322,7 @@ def test_a_manifest_is_told_with_its_versions(
     old = {**MANIFEST_BODY, "name": "airflow-production", "polars_version": "1.44.2"}
     emulator.call("DELETE", "manifest?name=airflow-production")
     emulator.call("POST", "manifest", old)
-    preflight.take_free_steps()
+    preflight.check_setup()
     assert "Manifest: ok: airflow-production will be registered anew" in lines(caplog)[-1]
     assert "specified in manifest (1.44.2)" in lines(caplog)[-1]
 
@@ -338,7 +334,7 @@ def test_a_manifest_is_told_with_its_versions(
 def test_a_row_is_written_and_read_and_the_cluster_seen_to_be_stopped(
     emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
 ) -> None:
-    preflight.take_billed_steps(CLUSTER, LIMIT)
+    preflight.check_cluster(CLUSTER, LIMIT)
     [cluster] = emulator.state()["clusters"]
     assert lines(caplog) == [
         f"Cost: from now on {BILLED}",
@@ -357,7 +353,7 @@ def test_an_unknown_instance_type_is_refused_before_anything_runs(
 ) -> None:
     cluster = {"name": "airflow-preflight", "instance_type": "m5.lrge", "idle_timeout_mins": 10}
     with pytest.raises(ValueError, match="does not exist"):
-        preflight.take_billed_steps(cluster, LIMIT)
+        preflight.check_cluster(cluster, LIMIT)
     assert failure(caplog).startswith("Start: FAILED: ")
     assert "instance type 'm5.lrge' does not exist" in failure(caplog)
     assert_nothing_was_started(emulator)
@@ -368,8 +364,8 @@ def test_a_cluster_that_does_not_start_is_told_with_its_reason(
     emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
 ) -> None:
     emulator.add_fault("POST manifest/start", "startup_fails", message="no machines left")
-    with pytest.raises(RuntimeError):
-        preflight.take_billed_steps(CLUSTER, LIMIT)
+    with pytest.raises(ClusterNotStartedError):
+        preflight.check_cluster(CLUSTER, LIMIT)
     assert failure(caplog).startswith("Start: FAILED: Cluster ")
     assert failure(caplog).endswith("did not start: no machines left")
     assert cluster_statuses(emulator) == ["Failed"]
@@ -383,9 +379,9 @@ def leave_out(name: str) -> None:
 @pytest.mark.parametrize(
     ("make", "advice"),
     [
-        (leave_out, "does not exist: correct POLARS_CLOUD_DATA, or create it"),
-        (create_bucket_of_others, "give the workspace's role (polars-<workspace>-IAMWorkerRole"),
-        (create_bucket_elsewhere, "is in another region than the cluster looks in"),
+        (leave_out, "The bucket {} does not exist: correct the URI, or create it"),
+        (create_bucket_of_others, "The cluster may not use {}: give the workspace's role (polars-"),
+        (create_bucket_elsewhere, "The bucket {} is in another region than the cluster looks in"),
     ],
 )
 def test_a_bucket_that_refuses_is_told_with_what_to_do_and_no_cluster_is_left(
@@ -399,10 +395,8 @@ def test_a_bucket_that_refuses_is_told_with_what_to_do_and_no_cluster_is_left(
     make(bucket)
     set_settings(DATA=f"s3://{bucket}/shop")
     with pytest.raises(OSError, match="object-store error"):
-        preflight.take_billed_steps(CLUSTER, LIMIT)
-    assert failure(caplog).startswith("Write: FAILED: The ")
-    assert f"s3://{bucket}" in failure(caplog)
-    assert advice in failure(caplog)
+        preflight.check_cluster(CLUSTER, LIMIT)
+    assert failure(caplog).startswith(f"Write: FAILED: {advice.format(f's3://{bucket}')}")
     assert "object-store error" in failure(caplog)
     assert "\n" not in failure(caplog)
     assert cluster_statuses(emulator) == ["Stopped"]
@@ -414,7 +408,7 @@ def test_a_row_that_cannot_be_read_back_fails_and_no_cluster_is_left(
 ) -> None:
     emulator.add_fault("SubmitQuery", "query_fails", nth=2, error="PermissionError: no")
     with pytest.raises(PermissionError):
-        preflight.take_billed_steps(CLUSTER, LIMIT)
+        preflight.check_cluster(CLUSTER, LIMIT)
     assert failure(caplog) == "Read: FAILED: no"
     assert cluster_statuses(emulator) == ["Stopped"]
 
@@ -432,7 +426,7 @@ def test_another_row_than_the_one_that_was_written_fails(
     with ThreadPoolExecutor() as background:
         overwritten = background.submit(overwrite)
         with pytest.raises(RuntimeError):
-            preflight.take_billed_steps(CLUSTER, LIMIT)
+            preflight.check_cluster(CLUSTER, LIMIT)
         overwritten.result()
     assert f"Read: FAILED: {FILE} does not hold what was just written" in failure(caplog)
     assert cluster_statuses(emulator) == ["Stopped"]
@@ -448,7 +442,7 @@ def test_a_cluster_that_is_not_seen_to_stop_is_told(
     monkeypatch.setattr(preflight, "STOP_SECONDS", 0.0)
     with start_try(run_id="manual__2"), use_cluster(CLUSTER):
         with start_try(raises=TimeoutError):
-            preflight.take_billed_steps(CLUSTER, LIMIT)
+            preflight.check_cluster(CLUSTER, LIMIT)
         assert "is IDLE 0 s after it was to stop: stop it in Polars Cloud" in failure(caplog)
     assert cluster_statuses(emulator) == ["Stopped"]
 
@@ -526,7 +520,6 @@ def test_a_failure_with_the_cluster_fails_the_run_and_leaves_no_cluster(
 
 MISTAKES = {
     "an unknown workspace": ({"WORKSPACE": "nowhere"}, "'nowhere' does not exist. Set POLARS_"),
-    "an empty workspace": ({"WORKSPACE": ""}, "Set POLARS_CLOUD_WORKSPACE to a workspace"),
     "no data location": ({"DATA": ""}, "POLARS_CLOUD_DATA is '', which has no scheme"),
     "no scheme": ({"DATA": "my-bucket"}, "POLARS_CLOUD_DATA is 'my-bucket', which has no scheme"),
     "no bucket": ({"DATA": "s3:"}, "POLARS_CLOUD_DATA is 's3:', which has no bucket"),
@@ -568,10 +561,8 @@ def test_a_dag_that_is_to_use_the_emulators_bucket_on_the_service_starts_no_clus
 def test_a_dag_that_knows_its_uris_from_elsewhere_needs_no_data_location(
     emulator: RunningEmulator, start_try: StartTry
 ) -> None:
-    with DAG("shop", schedule=None):
-        elsewhere = PythonOperator(task_id="elsewhere", python_callable=json.dumps)
-    with start_try(task=elsewhere), use_cluster(CLUSTER):
-        pass
+    with start_try(), use_cluster(CLUSTER) as ctx:
+        pl.LazyFrame({"number": [1]}).remote(ctx).single_node().execute()
     assert cluster_statuses(emulator) == ["Stopped"]
 
 
@@ -585,6 +576,6 @@ def test_a_dag_that_meets_a_missing_bucket_names_the_variable_and_leaves_no_clus
     set_settings(DATA="s3://nobodys-bucket/shop")
     assert run_states(load("complete_pipeline"))["complete_pipeline"] == "failed"
     log = capfd.readouterr().out
-    assert "The bucket s3://nobodys-bucket does not exist: correct POLARS_CLOUD_DATA" in log
+    assert "The bucket s3://nobodys-bucket does not exist: correct the URI, or create it" in log
     assert "it has expired" not in log
     assert cluster_statuses(emulator) == ["Stopped"]

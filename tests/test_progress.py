@@ -1,11 +1,11 @@
-"""`progress.py`: a wait is looked after often, and told of seldom."""
+"""`waiting/progress.py`: a query is polled often, and logged seldom."""
 
 from types import SimpleNamespace
 
 import pytest
 
-from include.polars_remote import progress
-from include.polars_remote.progress import Progress, describe_progress, get_pause
+from include.polars_remote.waiting import progress
+from include.polars_remote.waiting.progress import Progress, describe_progress, get_pause
 
 MINUTE = 60
 HOURS = 3
@@ -26,54 +26,52 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def minutes_told(clock: Clock, begins: int, *, step: int = 1) -> list[float]:
-    """Ages, in minutes, at which a wait is told of that is taken up at an age, in seconds."""
-    since, told = clock.now, []
+def minutes_logged(clock: Clock, begins: int, *, step: int = 1) -> list[float]:
+    """Return the ages in minutes at which a wait is logged that begins at an age in seconds."""
+    since, logged = clock.now, []
     clock.now = since + begins
     wait = Progress(since)
     for age in range(begins, HOURS * 60 * MINUTE + 1, step):
         clock.now = since + age
-        if wait.is_due():
-            told.append(age / MINUTE)
-    return told
+        if wait.should_log():
+            logged.append(age / MINUTE)
+    return logged
 
 
-def test_a_wait_is_told_of_ever_more_seldom_and_then_each_half_hour(clock: Clock) -> None:
-    assert minutes_told(clock, 0) == [1, 2, 5, 10, 20, 30, 60, 90, 120, 150, 180]
+def test_a_wait_is_logged_ever_more_seldom_and_then_each_half_hour(clock: Clock) -> None:
+    assert minutes_logged(clock, 0) == [1, 2, 5, 10, 20, 30, 60, 90, 120, 150, 180]
 
 
 @pytest.mark.parametrize(
     ("begins", "first"),
     [(0, 1), (59, 1), (60, 2), (61, 2), (299, 5), (300, 10), (1799, 30), (1800, 60), (5000, 90)],
 )
-def test_a_wait_that_is_taken_up_again_repeats_no_line(
-    clock: Clock, begins: int, first: int
-) -> None:
-    assert minutes_told(clock, begins)[0] == first
+def test_a_wait_that_is_resumed_repeats_no_line(clock: Clock, begins: int, first: int) -> None:
+    assert minutes_logged(clock, begins)[0] == first
 
 
-def test_a_look_that_comes_late_makes_one_line_of_those_that_were_due(clock: Clock) -> None:
-    assert minutes_told(clock, 0, step=7 * MINUTE)[:4] == [7, 14, 21, 35]
+def test_a_late_poll_logs_one_line_for_all_that_were_due(clock: Clock) -> None:
+    assert minutes_logged(clock, 0, step=7 * MINUTE)[:4] == [7, 14, 21, 35]
 
 
-def test_a_line_is_due_once(clock: Clock) -> None:
+def test_a_line_is_logged_once(clock: Clock) -> None:
     wait = Progress(clock.now)
-    assert not wait.is_due()
+    assert not wait.should_log()
     clock.now += MINUTE
-    assert [wait.is_due() for _ in range(3)] == [True, False, False]
+    assert [wait.should_log() for _ in range(3)] == [True, False, False]
 
 
 @pytest.mark.parametrize("age", [0, 1, 10, 30, 59, 60, 61, 120, 200, 299, 299.9])
-def test_in_the_first_five_minutes_a_query_is_looked_at_each_two_seconds(age: float) -> None:
+def test_in_the_first_five_minutes_a_query_is_polled_each_two_seconds(age: float) -> None:
     assert 0.2 <= get_pause(age) <= 2
 
 
 @pytest.mark.parametrize("age", [300, 301, 600, 1000, 1600, 3600, 86_400, 30 * 86_400])
-def test_later_a_query_is_looked_at_each_ten_seconds(age: float) -> None:
+def test_later_a_query_is_polled_each_ten_seconds(age: float) -> None:
     assert 1 <= get_pause(age) <= 10
 
 
-def test_an_older_query_is_looked_at_no_more_often() -> None:
+def test_an_older_query_is_polled_no_more_often() -> None:
     pauses = [get_pause(age) for age in range(HOURS * 60 * MINUTE)]
     assert pauses == sorted(pauses)
     assert pauses[0] < 1 < pauses[-1]
@@ -87,7 +85,7 @@ def test_an_older_query_is_looked_at_no_more_often() -> None:
         (None, "INPROGRESS after 20 min"),
     ],
 )
-def test_a_line_tells_status_stages_and_age(
+def test_a_line_shows_status_stages_and_age(
     monkeypatch: pytest.MonkeyPatch, stages: tuple[int, int | None] | None, text: str
 ) -> None:
     def get_stages(_: object) -> tuple[int, int | None]:

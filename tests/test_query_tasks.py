@@ -1,6 +1,9 @@
 """`query_tasks.py`: a task succeeds when the queries that it returns have succeeded."""
 
 import asyncio
+import os
+import re
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +20,26 @@ from airflow.sdk.exceptions import AirflowFailException, TaskDeferred
 from airflow.serialization.serialized_objects import DagSerialization
 
 from include.auth import authenticate
-from include.polars_remote import deferral, query_task, query_tasks, releases
-from include.polars_remote.client_internals import get_query_id
-from include.polars_remote.clusters import compute_context, use_cluster
-from include.polars_remote.queries import Query, run_query, submit
+from include.polars_remote import (
+    Query,
+    detach,
+    ensure_manifest,
+    query_task,
+    query_tasks,
+    use_cluster,
+)
+from include.polars_remote.cloud.client import get_query_id
+from include.polars_remote.errors import (
+    QueryCanceledError,
+    QueryLostError,
+    QueryNotAwaitedError,
+    QueryRefusedError,
+)
+from include.polars_remote.ownership.end import end_orphans
+from include.polars_remote.ownership.kills import TaskKilled
+from include.polars_remote.ownership.scope import current_scope
 from include.polars_remote.query_tasks import QueryLink
+from include.polars_remote.waiting import deferral
 from polars_cloud_emulator.testing import RunningEmulator, eventually
 from tests.observed import calls, cluster_statuses, entries, query_statuses
 from tests.tries import StartTry, Supervisor, TriedTask, deferral_of
@@ -77,16 +95,27 @@ def end_held(emulator: RunningEmulator) -> Callable[[], None]:
 
 
 def sink(ctx: Any, uri: str = FILE, frame: pl.LazyFrame = TWO_ROWS) -> Any:
-    return submit(frame.remote(ctx).single_node().sink_parquet, uri)
+    return frame.remote(ctx).single_node().sink_parquet(uri)
 
 
 def ask() -> Any:
-    return sink(compute_context(CLUSTER))
+    with use_cluster(CLUSTER, stop=False) as ctx:
+        return sink(ctx)
 
 
 def ask_on_a_cluster_of_its_own() -> Any:
     with use_cluster(CLUSTER) as ctx:
         return sink(ctx)
+
+
+def using(cluster: dict[str, Any], function: Callable[[Any], Any]) -> Callable[[], Any]:
+    """What a task runs whose cluster runs on."""
+
+    def ask() -> Any:
+        with use_cluster(cluster, stop=False) as ctx:
+            return function(ctx)
+
+    return ask
 
 
 @contextmanager
@@ -170,7 +199,7 @@ def test_a_short_query_gives_its_location_and_an_event_of_the_outlet(
     function: Callable[[Any], Any],
     shape: Callable[[Any, Any], Any],
 ) -> None:
-    task = TriedTask(lambda: function(compute_context(CLUSTER)), outlets=[REPORTS])
+    task = TriedTask(using(CLUSTER, function), outlets=[REPORTS])
     assert task.run() == shape([FILE], [OTHER_FILE])
     assert extra(task) == {"location": shape([FILE], [OTHER_FILE]), "rows": shape(2, 1)}
     assert set(query_statuses(emulator)) == {"Success"}
@@ -186,7 +215,7 @@ def test_a_long_query_gives_the_same(
     function: Callable[[Any], Any],
     shape: Callable[[Any, Any], Any],
 ) -> None:
-    task = TriedTask(lambda: function(compute_context(PAIR)), outlets=[REPORTS])
+    task = TriedTask(using(PAIR, function), outlets=[REPORTS])
     hold()
     kwargs = deferral_of(task.run).trigger.serialize()[1]
     event = {
@@ -209,19 +238,107 @@ def test_a_value_without_queries_comes_back_as_it_is(
 
 
 def test_a_query_that_was_waited_for_needs_no_return() -> None:
-    def ask() -> Any:
-        ctx = compute_context(CLUSTER)
-        first = run_query(TWO_ROWS.remote(ctx).single_node().sink_parquet, FILE)
-        return first.location, first.n_rows_total
+    def ask_and_wait(ctx: Any) -> Any:
+        result = sink(ctx).await_result()
+        return result.location, result.n_rows_total
 
-    assert TriedTask(ask).run() == ([FILE], 2)
+    assert TriedTask(using(CLUSTER, ask_and_wait)).run() == ([FILE], 2)
+
+
+def test_a_query_that_blocks_gives_its_location_and_an_event_of_the_outlet(
+    emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    def ask_and_block(ctx: Any) -> Any:
+        return {"all": TWO_ROWS.remote(ctx).single_node().execute(), "file": sink(ctx)}
+
+    task = TriedTask(using(CLUSTER, ask_and_block), outlets=[REPORTS])
+    returned = task.run()
+    [location] = returned["all"]
+    assert returned["file"] == [FILE]
+    assert extra(task) == {"location": returned, "rows": {"all": 2, "file": 2}}
+    assert pl.read_parquet(location).to_dict(as_series=False) == {"x": [1, 2]}
+    assert calls(emulator, "SubmitQuery") == 2
+    assert supervisor.variables == {}
+
+
+@pytest.mark.usefixtures("deferring")
+def test_a_query_that_blocks_is_waited_for_in_the_worker_however_long_it_takes(
+    hold: Callable[[], None], end_held: Callable[[], None], emulator: RunningEmulator
+) -> None:
+    def ask_and_block(ctx: Any) -> Any:
+        return TWO_ROWS.remote(ctx).single_node().execute()
+
+    hold()
+    with once_it_is_looked_at(emulator, end_held):
+        [location] = TriedTask(using(CLUSTER, ask_and_block)).run()
+    assert pl.read_parquet(location).to_dict(as_series=False) == {"x": [1, 2]}
+
+
+@pytest.mark.usefixtures("deferring")
+def test_the_result_of_a_query_that_has_blocked_outlives_a_deferral(
+    emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    def ask_and_block(ctx: Any) -> Any:
+        return [TWO_ROWS.remote(ctx).single_node().execute(), sink(ctx)]
+
+    task = TriedTask(using(CLUSTER, ask_and_block), outlets=[REPORTS])
+    emulator.add_fault("SubmitQuery", "query_takes", nth=2, seconds=HELD)
+    deferral_of(task.run)
+    [location], location_of_file = task.resume({"results": RESULT})
+    assert location_of_file == [FILE]
+    assert extra(task)["rows"] == [2, 2]
+    assert pl.read_parquet(location).to_dict(as_series=False) == {"x": [1, 2]}
+    assert supervisor.variables == {}
+
+
+def test_a_query_that_blocks_and_fails_raises_its_own_exception(
+    emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    def ask_and_block() -> Any:
+        with use_cluster(CLUSTER) as ctx:
+            return TWO_ROWS.select("y").remote(ctx).single_node().execute()
+
+    with pytest.raises(pl.exceptions.ColumnNotFoundError, match="y"):
+        TriedTask(ask_and_block).run()
+    assert query_statuses(emulator) == ["Failed"]
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+@pytest.mark.parametrize("where", ["in the worker", "deferred"])
+def test_a_query_and_its_result_may_be_returned_any_number_of_times(
+    hold: Callable[[], None],
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    def ask_and_repeat(ctx: Any) -> Any:
+        first, second = sink(ctx, OTHER_FILE, ONE_ROW), sink(ctx)
+        return [second, [first.await_result(), first], {"again": (second, {"more": [second]})}]
+
+    task = TriedTask(using(PAIR, ask_and_repeat), outlets=[REPORTS])
+    if where == "deferred":
+        monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.0)
+        emulator.add_fault("SubmitQuery", "query_takes", nth=2, seconds=HELD)
+        deferred = deferral_of(task.run)
+        queries = deferred.trigger.serialize()[1]["queries"]
+        assert [each["destination"] for each in queries] == [FILE]
+        returned = task.resume({"results": RESULT})
+    else:
+        returned = task.run()
+    others = [[OTHER_FILE], [OTHER_FILE]]
+    assert returned == [[FILE], others, {"again": ([FILE], {"more": [[FILE]]})}]
+    assert extra(task)["rows"] == [2, [1, 1], {"again": (2, {"more": [2]})}]
+    assert calls(emulator, "SubmitQuery") == 2
+    assert supervisor.variables == {}
 
 
 def test_a_temporary_result_is_returned_as_any_other() -> None:
-    def ask() -> Any:
-        return submit(TWO_ROWS.remote(compute_context(CLUSTER)).single_node().execute)
+    def ask(ctx: Any) -> Any:
+        return TWO_ROWS.remote(ctx).single_node().execute(blocking=False)
 
-    [location] = TriedTask(ask).run()
+    [location] = TriedTask(using(CLUSTER, ask)).run()
     assert pl.read_parquet(location).to_dict(as_series=False) == {"x": [1, 2]}
 
 
@@ -250,10 +367,10 @@ def test_an_async_function_is_waited_for_as_any_other(
     monkeypatch: pytest.MonkeyPatch,
     supervisor: Supervisor,
 ) -> None:
-    async def ask() -> Any:
-        return sink(compute_context(CLUSTER))
+    async def ask_later() -> Any:
+        return ask()
 
-    task = TriedTask(ask)
+    task = TriedTask(ask_later)
     assert task.run() == [FILE]
     monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.0)
     hold()
@@ -309,7 +426,7 @@ def test_a_task_that_is_resumed_with_results_stops_its_cluster_and_tells_of_them
     caplog.clear()
     assert task.resume({"results": RESULT}) == [FILE]
     query_id = entry["queries"][FILE]["query_id"]
-    assert f"Query {query_id} wrote 2 rows to {FILE} in " in caplog.text
+    assert re.search(f"Query {query_id} wrote 2 rows in .* s to {FILE}$", caplog.text, re.MULTILINE)
     assert calls(emulator, "CancelQuery") == 0
     assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}
@@ -348,7 +465,7 @@ def test_a_task_that_is_resumed_without_results_looks_for_itself(
     end_held()
     caplog.clear()
     assert task.resume() == [FILE]
-    assert f"wrote 2 rows to {FILE} in " in caplog.text
+    assert re.search(f" wrote 2 rows in .* s to {FILE}$", caplog.text, re.MULTILINE)
     assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}
 
@@ -428,118 +545,201 @@ def test_an_error_that_polars_does_not_know_comes_through(emulator: RunningEmula
         TriedTask(ask).run()
 
 
-@pytest.mark.usefixtures("deferring")
+@pytest.mark.parametrize("where", ["in the worker", "deferred"])
 def test_a_query_that_is_canceled_from_elsewhere_fails_the_task_for_good(
-    hold: Callable[[], None], emulator: RunningEmulator, supervisor: Supervisor
+    hold: Callable[[], None],
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
 ) -> None:
+    def cancel() -> None:
+        [query] = emulator.state()["queries"]
+        emulator.call("POST", f"query/{query['id']}/cancel")
+
     task = TriedTask(ask_on_a_cluster_of_its_own)
     hold()
-    deferral_of(task.run)
+    if where == "deferred":
+        monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.0)
+        deferral_of(task.run)
+        cancel()
+        with pytest.raises(QueryCanceledError, match="Somebody canceled") as raised:
+            task.resume()
+    else:
+        with (
+            once_it_is_looked_at(emulator, cancel),
+            pytest.raises(QueryCanceledError, match="Somebody canceled") as raised,
+        ):
+            task.run()
     [query] = emulator.state()["queries"]
-    emulator.call("POST", f"query/{query['id']}/cancel")
-    with pytest.raises(AirflowFailException, match=f"{query['id']} .* was canceled"):
-        task.resume()
+    assert query["id"] in str(raised.value)
+    assert isinstance(raised.value, AirflowFailException)
     assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}
 
 
+def stop_cluster(emulator: RunningEmulator) -> str:
+    """Stop the only cluster, as somebody else would; its id."""
+    [cluster] = emulator.state()["clusters"]
+    emulator.call("POST", f"compute/{cluster['id']}/stop")
+    return str(cluster["id"])
+
+
 @pytest.mark.usefixtures("deferring")
 def test_a_cluster_that_has_stopped_before_the_query_ended_is_an_error(
-    hold: Callable[[], None], emulator: RunningEmulator, supervisor: Supervisor
+    hold: Callable[[], None],
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(query_tasks, "STOP_RACE_SECONDS", 0.0)
     task = TriedTask(ask)
     hold()
     deferral_of(task.run)
-    [cluster] = emulator.state()["clusters"]
-    emulator.call("POST", f"compute/{cluster['id']}/stop")
-    with pytest.raises(RuntimeError, match=f"{cluster['id']} has stopped .* before query .* ended"):
+    cluster_id = stop_cluster(emulator)
+    with pytest.raises(QueryLostError, match=f"{cluster_id} has stopped .* before query .* ended"):
         task.resume()
     assert supervisor.variables == {}
 
 
-@pytest.mark.usefixtures("deferring")
-def test_what_is_not_on_record_any_more_is_not_waited_for(
-    hold: Callable[[], None], emulator: RunningEmulator, supervisor: Supervisor
+@pytest.mark.parametrize("where", ["in the worker", "deferred"])
+def test_a_query_whose_cluster_was_stopped_as_it_was_submitted_is_submitted_anew(
+    hold: Callable[[], None],
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    where: str,
 ) -> None:
-    task = TriedTask(ask)
+    def stop_it() -> None:
+        stop_cluster(emulator)
+
+    task = TriedTask(ask_on_a_cluster_of_its_own, outlets=[REPORTS])
     hold()
-    deferral_of(task.run)
-    supervisor.variables.clear()
-    before = len(emulator.journal())
-    with pytest.raises(RuntimeError, match="has been ended, and is not on record any more"):
-        task.resume({"results": RESULT})
-    assert len(emulator.journal()) == before
+    if where == "deferred":
+        monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.0)
+        deferral_of(task.run)
+        stop_it()
+        monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 300.0)
+        assert task.resume() == [FILE]
+    else:
+        with once_it_is_looked_at(emulator, stop_it):
+            assert task.run() == [FILE]
+    assert "submitted anew" in caplog.text or "submits it anew" in caplog.text
+    assert calls(emulator, "SubmitQuery") == 2
+    assert query_statuses(emulator)[-1] == "Success"
+    assert extra(task) == {"location": [FILE], "rows": 2}
+    assert cluster_statuses(emulator) == ["Stopped", "Stopped"]
     assert supervisor.variables == {}
 
 
-def test_a_query_that_was_not_submitted_with_submit_is_refused_and_canceled(
-    emulator: RunningEmulator, supervisor: Supervisor
+# A query that is not on record, or that nobody waits for
+
+
+def query_by_hand(cluster: dict[str, Any], uri: str = OTHER_FILE) -> Any:
+    """Submit a query on a context that is not of `use_cluster`."""
+    import polars_cloud
+
+    with current_scope().session.turn():
+        workspace = current_scope().session.find_workspace()
+        ctx = polars_cloud.ComputeContext(workspace=workspace, name=cluster["name"])
+        ctx.start(wait=True)
+        return sink(ctx, uri)
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_query_on_a_context_made_by_hand_is_canceled_and_refused_without_a_retry(
+    emulator: RunningEmulator, supervisor: Supervisor, is_nested: bool
 ) -> None:
-    def ask() -> Any:
-        return TWO_ROWS.remote(compute_context(CLUSTER)).single_node().sink_parquet(FILE)
+    def ask_by_hand() -> Any:
+        ensure_manifest(CLUSTER)
+        query = query_by_hand(CLUSTER)
+        return {"all": [None, (query,)]} if is_nested else query
 
     emulator.add_fault("SubmitQuery", "query_hangs")
-    with pytest.raises(TypeError, match=r"return submit\(remote.sink_parquet, uri\)") as raised:
-        TriedTask(ask).run()
+    with pytest.raises(QueryRefusedError, match="on the context that use_cluster gives") as raised:
+        TriedTask(ask_by_hand).run()
+    assert isinstance(raised.value, AirflowFailException)
     [query] = emulator.state()["queries"]
     assert query["id"] in str(raised.value)
     assert query["status"] == "Canceled"
     assert supervisor.variables == {}
 
 
-@pytest.mark.parametrize("others", [0, 1])
-def test_a_query_that_is_refused_leaves_no_cluster_running(
-    emulator: RunningEmulator,
-    supervisor: Supervisor,
-    monkeypatch: pytest.MonkeyPatch,
-    others: int,
-) -> None:
-    def ask() -> Any:
-        with use_cluster(PAIR) as ctx:
-            submitted = [sink(ctx) for _ in range(others)]
-            return [TWO_ROWS.remote(ctx).single_node().sink_parquet(OTHER_FILE), *submitted]
+def test_each_query_on_a_context_made_by_hand_is_canceled(emulator: RunningEmulator) -> None:
+    def ask_by_hand() -> Any:
+        ensure_manifest(PAIR)
+        return [query_by_hand(PAIR), {"file": query_by_hand(PAIR, FILE)}]
 
-    monkeypatch.setattr(releases, "WIND_UP_SECONDS", 1.0)
-    emulator.add_fault("SubmitQuery", "query_hangs", times=1 + others)
-    with pytest.raises(TypeError, match="was not submitted with submit"):
-        TriedTask(ask).run()
-    assert query_statuses(emulator) == ["Canceled"] * (1 + others)
+    emulator.add_fault("SubmitQuery", "query_hangs", times=2)
+    with pytest.raises(QueryRefusedError) as raised:
+        TriedTask(ask_by_hand).run()
+    assert query_statuses(emulator) == ["Canceled", "Canceled"]
+    assert all(query["id"] in str(raised.value) for query in emulator.state()["queries"])
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_a_query_that_is_refused_takes_the_others_and_their_cluster_with_it(
+    emulator: RunningEmulator, supervisor: Supervisor, where: str
+) -> None:
+    def ask_by_hand_as_well() -> Any:
+        with use_cluster(PAIR) as ctx:
+            queries = [sink(ctx), query_by_hand(PAIR)]
+            return queries if where == "last" else queries[::-1]
+
+    emulator.add_fault("SubmitQuery", "query_hangs", times=2)
+    with pytest.raises(QueryRefusedError):
+        TriedTask(ask_by_hand_as_well).run()
+    assert query_statuses(emulator) == ["Canceled", "Canceled"]
     assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}
 
 
-def test_a_query_that_is_refused_takes_the_others_with_it(
-    emulator: RunningEmulator, supervisor: Supervisor
-) -> None:
-    def ask() -> Any:
-        ctx = compute_context(PAIR)
-        query = sink(ctx)
-        return [TWO_ROWS.remote(ctx).single_node().sink_parquet(OTHER_FILE), query]
-
-    emulator.add_fault("SubmitQuery", "query_hangs", times=2)
-    with pytest.raises(TypeError, match="was not submitted with submit"):
-        TriedTask(ask).run()
-    assert query_statuses(emulator) == ["Canceled", "Canceled"]
-    assert supervisor.variables == {}
-
-
-@pytest.mark.parametrize("returned", ["nothing", "another"])
+@pytest.mark.usefixtures("deferring")
+@pytest.mark.parametrize("returned", ["nothing", "another", "in a set"])
 def test_a_query_that_is_neither_returned_nor_waited_for_is_an_error_and_canceled(
     emulator: RunningEmulator, supervisor: Supervisor, returned: str
 ) -> None:
     def ask() -> Any:
         with use_cluster(PAIR) as ctx:
-            sink(ctx)
-            return [sink(ctx, OTHER_FILE)] if returned == "another" else None
+            query = sink(ctx)
+            if returned == "another":
+                return [sink(ctx, OTHER_FILE)]
+            return {query} if returned == "in a set" else None
 
     emulator.add_fault("SubmitQuery", "query_hangs", times=2)
-    with pytest.raises(RuntimeError, match=f"The query for {FILE} is canceled"):
+    with pytest.raises(QueryNotAwaitedError, match=f"Nobody has waited for the query for {FILE}, "):
         TriedTask(ask).run()
     assert set(query_statuses(emulator)) == {"Canceled"}
     assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}
 
 
+def test_a_forgotten_query_that_fails_soon_raises_its_own_exception(
+    emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    def ask(ctx: Any) -> Any:
+        sink(ctx, FILE, TWO_ROWS.select("y"))
+        return sink(ctx, OTHER_FILE)
+
+    emulator.add_fault("SubmitQuery", "query_hangs", nth=2)
+    with pytest.raises(pl.exceptions.ColumnNotFoundError, match="y"):
+        TriedTask(using(PAIR, ask)).run()
+    assert sorted(query_statuses(emulator)) == ["Canceled", "Failed"]
+    assert supervisor.variables == {}
+
+
+def test_a_query_that_was_detached_is_neither_waited_for_nor_canceled(
+    emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    emulator.add_fault("SubmitQuery", "query_hangs")
+    query_id = TriedTask(using(CLUSTER, lambda ctx: detach(sink(ctx)))).run()
+    [query] = emulator.state()["queries"]
+    assert (query["id"], query["cancels"]) == (query_id, 0)
+    assert supervisor.variables == {}
+
+
+@pytest.mark.usefixtures("deferring")
 def test_a_plain_task_may_not_return_a_query(
     emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
 ) -> None:
@@ -547,11 +747,168 @@ def test_a_plain_task_may_not_return_a_query(
     with DAG("shop", schedule=None):
         made: Any = task(task_id="run_query")(authenticate(ask))()
         operator = made.operator
-    with start_try(
-        task=operator, scope=False, raises=RuntimeError, match="nobody has waited for it"
-    ):
+    raises = {"raises": QueryNotAwaitedError, "match": "Nobody has waited"}
+    with start_try(task=operator, scope=False, **raises):
         operator.execute(get_current_context())
     assert query_statuses(emulator) == ["Canceled"]
+    assert supervisor.variables == {}
+
+
+# A record that somebody deletes while the task is deferred
+
+
+def resume_stored(
+    task: TriedTask, deferred: TaskDeferred, event: dict[str, Any] | None = None
+) -> Any:
+    """Let the task go on with what Airflow itself has stored of its deferral."""
+    return task._resume("resume", {**(deferred.kwargs or {}), "event": event or {}})
+
+
+@pytest.mark.usefixtures("deferring")
+@in_each_shape
+def test_results_that_the_trigger_has_seen_outlive_the_record(
+    hold: Callable[[], None],
+    end_held: Callable[[], None],
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    function: Callable[[Any], Any],
+    shape: Callable[[Any, Any], Any],
+) -> None:
+    task = TriedTask(using(PAIR, function), outlets=[REPORTS])
+    emulator.add_fault("SubmitQuery", "query_takes", times=2, seconds=HELD)
+    deferred = deferral_of(task.run)
+    end_held()
+    supervisor.variables.clear()
+    before = len(emulator.journal())
+    assert resume_stored(task, deferred, {"results": RESULTS}) == shape([FILE], [OTHER_FILE])
+    assert extra(task) == {"location": shape([FILE], [OTHER_FILE]), "rows": shape(2, 1)}
+    assert emulator.journal()[before:] == []
+    assert supervisor.variables == {}
+
+
+@pytest.mark.usefixtures("deferring")
+@pytest.mark.parametrize("seen", [{}, RESULT])
+def test_without_its_record_a_query_whose_result_nobody_has_seen_is_lost(
+    emulator: RunningEmulator, supervisor: Supervisor, seen: dict[str, Any]
+) -> None:
+    task = TriedTask(using(PAIR, ask_for_a_list))
+    emulator.add_fault("SubmitQuery", "query_takes", times=2, seconds=HELD)
+    deferred = deferral_of(task.run)
+    eventually(lambda: query_statuses(emulator) == ["InProgress", "InProgress"])
+    supervisor.variables.clear()
+    lost = OTHER_FILE if seen else FILE
+    message = f"The record of the query for {lost} is gone. It may still run, but nobody waits"
+    with pytest.raises(QueryLostError, match=message) as raised:
+        resume_stored(task, deferred, {"results": seen})
+    assert not isinstance(raised.value, AirflowFailException)  # the next try asks anew
+    assert query_statuses(emulator) == ["InProgress", "InProgress"]
+    assert supervisor.variables == {}
+
+
+@pytest.mark.usefixtures("deferring")
+def test_without_its_record_and_its_trigger_a_task_says_that_nobody_waits_for_its_queries(
+    hold: Callable[[], None], emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    task = TriedTask(ask)
+    hold()
+    deferral_of(task.run)
+    supervisor.variables.clear()
+    before = len(emulator.journal())
+    with pytest.raises(QueryLostError, match=r"of this task is gone\. .* may still run"):
+        task.resume_without_trigger()
+    assert len(emulator.journal()) == before
+    assert supervisor.variables == {}
+
+
+@pytest.mark.usefixtures("deferring")
+def test_a_cluster_whose_use_is_still_on_record_is_stopped_although_its_task_is_not(
+    hold: Callable[[], None],
+    end_held: Callable[[], None],
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+) -> None:
+    task = TriedTask(ask_on_a_cluster_of_its_own)
+    hold()
+    deferred = deferral_of(task.run)
+    end_held()
+    for key in [key for key in supervisor.variables if key.startswith("polars_cloud/task/")]:
+        del supervisor.variables[key]
+    assert resume_stored(task, deferred, {"results": RESULT}) == [FILE]
+    assert end_orphans() == []
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+# SIGTERM
+
+
+@pytest.fixture
+def sigterm(emulator: RunningEmulator) -> Iterator[Callable[[TriedTask], None]]:
+    """Send SIGTERM to a task that waits in its worker, to Airflow's own handler."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def send(task: TriedTask) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: task.operator.on_kill())
+        looks = calls(emulator, "GetQueryStatus")
+
+        def kill() -> None:
+            eventually(lambda: calls(emulator, "GetQueryStatus") > looks)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        background.submit(kill)
+
+    with ThreadPoolExecutor() as background:
+        yield send
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("waits", ["for what it returns", "in its function"])
+def test_a_user_who_ends_a_task_in_its_worker_ends_its_queries_and_its_cluster(
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    sigterm: Callable[[TriedTask], None],
+    waits: str,
+) -> None:
+    def ask_and_mark() -> Any:
+        with use_cluster(PAIR) as ctx:
+            queries = [sink(ctx), sink(ctx, OTHER_FILE)]
+            supervisor.states["manual__1"]["run_query"] = "failed"
+            sigterm(tried)
+            return queries if waits == "for what it returns" else queries[0].await_result()
+
+    emulator.add_fault("SubmitQuery", "query_hangs", times=2)
+    tried = TriedTask(ask_and_mark)
+    with pytest.raises(TaskKilled):
+        tried.run()
+    assert query_statuses(emulator) == ["Canceled", "Canceled"]
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+def test_a_worker_that_is_shut_down_leaves_the_queries_of_its_task_to_the_next_try(
+    hold: Callable[[], None],
+    end_held: Callable[[], None],
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    sigterm: Callable[[TriedTask], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def ask_and_kill() -> Any:
+        sigterm(tried)
+        return ask_on_a_cluster_of_its_own()
+
+    tried = TriedTask(ask_and_kill)
+    hold()
+    with pytest.raises(TaskKilled):
+        tried.run()
+    assert "The worker is shutting down. The task's queries keep running" in caplog.text
+    assert query_statuses(emulator) == ["InProgress"]
+    assert cluster_statuses(emulator) == ["Running"]
+    assert len(supervisor.variables) == 2
+    end_held()
+    assert TriedTask(ask_on_a_cluster_of_its_own).run(2) == [FILE]
+    assert calls(emulator, "SubmitQuery") == 1
+    assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}
 
 
@@ -618,7 +975,7 @@ def test_a_task_whose_trigger_has_not_fired_waits_in_its_worker(
         with once_it_is_looked_at(emulator, end_held):
             assert task.resume_without_trigger() == [FILE]
     [warning] = [each.message for each in caplog.records if each.levelname == "WARNING"]
-    assert "No triggerer looks after this task (Trigger timeout)" in warning
+    assert "No triggerer watches this task (Trigger timeout)" in warning
     assert "POLARS_CLOUD_DEFER=0" in warning
     assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}
@@ -642,9 +999,12 @@ def test_why_a_trigger_has_failed_is_logged(
 # Outlets
 
 
-@pytest.mark.parametrize("where", ["in the worker", "deferred"])
+@pytest.mark.parametrize("where", ["in the worker", "deferred", "deferred, without its record"])
 def test_what_the_function_tells_of_an_asset_survives(
-    hold: Callable[[], None], monkeypatch: pytest.MonkeyPatch, where: str
+    hold: Callable[[], None],
+    supervisor: Supervisor,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
 ) -> None:
     stock = Asset("stock", "s3://your-bucket/stock")
 
@@ -655,13 +1015,15 @@ def test_what_the_function_tells_of_an_asset_survives(
         return ask()
 
     task = TriedTask(ask_and_tell, outlets=[REPORTS, stock])
-    if where == "deferred":
+    if where == "in the worker":
+        task.run()
+    else:
         monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.0)
         hold()
-        deferral_of(task.run)
-        task.resume({"results": RESULT})
-    else:
-        task.run()
+        deferred = deferral_of(task.run)
+        if "without" in where:
+            supervisor.variables.clear()
+        resume_stored(task, deferred, {"results": RESULT})
     assert extra(task) == {"day": "2026-01-02", "location": [FILE], "rows": "many"}
     assert extra(task, stock) == {"checked": True, "location": [FILE], "rows": 2}
 
@@ -726,7 +1088,7 @@ def test_the_link_opens_the_page_of_the_emulator(
     emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     portal = emulator.environment["POLARS_CLOUD_PORTAL"]
-    monkeypatch.setattr("include.polars_remote.recorded_queries.PORTAL", portal)
+    monkeypatch.setattr("include.polars_remote.cloud.queries.PORTAL", portal)
     task = TriedTask(ask)
     task.run()
     page = httpx.get(link(task), trust_env=False)
@@ -762,17 +1124,26 @@ def test_the_link_leads_to_a_query_that_has_failed(emulator: RunningEmulator) ->
     assert link(task).endswith(f"/queries/{query['id']}")
 
 
-def test_the_link_of_several_queries_leads_to_the_first() -> None:
+@pytest.mark.parametrize("where", ["in the worker", "deferred", "resumed"])
+def test_the_link_of_several_queries_leads_to_the_first_that_is_returned(
+    emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     ids = []
 
-    def ask() -> Any:
-        ctx = compute_context(CLUSTER)
-        first, second = sink(ctx), sink(ctx, OTHER_FILE)
+    def ask(ctx: Any) -> Any:
+        first, second = sink(ctx), sink(ctx, OTHER_FILE, ONE_ROW)
         ids.extend([get_query_id(second), get_query_id(first)])
         return [second, first]
 
-    task = TriedTask(ask)
-    task.run()
+    task = TriedTask(using(PAIR, ask))
+    if where == "in the worker":
+        task.run()
+    else:
+        monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.0)
+        emulator.add_fault("SubmitQuery", "query_takes", times=2, seconds=HELD)
+        deferral_of(task.run)
+    if where == "resumed":
+        task.resume({"results": RESULTS})
     assert link(task).endswith(f"/queries/{ids[0]}")
 
 
@@ -855,7 +1226,8 @@ def test_a_mapped_task_is_deferred_and_resumed_by_its_own_index(
     @query_task(task_id="run_query")
     @authenticate
     def ask_for(uri: str) -> Any:
-        return sink(compute_context(PAIR), uri)
+        with use_cluster(PAIR, stop=False) as ctx:
+            return sink(ctx, uri)
 
     def make(index: int) -> Any:
         with DAG("shop", schedule=None) as dag:

@@ -8,8 +8,8 @@ import polars
 import pytest
 
 from copy_dag import OLDEST_AIRFLOW
-from include.polars_remote.airflow_versions import OLDEST
-from include.polars_remote.preflight import NEWEST_TRIED, OLDEST_PYTHON
+from include.polars_remote.compat.versions import OLDEST
+from include.preflight import NEWEST_TRIED, OLDEST_PYTHON
 from local_airflow import ROOT
 from polars_cloud_emulator.client_check import CLIENT_VERSION
 from upgrade import package, read_lock, read_pins

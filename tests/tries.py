@@ -21,7 +21,9 @@ from airflow.sdk.serde import deserialize, serialize
 from uuid6 import uuid7
 
 from include.auth import authenticate
-from include.polars_remote import query_task, task_scope
+from include.polars_remote import query_task
+from include.polars_remote.ownership.kills import TaskKilled
+from include.polars_remote.ownership.scope import TaskScope, task_scope
 
 T = TypeVar("T")
 
@@ -145,15 +147,14 @@ def start_try(
         ti._ti_context_from_server = SimpleNamespace(next_method="resume")  # type: ignore[assignment]
     states, name = SUPERVISOR_COMMS.states[run_id], _name(task.task_id, map_index)  # type: ignore[attr-defined]
     states[name] = "running"
-    other_worker = task_scope._current
     with pytest.raises(raises, match=match) if raises else nullcontext():
         try:
             with set_current_context(context), ExitStack() as stack:
                 if scope:
-                    stack.enter_context(task_scope.logged_in(conn_id))
+                    stack.enter_context(logged_in(conn_id))
                 yield ti
             states[name] = "success"
-        except task_scope.TaskKilled:
+        except TaskKilled:
             raise  # whoever killed it has set the state
         except TaskDeferred:
             states[name] = "deferred"
@@ -161,8 +162,14 @@ def start_try(
         except BaseException:
             states[name] = "failed"
             raise
-        finally:
-            task_scope._current = other_worker
+
+
+@contextmanager
+def logged_in(conn_id: str) -> Iterator[TaskScope]:
+    """Run the body as below `@authenticate`."""
+    with task_scope(conn_id) as scope:
+        scope.begin()
+        yield scope
 
 
 class FrozenTry(Generic[T]):
@@ -189,15 +196,13 @@ class FrozenTry(Generic[T]):
 
     def wake(self, error: BaseException) -> None:
         """Raise the error where the try stood still, and wait for the end of the try."""
-        other_worker = task_scope._current
         with set_current_context(self._context):
             self._woken.set_exception(error)
             self._thread.join()
-        task_scope._current = other_worker
 
     def _run(self) -> None:
         try:
-            with task_scope.logged_in(self._conn_id):
+            with logged_in(self._conn_id):
                 steps: Any = self._body()
                 self._stood_still.set_result(next(steps))
                 try:

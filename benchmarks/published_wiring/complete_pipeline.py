@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 from airflow.sdk import TriggerRule, dag, task
 
 from include.auth import authenticate
-from include.polars_remote.settings import DATA, MANIFEST, WORKSPACE
+from include.polars_remote.settings import WORKSPACE
+from include.shop import DATA, MANIFEST
 
 
 @dag(schedule=None, start_date=datetime(2026, 1, 1))

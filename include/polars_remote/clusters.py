@@ -81,24 +81,25 @@ def use_cluster(cluster: Cluster, *, stop: bool = True) -> Iterator[ComputeConte
     check_cluster(cluster)
     scope = current_scope()
     use = ClusterUse(scope.owner, scope.record.conn_id, cluster["name"], stops=stop)
-    ctx = _open_use(scope, use, cluster)
+    with scope.changing_blocks(use.manifest):
+        ctx = _open_use(scope, use, cluster)
+        scope.open_blocks[use.manifest] += 1
     client = RecordingClient(scope, ctx, use.manifest, functools.partial(start_and_wait, scope))
     send_queries_through(client, ctx)
-    scope.open_blocks[use.manifest] += 1
     try:
         with set_compute_context(ctx):
             yield ctx
         client.close()
         if not scope.can_return_queries:
-            refuse_forgotten(scope, use.manifest)
-        elif scope.get_unended(use.manifest):
+            refuse_forgotten(scope, client.names)
+        elif scope.get_unended(client.names):
             return  # the cluster is used until the task ends
     except BaseException as error:
         client.close()
         if scope.is_finished_by(error):
-            scope.close_block(use, ctx, error)
+            scope.close_block(use, ctx, client.names, error)
         raise
-    scope.close_block(use, ctx)
+    scope.close_block(use, ctx, client.names)
 
 
 def ensure_manifest(cluster: Cluster) -> None:
@@ -237,11 +238,12 @@ def _check_mode(name: str, mode: str) -> None:
 
 def _open_use(scope: TaskScope, use: ClusterUse, cluster: Cluster) -> ComputeContext:
     """Record the use of a cluster, and return the context of its manifest."""
+    scope.check_open(use.manifest)  # before the manifest changes
     scope.session.find_workspace()  # without one, nobody could end what is on record
-    scope.record_use(use)
     is_used = functools.partial(has_other_users, scope.session, use)
     ctx = register_manifest(scope.session, cluster, is_used)
     _check_mode(use.manifest, ctx.connection_mode)
+    scope.record_use(use)  # before the first query starts the cluster
     logger.info(
         "Using cluster %s of manifest %s", get_cluster_id(ctx) or "(to be started)", use.manifest
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -19,10 +20,13 @@ from .cloud.client import (
     get_query_client,
     get_query_id,
     get_result_info,
+    get_status_code,
     list_queries,
 )
 from .cloud.plans import Plan, read_plan
 from .cloud.queries import describe, end_query, get_page
+from .cloud.retry import start_thread
+from .cloud.session import CloudSession
 from .errors import QueryRefusedError
 from .ownership.labels import get_labels
 from .ownership.record import QueryRecord
@@ -31,7 +35,8 @@ from .waiting.in_worker import check_result, wait_until_ended
 
 if TYPE_CHECKING:
     from polars_cloud import ComputeContext, DirectQuery
-    from polars_cloud.polars_cloud import QueryInfoPy
+
+    from .cloud.client import QueryInfo
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +96,8 @@ class RecordingClient:
         self._submit_again: dict[str, Callable[[], DirectQuery]] = {}
         """By name, for a query whose cluster may be stopped under it."""
         self._canceled: set[str] = set()
+        self.names: set[str] = set()
+        """Names of the queries that may have been submitted on the context, or were resumed."""
 
     def close(self) -> None:
         """Refuse further queries: the context's block has ended."""
@@ -136,7 +143,12 @@ class RecordingClient:
                     return connect_query(str(query_id), self._ctx)
 
                 query = self._submit_once(name, found, submit)
-                self._submit_again[name] = lambda: self._submit_once(name, found, submit)
+                try:
+                    self._check_open(name)
+                except QueryRefusedError:  # a thread submitted it as the block ended
+                    end_query(self._scope.session, query)
+                    raise
+                self._submit_again[name] = lambda: self._submit_once(name, found, submit, anew=True)
                 logger.info("Submitted query %s", describe(query))
         except BaseException:
             self._scope.return_query(name, found.destinations)
@@ -146,12 +158,9 @@ class RecordingClient:
 
     def get_direct_query_status(self, query_id: UUID) -> Any:
         _, query = self._queries[str(query_id)]
-        client = get_query_client(self._ctx)
-        return self._scope.session.call(
-            lambda: client.get_direct_query_status(UUID(get_query_id(query)))
-        )
+        return self._scope.session.call(get_status_code, query)
 
-    def get_direct_query_result(self, query_id: UUID, timeout_ms: int) -> QueryInfoPy:
+    def get_direct_query_result(self, query_id: UUID, timeout_ms: int) -> QueryInfo:
         """Wait in Python, where Airflow's time-outs and signals reach the task.
 
         Raises
@@ -213,8 +222,10 @@ class RecordingClient:
         status, reason = session.call(get_cluster_status, record.cluster_id, workspace)
         return status in ("STOPPING", "STOPPED") and not reason
 
-    def _check_open(self, name: str) -> None:
-        if not self._is_open or self._scope.is_closed:
+    def _check_open(self, name: str, *, anew: bool = False) -> None:
+        # A query that a task returned is submitted anew after its block, which still uses the
+        # cluster.
+        if self._scope.is_closed or not (self._is_open or anew):
             raise QueryRefusedError(
                 f"The query for {name} was not submitted, because the use_cluster block of its "
                 "context has ended: submit it inside the block"
@@ -227,15 +238,21 @@ class RecordingClient:
             logger.info("Resuming query of try %d: %s", record.try_number, describe(query))
             record.query_id, record.page = get_query_id(query), get_page(query)
             record.submitted_at = record.submitted_at or time.time()
+            self.names.add(name)
             self._scope.record_query(name, record, query)
         return query
 
-    def _submit_once(self, name: str, plan: Plan, submit: Callable[[], DirectQuery]) -> DirectQuery:
+    def _submit_once(
+        self, name: str, plan: Plan, submit: Callable[[], DirectQuery], *, anew: bool = False
+    ) -> DirectQuery:
         scope, ctx = self._scope, self._ctx
         destination = plan.destinations[0] if len(plan.destinations) == 1 else ""
         for may_have_stopped in (True, False):
             with self._starting:
+                # Nobody stops a cluster that is started after the block.
+                self._check_open(name, anew=anew)
                 self._start(ctx)
+            self._check_open(name, anew=anew)
             record = QueryRecord(
                 cluster_id=get_cluster_id(ctx) or "",
                 manifest=self._manifest,
@@ -244,6 +261,7 @@ class RecordingClient:
                 has_location=plan.has_location,
             )
             scope.record_query(name, record)
+            self.names.add(name)
             try:
                 query = self._submit_unless_accepted(record, submit)
                 break
@@ -256,34 +274,18 @@ class RecordingClient:
         record.submitted_at = time.time()
         self._known[record.cluster_id].append((record.query_id, destination))
         scope.record_query(name, record, query)
-        try:
-            self._check_open(name)
-        except QueryRefusedError:
-            end_query(scope.session, query)  # a thread submitted it as the block ended
-            raise
         return query
 
     def _submit_unless_accepted(
         self, record: QueryRecord, submit: Callable[[], DirectQuery]
     ) -> DirectQuery:
-        was_tried = False
-
-        def submit_unless_accepted() -> DirectQuery:
-            nonlocal was_tried
-            if was_tried and record.destination:
-                for query_id, uri in list_queries(self._ctx):
-                    if uri == record.destination and query_id not in record.known:
-                        query = connect_query(query_id, self._ctx)
-                        logger.info(
-                            "The query was accepted although the reply was lost: continuing with "
-                            "it: %s",
-                            describe(query),
-                        )
-                        return query
-            was_tried = True
-            return submit()
-
-        return self._scope.session.call(submit_unless_accepted)
+        submission = _Submission(self._scope.session, self._ctx, record, submit)
+        kept: DirectQuery | None = None
+        try:
+            kept = self._scope.session.call(submission.attempt)
+        finally:
+            submission.end(kept)
+        return kept
 
     def _find_known(self, destination: str) -> list[str]:
         """Return ids of queries with this destination that the cluster has already.
@@ -297,6 +299,80 @@ class RecordingClient:
             )
         queries = self._known.setdefault(cluster_id, [])
         return [query_id for query_id, uri in queries if uri == destination]
+
+
+class _Submission:
+    """Submits a query, and leaves no second one behind.
+
+    An attempt that was given up without a reply may still be accepted, much later.
+    """
+
+    def __init__(
+        self,
+        session: CloudSession,
+        ctx: ComputeContext,
+        record: QueryRecord,
+        submit: Callable[[], DirectQuery],
+    ) -> None:
+        self._session = session
+        self._ctx = ctx
+        self._record = record
+        self._submit = submit
+        self._was_tried = False
+        self._lock = threading.Lock()
+        self._accepted: list[DirectQuery] = []
+        self._is_over = False
+        self._kept_id = ""
+
+    def attempt(self) -> DirectQuery:
+        """Submit the query, unless an earlier attempt was accepted."""
+        if self._was_tried and (found := self._find_accepted()):
+            logger.info(
+                "The query was accepted although the reply was lost: continuing with it: %s",
+                describe(found),
+            )
+            return found
+        self._was_tried = True
+        query = self._submit()
+        with self._lock:
+            self._accepted.append(query)
+            is_late = self._is_over and get_query_id(query) != self._kept_id
+        if is_late:
+            self._cancel(query)
+        return query
+
+    def end(self, kept: DirectQuery | None) -> None:
+        """Cancel each query but the one that is kept, now or when its reply arrives.
+
+        Parameters
+        ----------
+        kept
+            None if the caller was interrupted: one with a destination is found by it.
+        """
+        with self._lock:
+            self._is_over = True
+            self._kept_id = get_query_id(kept) if kept else ""
+            accepted = list(self._accepted)
+        if kept or not self._record.destination:
+            for query in accepted:
+                if get_query_id(query) != self._kept_id:
+                    start_thread(functools.partial(self._cancel, query))
+
+    def _find_accepted(self) -> DirectQuery | None:
+        with self._lock:
+            if self._accepted:
+                return self._accepted[0]
+        if self._record.destination:
+            for query_id, uri in list_queries(self._ctx):
+                if uri == self._record.destination and query_id not in self._record.known:
+                    return connect_query(query_id, self._ctx)
+        return None
+
+    def _cancel(self, query: DirectQuery) -> None:
+        try:
+            end_query(self._session, query)
+        except Exception as error:
+            logger.warning("Could not cancel a query (%s): %s", error, describe(query))
 
 
 def get_recording_client(query: DirectQuery) -> RecordingClient | None:

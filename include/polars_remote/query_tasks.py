@@ -6,10 +6,11 @@ It holds no worker slot until then.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar, overload
 
 from airflow.providers.standard.operators.python import PythonOperator
 from airflow.sdk import Asset, BaseOperatorLink, Context, get_current_context
@@ -22,7 +23,7 @@ from .errors import ClusterNotStartedError, QueryLostError, QueryRefusedError
 from .ownership import record
 from .ownership.end import find_recorded
 from .ownership.record import Owner, Result, Wait
-from .ownership.scope import TaskScope, find_scope, task_scope
+from .ownership.scope import TaskScope, task_scope
 from .queries import STOP_RACE_SECONDS, get_recording_client
 from .settings import DEFERS
 from .waiting import deferral
@@ -120,11 +121,6 @@ class QueryTask(DecoratedOperator, PythonOperator):
         self.defers = DEFERS and TELLS_TRIGGERS
         self.page = ""
 
-    def on_kill(self) -> None:
-        """Unwind the task, so that it ends its queries if somebody has ended it."""
-        if scope := find_scope():
-            scope.on_kill()
-
     def resume_execution(
         self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context
     ) -> Any:
@@ -146,7 +142,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
         self,
         context: Context,
         event: Mapping[str, Any] | None = None,
-        waits_for: dict[str, Any] | None = None,
+        waits_for: str | None = None,
         conn_id: str = "polars_cloud",
     ) -> Any:
         """Go on with what the task waits for, and with what its trigger has seen of it.
@@ -157,16 +153,19 @@ class QueryTask(DecoratedOperator, PythonOperator):
             The task's record is gone, and its queries had not ended.
         """
         event = event or {}
-        stored = record.get_task(record.task_key(Owner.current(), context["ti"].id))
-        wait = stored.waits_for if stored else Wait.load(waits_for) if waits_for else None
+        if waits_for:
+            wait: Wait | None = Wait.load(json.loads(waits_for))
+        else:  # the trigger has failed, which replaces what the task is resumed with
+            stored = record.get_task(record.task_key(Owner.current(), context["ti"].id))
+            wait, conn_id = (stored.waits_for, stored.conn_id) if stored else (None, conn_id)
         if wait is None:
             raise QueryLostError(
-                "The record of this task is gone, and its queries with it: clear the task to run "
-                "it again"
+                "The record of this task is gone. Its queries may still run, but nobody waits for "
+                "them: clear the task to run it again"
             )
         if wait.cluster and "failed" not in event:
             return self.execute(context)
-        with task_scope(stored.conn_id if stored else conn_id) as scope:
+        with task_scope(conn_id) as scope:
             if wait.cluster:
                 raise ClusterNotStartedError(
                     f"Cluster {wait.cluster} did not start: {event['failed']}"
@@ -174,7 +173,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
             try:
                 return self._go_on(scope, context, wait, event.get("results", {}))
             except _StoppedAtOnce as error:
-                logger.warning("%s", error)
+                logger.warning("%s: the task submits it anew", error)
         return self.execute(context)
 
     def _go_on(
@@ -184,10 +183,10 @@ class QueryTask(DecoratedOperator, PythonOperator):
         _restore_outlet_events(context, from_json(wait.outlet_events))
         returned = from_json(wait.returned)
         names = _find_names(returned)
+        self.page = _find_page(scope, names)
         for name, found in seen.items():
             wait.results[name] = Result.load(found)
             if query := scope.record.queries.get(name):
-                self.page = self.page or query.page
                 rows, location = found["rows"], found["location"]
                 log_result(query.query_id or name, rows, location, query.submitted_at)
         for name in wait.results:
@@ -203,23 +202,29 @@ class QueryTask(DecoratedOperator, PythonOperator):
         context = get_current_context()
         queries: dict[str, DirectQuery] = {}
         results: dict[str, Result] = {}
+        unrecorded: list[DirectQuery] = []
 
         def put_name(value: Any) -> Any:
             if is_result(value):
                 name = scope.find_name(str(value.finished_task_info.id)) or str(id(value))
                 results[name] = Result(location=value.location or [], rows=value.n_rows_total)
-            elif is_query(value):
-                name = _find_name(scope, value)
+            elif not is_query(value):
+                return value
+            elif found := scope.find_name(get_query_id(value)):
+                name = found
                 queries[name] = value
             else:
+                unrecorded.append(value)
                 return value
             return {QUERY: name}
 
         named = map_queries(put_name, returned)
+        if unrecorded:
+            _refuse(unrecorded)
         refuse_forgotten(scope, besides=queries)
         if not queries and not results:
             return returned
-        self.page = scope.page
+        self.page = _find_page(scope, _find_names(named))
         wait = Wait(
             since=time.time(),
             returned=to_json(named),
@@ -260,42 +265,41 @@ class _StoppedAtOnce(Exception):
     """A cluster was stopped under a query as it was submitted; the task submits it anew."""
 
 
-def _find_name(scope: TaskScope, query: DirectQuery) -> str:
-    """Return the name of a query that the task returned.
+def _refuse(queries: Iterable[DirectQuery]) -> NoReturn:
+    """Cancel queries that were not submitted on a context of `use_cluster`.
 
     Raises
     ------
     QueryRefusedError
-        It was not submitted on a context of `use_cluster`.
     """
-    name = scope.find_name(get_query_id(query))
-    if name is None:
+    for query in queries:
         query.cancel()
-        raise QueryRefusedError(
-            f"The task returned query {get_query_id(query)}, which is not on record and has been "
-            "canceled: submit it on the context that use_cluster gives"
-        )
-    return name
+    ids = ", ".join(map(get_query_id, queries))
+    raise QueryRefusedError(
+        f"The task returned a query that is not on record and has been canceled: {ids}. Submit it "
+        "on the context that use_cluster gives"
+    )
 
 
 def _reconnect(scope: TaskScope, name: str) -> DirectQuery:
     query = scope.record.queries.get(name)
     if query is None:
         raise QueryLostError(
-            f"The record of the query for {name} is gone: clear the task to run it again"
+            f"The record of the query for {name} is gone. It may still run, but nobody waits for "
+            "it: clear the task to run it again"
         )
     if found := find_recorded(scope.session, name, query):
         return found
     session = scope.session
     status, reason = session.call(get_cluster_status, query.cluster_id, session.find_workspace())
-    message = (
+    error = QueryLostError(
         f"Cluster {query.cluster_id} has stopped ({reason or 'no reason given'}) before query "
         f"{query.query_id} ended"
     )
     age = time.time() - (query.submitted_at or 0.0)
     if status == "STOPPED" and not reason and age < STOP_RACE_SECONDS:
-        raise _StoppedAtOnce(f"{message}: the task submits it anew")
-    raise QueryLostError(message)
+        raise _StoppedAtOnce(error)
+    raise error
 
 
 def _finish(context: Context, named: Any, results: Mapping[str, Result]) -> Any:
@@ -339,6 +343,12 @@ def _find_names(returned: Any) -> Iterable[str]:
 
     map_queries(add, returned)
     return names
+
+
+def _find_page(scope: TaskScope, names: Iterable[str]) -> str:
+    """Return the page of the first of the queries with these names."""
+    queries = (scope.record.queries.get(name) for name in names)
+    return next((query.page for query in queries if query), "")
 
 
 def _get_outlet_events(context: Context) -> list[dict[str, Any]]:

@@ -71,6 +71,13 @@ VARIANTS = {
         "context_manager_shutdown",
         {'"retries": 2': '"retries": 9'},
     ),
+    "notified_without_callbacks": (
+        "notified",
+        {
+            "    on_failure_callback=clean_up,\n    on_success_callback=clean_up,\n": "",
+            "import clean_up, use_cluster": "import use_cluster",
+        },
+    ),
     # On the same manifest, with results of its own.
     "parallel_single_node_beside": (
         "parallel_single_node",
@@ -100,7 +107,7 @@ def write_dags(folder: Path, sources: Mapping[str, str] | None = None) -> None:
         for name, (dag_id, changes) in VARIANTS.items():
             if dag_id in DELETED:
                 continue
-            source = own[dag_id].replace(f"def {dag_id}(", f"def {name}(")
+            source = sources[dag_id].replace(f"def {dag_id}(", f"def {name}(")
             source = source.replace(f"\n{dag_id}()\n", f"\n{name}()\n")
             for old, new in changes.items():
                 assert old in source, f"{dag_id} has no {old}"

@@ -59,6 +59,7 @@ def with_running_queries(
     *,
     takes: float | None = None,
     deferred: bool = False,
+    after: Callable[[Deployment], None] | None = None,
 ) -> Act:
     """A run to whose queries something happens while they are running.
 
@@ -70,10 +71,14 @@ def with_running_queries(
         Seconds that they take; for ever if None.
     deferred
         Whether their tasks are deferred already.
+    after
+        What has happened before.
     """
 
     def act(airflow: Deployment, dag_id: str) -> Run:
         emulator = airflow.emulator
+        if after:
+            after(airflow)
         wanted = count.get(dag_id, 1)
         kind = (
             {"kind": "query_hangs"} if takes is None else {"kind": "query_takes", "seconds": takes}
@@ -197,6 +202,30 @@ def kill_worker(airflow: Deployment, run: Run) -> None:
     airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
 
 
+def kill_only_try(airflow: Deployment, run: Run) -> None:
+    """SIGKILL for the process of a task that is not tried again."""
+    run.process("ask").kill()
+    airflow.eventually(lambda: run.tasks()["ask"] == "failed")
+
+
+def defer_once(airflow: Deployment) -> None:
+    """Another run has a task that is deferred: from then on the triggerer sweeps."""
+    airflow.emulator.api.add_fault("SubmitQuery", "query_takes", seconds=LONG)
+    run = airflow.trigger("manifest_reuse")
+    airflow.eventually(run.is_deferred)
+    let_queries_end(airflow, run)
+    run.wait_for_end()
+
+
+def mark_success_while_cancels_are_refused(airflow: Deployment, run: Run) -> None:
+    airflow.emulator.api.add_fault(
+        "CancelQuery", "grpc_error", code="UNAVAILABLE", message="not now", times=1_000
+    )
+    run.mark("success", "ask")
+    airflow.eventually(lambda: "Could not end query" in run.log())
+    airflow.emulator.api.clear_faults()
+
+
 def kill_worker_at_every_try(airflow: Deployment, run: Run) -> None:
     [task_id] = run.running_tasks()
     run.process(task_id).kill()
@@ -271,7 +300,9 @@ def clear_before_the_callback(airflow: Deployment, dag_id: str) -> Run:
     airflow.eventually(lambda: airflow.parsed_at(dag_id) != before)
     # A callback that came while its file was being parsed is held back until the next time.
     with airflow.edited(dag_id, commented):
-        airflow.eventually(lambda: f"Run {run.run_id} goes on" in airflow.callback_log(dag_id))
+        airflow.eventually(
+            lambda: "is active: nothing of it is ended" in airflow.callback_log(dag_id)
+        )
         emulator.api.advance_clock(timedelta(seconds=LONG))
         run.wait_for_end()
     return run

@@ -8,7 +8,7 @@ from polars_cloud_emulator.testing import eventually
 from tests.failures.deployment import Deployment, Run
 from tests.failures.scenarios import Expected
 
-SETTLES_IN = 60.0
+SETTLES_IN = 120.0
 """Seconds after the run's end for what it left to stop, and for the triggerer to log its part."""
 
 

@@ -17,6 +17,7 @@ from tests.failures.events import (
     clear_only_failed_of_uneven_length,
     clear_task,
     clear_task_whose_code_was_changed,
+    defer_once,
     delete_dag,
     edit_dag,
     end_without_triggerer,
@@ -24,6 +25,7 @@ from tests.failures.events import (
     fault,
     freeze_worker,
     kill_one_of_two_triggerers,
+    kill_only_try,
     kill_second_try_at_once,
     kill_triggerer,
     kill_worker,
@@ -32,6 +34,7 @@ from tests.failures.events import (
     leave_query,
     let_queries_end,
     mark_run_failed,
+    mark_success_while_cancels_are_refused,
     mark_task,
     mark_task_failed,
     meet,
@@ -109,7 +112,7 @@ def failing(*tasks: str, tries: int = 2, **fields: Any) -> Expected:
     return Expected("failed", failed=frozenset(tasks), tries=tries, **fields)
 
 
-CANCELED = "Canceled query|was canceled"
+CANCELED = "Canceled query|Somebody canceled"
 """By the task that was killed, or by the failed run's callback if that is faster."""
 
 KILLED = "Canceled query|cancelled by user action"
@@ -120,6 +123,9 @@ REPLY_LOST = "accepted although the reply was lost"
 REGISTERED_ANEW = "is registered anew"
 STATUS, CONTEXT, MANUAL = "count_order_statuses", "value_stock", "find_best_customers"
 SHELVES, REFUNDS = "find_empty_shelves", "sum_refunds"
+
+SLOW = fault("SubmitQuery", "query_takes", seconds=5, times=2)
+"""Queries that take long enough to be polled."""
 
 OUT_OF_ORDER: Mapping[str, tuple[Fault, ...]] = {
     "while_logging_in": (
@@ -148,6 +154,7 @@ OUT_OF_ORDER: Mapping[str, tuple[Fault, ...]] = {
         fault("SubmitQuery", "connection_reset"),
     ),
     "while_polling": (
+        SLOW,
         *(
             fault("GetQueryStatus", "grpc_error", code=code, message="not now")
             for code in ("RESOURCE_EXHAUSTED", "INTERNAL", "UNAVAILABLE")
@@ -157,6 +164,36 @@ OUT_OF_ORDER: Mapping[str, tuple[Fault, ...]] = {
 }
 
 SCENARIOS: Mapping[str, Scenario] = {
+    "the only try is killed, and a later task turns the run green": Scenario(
+        with_running_queries({}, kill_only_try),
+        {
+            "notified": Expected(
+                "success",
+                submits=1,
+                cancels=1,
+                failed=frozenset({"ask"}),
+                cause="Process terminated by signal",
+            )
+        },
+    ),
+    "the same, in a DAG without callbacks": Scenario(
+        with_running_queries({}, kill_only_try, after=defer_once),
+        {
+            "notified_without_callbacks": Expected(
+                "success",
+                submits=2,
+                cancels=1,
+                failed=frozenset({"ask"}),
+                clusters=2,
+                clusters_left=1,
+                cause="Process terminated by signal",
+            )
+        },
+    ),
+    "a user marks the task success while cancels are refused": Scenario(
+        with_running_queries({}, mark_success_while_cancels_are_refused),
+        {"notified": Expected("success", submits=1, cancels=None, cause="Could not end query")},
+    ),
     "a query fails": Scenario(
         meet(always("SubmitQuery", "query_fails", error="SchemaError: no such type")),
         {
@@ -173,6 +210,16 @@ SCENARIOS: Mapping[str, Scenario] = {
                 submits=6,
                 cause="no such type",
             ),
+            "remote_engine": failing("ask", submits=2, cause="no such type"),
+            "published_line": failing("ask", submits=2, cause="no such type"),
+        },
+    ),
+    "nobody waits for a query": Scenario(
+        meet(always("SubmitQuery", "query_hangs")),
+        {
+            "published_line": failing(
+                "ask", submits=2, cancels=2, cause="Nobody has waited for the query"
+            )
         },
     ),
     "one of three siblings fails while the others run": Scenario(
@@ -187,10 +234,15 @@ SCENARIOS: Mapping[str, Scenario] = {
         with_running_queries({}, cancel_from_elsewhere),
         {
             "status_check": failing(
-                STATUS, tries=1, submits=1, cancels=1, clusters_left=1, cause="was canceled"
+                STATUS,
+                tries=1,
+                submits=1,
+                cancels=1,
+                clusters_left=1,
+                cause="Somebody canceled this query",
             ),
             "context_manager_shutdown": failing(
-                CONTEXT, tries=1, submits=1, cancels=1, cause="was canceled"
+                CONTEXT, tries=1, submits=1, cancels=1, cause="Somebody canceled this query"
             ),
         },
     ),
@@ -206,13 +258,14 @@ SCENARIOS: Mapping[str, Scenario] = {
             "manual_shutdown_out_of_time": failing(
                 MANUAL, SHELVES, submits=4, cancels=4, cause="Process timed out"
             ),
+            "remote_engine": failing("ask", submits=2, cancels=2, cause="Timeout"),
         },
     ),
     "a query outlasts the run's dagrun_timeout": Scenario(
         meet(always("SubmitQuery", "query_hangs")),
         {
             "manual_shutdown_run_out_of_time": Expected(
-                "failed", submits=2, cancels=2, cause="waits without a worker slot"
+                "failed", submits=2, cancels=2, cause="no worker slot is held"
             )
         },
     ),
@@ -287,12 +340,15 @@ SCENARIOS: Mapping[str, Scenario] = {
         meet(always("POST compute/{id}/stop", "http_error", status=500)),
         {
             "manual_shutdown": Expected(
-                "success",
-                tries=2,
-                submits=2,
-                failed=frozenset({"stop_cluster"}),
-                clusters_left=1,
-                cause="Status 500",
+                "success", submits=2, clusters_left=1, cause="Could not end .*Status 500"
+            )
+        },
+    ),
+    "the stop is refused after the query has succeeded": Scenario(
+        meet(always("POST compute/{id}/stop", "http_error", status=403)),
+        {
+            "context_manager_shutdown": Expected(
+                "success", submits=1, clusters_left=1, cause="Could not end .*Status 403"
             )
         },
     ),
@@ -308,10 +364,11 @@ SCENARIOS: Mapping[str, Scenario] = {
     },
     "a status that says nothing about the query": Scenario(
         meet(
+            SLOW,
             *(
                 fault("GetQueryStatus", "grpc_error", code=code, message="not now")
                 for code in ("DEADLINE_EXCEEDED", "CANCELLED", "UNKNOWN")
-            )
+            ),
         ),
         {"status_check": Expected("success", submits=1, clusters_left=1, cause=UNAVAILABLE)},
     ),
@@ -325,7 +382,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         {"status_check": Expected("success", submits=1, clusters_left=1, cause="no reply for")},
     ),
     "a call that is never answered while polling": Scenario(
-        meet(fault("GetQueryStatus", "stall")),
+        meet(SLOW, fault("GetQueryStatus", "stall")),
         {"status_check": Expected("success", submits=1, clusters_left=1, cause="no reply for")},
     ),
     "the answer to a submission is lost": Scenario(
@@ -363,7 +420,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         },
     ),
     "the login expires in mid-wait": Scenario(
-        meet(fault("GetQueryStatus", "tokens_expire", nth=2)),
+        meet(SLOW, fault("GetQueryStatus", "tokens_expire", nth=2)),
         {
             "status_check": Expected("success", submits=1, clusters_left=1, cause="Login expired"),
             "manual_shutdown": Expected("success", submits=2, cause="Login expired"),
@@ -498,10 +555,18 @@ SCENARIOS: Mapping[str, Scenario] = {
         with_running_queries({}, shut_worker_down, takes=LONG),
         {
             "status_check": Expected(
-                "success", tries=2, submits=1, clusters_left=1, cause="nobody has ended the task"
+                "success",
+                tries=2,
+                submits=1,
+                clusters_left=1,
+                cause="keep running; the next try resumes",
             ),
             "context_manager_shutdown": Expected(
-                "success", tries=2, submits=1, clusters=1, cause="nobody has ended the task"
+                "success",
+                tries=2,
+                submits=1,
+                clusters=1,
+                cause="keep running; the next try resumes",
             ),
         },
     ),
@@ -632,7 +697,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         with_running_queries({"returned_queries": 5}, let_queries_end, takes=LONG, deferred=True),
         {
             "returned_queries": Expected(
-                "success", submits=5, clusters=2, cause="without a worker slot"
+                "success", submits=5, clusters=2, cause="no worker slot is held"
             )
         },
     ),
@@ -656,11 +721,11 @@ SCENARIOS: Mapping[str, Scenario] = {
         with_running_queries({}, end_without_triggerer, deferred=True),
         {
             "manifest_reuse": Expected(
-                "success", submits=2, cancels=1, clusters_left=1, cause="without a worker slot"
+                "success", submits=2, cancels=1, clusters_left=1, cause="no worker slot is held"
             )
         },
     ),
-    "no triggerer looks after a deferred task": Scenario(
+    "no triggerer watches a deferred task": Scenario(
         wait_without_triggerer,
         {
             "without_triggerer": Expected(
@@ -672,14 +737,14 @@ SCENARIOS: Mapping[str, Scenario] = {
         while_the_cluster_starts(let_queries_end),
         {
             "manual_shutdown": Expected(
-                "success", submits=2, clusters=1, cause="waits without a worker slot"
+                "success", submits=2, clusters=1, cause="no worker slot is held"
             ),
             "manifest_reuse": Expected(
                 "success",
                 submits=1,
                 clusters=1,
                 clusters_left=1,
-                cause="waits without a worker slot",
+                cause="no worker slot is held",
             ),
         },
     ),

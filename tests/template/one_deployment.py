@@ -45,7 +45,7 @@ def load_plugins() -> list[str]:
 def import_triggers() -> str:
     """Import the triggers where no bundle is on the path, as in a triggerer; their file."""
     try:
-        return str(importlib.import_module("include.polars_remote.triggers").__file__)
+        return str(importlib.import_module("include.polars_remote.waiting.triggers").__file__)
     except ModuleNotFoundError as error:
         return str(error)
 

@@ -18,21 +18,56 @@ def test_a_second_dag_joins_the_first(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.glob("*.py")} == {"single_query.py", "status_check.py"}
 
 
+@pytest.mark.parametrize(
+    ("dag_id", "needed"),
+    [
+        ("end_orphans", {"polars_remote"}),
+        ("single_query", {"auth.py", "polars_remote", "shop.py"}),
+        ("preflight", {"auth.py", "polars_remote", "preflight.py", "shop.py"}),
+    ],
+)
+def test_what_a_dag_needs_is_copied_and_no_more(
+    tmp_path: Path, dag_id: str, needed: set[str]
+) -> None:
+    main(dag_id, str(tmp_path))
+    copied = {path.name for path in (tmp_path / "include").iterdir()}
+    assert copied == needed | {"__init__.py", ".airflowignore"}
+
+
+def test_a_shop_that_was_edited_stays_as_it_is(tmp_path: Path) -> None:
+    main("single_query", str(tmp_path))
+    shop = tmp_path / "include" / "shop.py"
+    edited = shop.read_text().replace("s3://your-bucket", "s3://my-bucket")
+    shop.write_text(edited)
+    main("manifest_reuse", str(tmp_path))
+    assert shop.read_text() == edited
+    assert (tmp_path / "manifest_reuse.py").exists()
+
+
+def test_a_shop_without_what_the_dag_imports_is_named(tmp_path: Path) -> None:
+    shop = tmp_path / "include" / "shop.py"
+    shop.parent.mkdir()
+    shop.write_text("PRICES = {}\n")
+    with pytest.raises(SystemExit, match=f"exist with other content:\n  {shop}\n"):
+        main("single_query", str(tmp_path))
+    assert shop.read_text() == "PRICES = {}\n"
+
+
 def test_what_would_be_overwritten_is_named_and_nothing_is_copied(tmp_path: Path) -> None:
     include = tmp_path / "include"
     (include / "polars_remote").mkdir(parents=True)
     (include / "auth.py").write_text("mine")
-    (include / "polars_remote" / "login.py").write_text("older")
+    (include / "polars_remote" / "clusters.py").write_text("older")
 
     with pytest.raises(SystemExit) as error:
         main("single_query", str(tmp_path))
 
     assert re.findall("^  (.+)", str(error.value), re.MULTILINE) == [
         str(include / "auth.py"),
-        str(include / "polars_remote" / "login.py"),
+        str(include / "polars_remote" / "clusters.py"),
     ]
     files = {str(file.relative_to(include)) for file in tmp_path.rglob("*") if file.is_file()}
-    assert files == {"auth.py", "polars_remote/login.py"}
+    assert files == {"auth.py", "polars_remote/clusters.py"}
     assert (include / "auth.py").read_text() == "mine"
 
 
@@ -65,6 +100,13 @@ def test_what_is_missing_there_is_said(tmp_path: Path, capsys: pytest.CaptureFix
     assert "Set POLARS_CLOUD_WORKSPACE, POLARS_CLOUD_DATA, POLARS_CLOUD_MANIFEST for" in said
     assert "Make the Connection polars_cloud:" in said
     assert "Add polars-cloud==" in said
+
+
+def test_a_dag_that_reads_no_table_needs_no_data_location(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main("end_orphans", str(tmp_path))
+    assert "Set POLARS_CLOUD_WORKSPACE for DAG processor" in capsys.readouterr().out
 
 
 def test_what_is_there_is_not_called_missing(

@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
@@ -20,7 +19,6 @@ from airflow.dag_processing.dagbag import DagBag
 from airflow.sdk import DAG, XComArg
 from polars.exceptions import ColumnNotFoundError
 
-from include.polars_remote import settings
 from local_airflow import ROOT
 from polars_cloud_emulator.sample_data import shop_tables
 from polars_cloud_emulator.testing import RunningEmulator
@@ -108,13 +106,10 @@ class Shop:
             function = inspect.unwrap(task.python_callable)
             # What stands between a query and a cluster; the query is the DAG's own.
             function.__globals__.update(
-                use_cluster=lambda cluster: nullcontext(),
-                compute_context=lambda cluster: None,
+                scan=lambda table: pl.scan_parquet(f"{self._folder}/{table}/"),
+                use_cluster=lambda cluster, stop=True: nullcontext(),
                 ensure_manifest=lambda cluster: None,
-                submit=self._collect,
-                run_query=lambda *args, **options: SimpleNamespace(location=self._collect(*args)),
-                wait_for=lambda location: SimpleNamespace(location=location),
-                leave=lambda location: location[0],
+                detach=lambda query: query.location[0],
             )
             if task.is_mapped:
                 [(name, values)] = task.op_kwargs_expand_input.value.items()
@@ -129,20 +124,46 @@ class Shop:
                 arguments["day"] = str(DAY)
             if "outlet_events" in inspect.signature(function).parameters:
                 arguments["outlet_events"] = defaultdict(SimpleNamespace)
-            locations[task.task_id] = function(**arguments)
+            returned = function(**arguments)
+            locations[task.task_id] = getattr(returned, "location", returned)
         assert locations
 
-    def _collect(self, method: Callable[..., Any], *args: Any, **options: Any) -> list[str]:
+    def remote(self, frame: pl.LazyFrame, ctx: None) -> "Remote":
+        """Stand in for `LazyFrame.remote`."""
         self._results += 1
-        path = self._folder / f"result-{self._results}.parquet"
-        method.__self__.lf.sink_parquet(path)  # type: ignore[attr-defined]
-        return [str(path)]
+        return Remote(frame, self._folder / f"result-{self._results}.parquet")
+
+
+class Remote:
+    """A query that Polars runs here, and its result, in place of `polars_cloud`'s of a cluster."""
+
+    def __init__(self, frame: pl.LazyFrame, file: Path) -> None:
+        self._frame = frame
+        self._file = file
+        self.location = [str(file)]
+
+    def single_node(self) -> "Remote":
+        return self
+
+    def distributed(self) -> "Remote":
+        return self
+
+    def sink_parquet(self, uri: str, *, sink_to_single_file: bool = False) -> "Remote":
+        return self.execute()
+
+    def execute(self, *, blocking: bool = True) -> "Remote":
+        self._frame.sink_parquet(self._file)
+        return self
+
+    def await_result(self) -> "Remote":
+        return self
 
 
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
-    monkeypatch.setattr(settings, "DATA", str(tmp_path))
-    return Shop(tmp_path)
+    made = Shop(tmp_path)
+    monkeypatch.setattr(pl.LazyFrame, "remote", lambda frame, ctx: made.remote(frame, ctx))
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -216,12 +237,12 @@ def test_the_table_of_costs_tells_how_many_nodes_a_dag_starts_and_who_stops_them
     }
     actual = {}
     for dag_id, dag in shop.dags.items():
-        [cluster, is_left] = next(
-            (module["CLUSTER"], "compute_context" in module)
+        cluster = next(
+            inspect.unwrap(task.python_callable).__globals__["CLUSTER"]
             for task in dag.tasks
             if task.task_id not in CLUSTER_TASKS
-            and (module := inspect.unwrap(task.python_callable).__globals__)
         )
+        is_left = "stop=False" in Path(dag.fileloc).read_text()
         minutes = [str(cluster["idle_timeout_mins"])] if is_left else []
         actual[dag_id] = (cluster.get("cluster_size", 1), minutes)
     assert documented == actual

@@ -33,6 +33,7 @@ LAYOUTS = [
 ]
 WITHOUT_CLIENT = "Git bundle, no client"
 OURS = sorted(file.stem for file in (ROOT / "dags").glob("*.py"))
+TRIGGERS = Path("polars_remote", "waiting", "triggers.py")
 LOCAL_BUNDLE = "airflow.dag_processing.bundles.local.LocalDagBundle"
 
 
@@ -252,7 +253,7 @@ def test_the_triggerer_imports_from_where_the_table_says(looks: Looks, layout: s
     if deployment.triggers is None:
         assert found == "No module named 'include'"
     else:
-        assert Path(found) == deployment.triggers / "include" / "polars_remote" / "triggers.py"
+        assert Path(found) == deployment.triggers / "include" / TRIGGERS
 
 
 @pytest.mark.parametrize("layout", ["AIRFLOW_HOME", "MWAA"])

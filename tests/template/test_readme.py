@@ -10,6 +10,9 @@ import polars as pl
 import pytest
 
 from copy_dag import OLDEST_AIRFLOW
+from include.polars_remote import errors
+from include.polars_remote.compat.versions import AirflowFailException
+from include.shop import PLACEHOLDER
 from local_airflow import ROOT
 from polars_cloud_emulator.client_check import CLIENT_VERSION
 from polars_cloud_emulator.testing import RunningEmulator
@@ -93,6 +96,36 @@ def test_the_page_about_helpers_names_each_of_them() -> None:
     [table] = re.findall(r"^\| helper.*?\n\n", page, re.DOTALL | re.MULTILINE)
     named = set(re.findall(r"`@?(\w+)", table))
     assert set(polars_remote.__all__) - {"Query"} <= named
+
+
+def test_the_page_about_helpers_names_each_error_and_whether_it_is_retried() -> None:
+    page = (ROOT / "docs" / "helpers.md").read_text()
+    [table] = re.findall(r"^\| class \|.*?\n\n", page, re.DOTALL | re.MULTILINE)
+    documented = re.findall(r"^\| `(\w+)` \|.*\| (\w+).*\|$", table, re.MULTILINE)
+    classes = [
+        each
+        for each in vars(errors).values()
+        if isinstance(each, type)
+        and issubclass(each, errors.PolarsRemoteError)
+        and each is not errors.PolarsRemoteError
+    ]
+    # What is raised while the DAG file is parsed ends no try of a task.
+    final = (AirflowFailException, errors.SettingsError)
+    assert documented == [
+        (each.__name__, "no" if issubclass(each, final) else "yes") for each in classes
+    ]
+
+
+def test_the_table_of_settings_names_each_variable_that_is_read_and_its_default() -> None:
+    rows = re.findall(
+        r"^\| `(POLARS_CLOUD_\w+)` \| `?([^|`]+)`? \|", README.read_text(), re.MULTILINE
+    )
+    files = [ROOT / "include" / "shop.py", ROOT / "include" / "polars_remote" / "settings.py"]
+    read = re.findall(
+        r'"(POLARS_CLOUD_\w+)"(?:, "?([^")]+)"?)?\)', "".join(file.read_text() for file in files)
+    )
+    defaults = {name: default or "Polars Cloud" for name, default in read}
+    assert dict(rows) == defaults | {"POLARS_CLOUD_DATA": PLACEHOLDER}
 
 
 def test_the_table_of_failures_says_what_is_tested() -> None:

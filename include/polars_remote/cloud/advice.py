@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-BUCKET = re.compile(r"\b[a-z][a-z0-9+.-]*://[^/\s'\"]+(?=/)")
+BUCKET = re.compile(r"\b(?!https?:)[a-z][a-z0-9+.-]*://[^/\s'\"]+(?=/)")
+"""An error also names the storage's own address, as http or https."""
 
 
 def add_advice(error: Exception, upstream: Collection[str] = ()) -> None:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from polars_cloud import ComputeContext, DirectQuery, QueryResult, Workspace
     from polars_cloud.polars_cloud import QueryInfoPy, SchedulerClient
 
+    QueryInfo = QueryInfoPy
+
 SPEC = {
     # Option of `ComputeContext`: attribute that keeps it.
     "cpus": "cpus",
@@ -71,7 +73,7 @@ def get_manifest_name(ctx: ComputeContext) -> str | None:
 
 def was_available(ctx: ComputeContext) -> bool:
     """Return whether the cluster accepted queries when its status was last read."""
-    return ctx._last_known_status.is_available()
+    return ctx._last_known_status.is_started()  # "available" counts one that starts
 
 
 def forget_cluster(ctx: ComputeContext) -> None:
@@ -90,6 +92,8 @@ def start_without_waiting(ctx: ComputeContext) -> None:
     name = get_manifest_name(ctx)
     assert name is not None, "each of our clusters has a manifest"
     cluster = API_CLIENT.start_compute_cluster_manifest(workspace_id=ctx.workspace.id, name=name)
+    if cluster.id != ctx._compute_id:
+        ctx._direct_client = None  # is connected to an earlier cluster
     ctx._compute_id = cluster.id
     ctx._last_known_status = ComputeContextStatus.STARTING
 
@@ -154,7 +158,7 @@ class QueryClient(Protocol):
 
     def get_direct_query_status(self, query_id: UUID) -> Any: ...
 
-    def get_direct_query_result(self, query_id: UUID, timeout_ms: int) -> QueryInfoPy: ...
+    def get_direct_query_result(self, query_id: UUID, timeout_ms: int) -> QueryInfo: ...
 
     def cancel_direct_query(self, query_id: UUID) -> None: ...
 
@@ -168,17 +172,35 @@ def send_queries_through(client: QueryClient, ctx: ComputeContext) -> None:
     """
     ctx.__class__ = _redirected_context()
     ctx._redirected_to = client  # type: ignore[attr-defined]
+    if not ctx._last_known_status.is_available():
+        forget_cluster(ctx)  # the client sends no query if it knows of a stop
 
 
 @functools.cache
 def _redirected_context() -> type[ComputeContext]:
-    from polars_cloud import ComputeContext
+    from polars_cloud import ComputeContext, ComputeContextStatus
 
     class RedirectedContext(ComputeContext):
         _redirected_to: QueryClient
 
         def start(self, *, wait: bool = False) -> None:
             """Do nothing: the first query starts the cluster."""
+
+        def stop(self, **options: Any) -> None:
+            """Stop the cluster; the next query starts another one."""
+            super().stop(**options)
+            self._forget_stop()
+
+        def get_status(self) -> ComputeContextStatus:
+            """Return the status of the latest cluster."""
+            status = super().get_status()
+            if not status.is_available():
+                self._forget_stop()
+            return status
+
+        def _forget_stop(self) -> None:
+            """Let the next query pass: the client sends none if it knows of the stop."""
+            self._last_known_status = ComputeContextStatus.UNINITIALIZED
 
         def _get_direct_client(self) -> Any:
             return self._redirected_to
@@ -217,9 +239,14 @@ def get_query_id(query: DirectQuery) -> str:
     return str(query._query_id)
 
 
-def get_result_info(result: QueryResult) -> QueryInfoPy:
+def get_result_info(result: QueryResult) -> QueryInfo:
     """Return what the client's `get_direct_query_result` gave for the result."""
     return result.finished_task_info.inner
+
+
+def get_status_code(query: DirectQuery) -> Any:
+    """Return the status of a query as the client's own connection gives it."""
+    return query._client.get_direct_query_status(query._query_id)
 
 
 def get_context(query: DirectQuery) -> ComputeContext:

@@ -1,10 +1,12 @@
 """Private names of Airflow."""
 
-from typing import cast
+import json
+from typing import Any, cast
 
 from airflow.sdk import Context
 from airflow.sdk.bases.operator import TRIGGER_FAIL_REPR
-from airflow.sdk.execution_time import task_runner
+from airflow.sdk.exceptions import AirflowRuntimeError, ErrorType
+from airflow.sdk.execution_time import comms, task_runner
 
 TASK_ENDS = {"success", "failed", "skipped", "upstream_failed", "removed"}
 """States in which a task neither runs nor is going to."""
@@ -13,6 +15,28 @@ TASK_ENDS = {"success", "failed", "skipped", "upstream_failed", "removed"}
 def has_supervisor() -> bool:
     """Return whether a supervisor is attached; `dag.test()` runs callbacks without one."""
     return hasattr(task_runner, "SUPERVISOR_COMMS")
+
+
+def read_variable(key: str) -> Any:
+    """Return a Variable's value from JSON, or None if there is none.
+
+    `Variable.get` gives the default as well where Airflow does not answer.
+
+    Raises
+    ------
+    AirflowRuntimeError
+        Airflow does not answer.
+    """
+    try:
+        answer = task_runner.SUPERVISOR_COMMS.send(comms.GetVariable(key=key))
+    except AirflowRuntimeError as error:
+        answer = error.error
+    if isinstance(answer, comms.VariableResult):
+        return None if answer.value is None else json.loads(answer.value)
+    assert isinstance(answer, comms.ErrorResponse), "there is no other answer"
+    if answer.error == ErrorType.VARIABLE_NOT_FOUND:
+        return None
+    raise AirflowRuntimeError(answer)
 
 
 def get_task_states(

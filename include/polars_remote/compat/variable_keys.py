@@ -15,6 +15,7 @@ import time
 
 from airflow.sdk import Variable
 
+from .internals import read_variable
 from .versions import LISTS_VARIABLES
 
 LISTS = "polars_cloud/keys"
@@ -89,8 +90,8 @@ def _lists_below(prefix: str, run: str) -> list[str]:
 
 
 def _read(name: str) -> list[str]:
-    known: list[str] = Variable.get(name, default=[], deserialize_json=True)
-    return known
+    known: list[str] | None = read_variable(name)
+    return known or []
 
 
 def _let_others_write(began: float) -> None:

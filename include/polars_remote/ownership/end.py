@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from airflow.configuration import conf
@@ -44,14 +45,16 @@ FindQuery = Callable[[CloudSession, str, QueryRecord], "DirectQuery | None"]
 
 
 class Left(NamedTuple):
-    """What could not be ended, whose it is, and why."""
+    """What could not be ended, whose it is unless that could not be read, and why."""
 
     what: str
-    owner: Owner
+    owner: Owner | None
     reason: str
 
     def __str__(self) -> str:
-        return f"Could not end {self.what} of {self.owner}: {self.reason}"
+        of_owner = f" of {self.owner}" if self.owner else ""
+        reason = " ".join(self.reason.split()).rstrip(".")
+        return f"Could not end {self.what}{of_owner}: {reason}"
 
 
 def clean_up(context: Context | None = None) -> None:
@@ -88,23 +91,38 @@ def end_orphans(run: str = "", *, besides: Collection[str] = ()) -> list[Left]:
     run
         `Owner.run`; all runs if empty.
     besides
-        Keys of tasks that somebody watches.
+        Keys of tasks that somebody watches. Their uses of clusters are left alone as well: without
+        them, nobody would stop the cluster when the queries have ended.
     """
     left: list[Left] = []
+    watched = {record.get_owner_part(key) for key in besides}
+    done: set[str] = set()
     # Queries first: a cluster on which none runs can be stopped.
-    tasks = record.find_keys(f"{record.TASKS}{run}/" if run else record.TASKS)
-    for key in tasks:
-        if key not in besides and (task := record.get_task(key)):
-            # The state is asked after the entry was read: an ended owner writes no more.
-            left += _end_orphan(key, task, run)
-    for key in record.find_keys(record.CLUSTERS, run):
-        if use := record.get_use(key):
-            left += _end_orphan(key, use, run)
+    for prefix, of_run, get in (
+        (f"{record.TASKS}{run}/" if run else record.TASKS, "", record.get_task),
+        (record.CLUSTERS, run, record.get_use),
+    ):
+        for key in record.find_keys(prefix, of_run):
+            if key not in done and record.get_owner_part(key) not in watched:
+                left += _end_orphan(key, get, run, done)
     return left
 
 
-def _end_orphan(key: str, entry: TaskRecord | ClusterUse, run: str) -> list[Left]:
+def _end_orphan(
+    key: str,
+    get: Callable[[str], TaskRecord | ClusterUse | None],
+    run: str,
+    done: set[str],
+) -> list[Left]:
+    """End the entry if its owner has ended; add the keys of a task's uses of clusters to `done`."""
     try:
+        entry = get(key)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return [Left(f"entry {key}", None, f"it cannot be read ({error!r})")]
+    if entry is None:
+        return []
+    try:
+        # The state is asked after the entry was read: an ended owner writes no more.
         if entry.owner.is_active():
             if run:
                 logger.info("%s is active: nothing of it is ended", entry.owner)
@@ -113,9 +131,11 @@ def _end_orphan(key: str, entry: TaskRecord | ClusterUse, run: str) -> list[Left
         return [Left("the entry", entry.owner, str(error))]
     logger.info("Ending what %s has left", entry.owner)
     session = CloudSession(entry.conn_id)
-    if isinstance(entry, TaskRecord):
-        return end_task(session, key, entry)
-    return end_use(session, entry)
+    if isinstance(entry, ClusterUse):
+        return end_use(session, entry)
+    left = end_task(session, key, entry)
+    done.update(entry.cluster_uses)  # those that could not be ended
+    return left
 
 
 def end_task_entry(key: str) -> list[Left]:
@@ -147,7 +167,7 @@ def end_task(
     ended
         Names of queries that have ended.
     given_up
-        Names of queries that could not be canceled a moment ago.
+        Names of queries and keys of uses that could not be ended a moment ago.
     find
         Connects to a query; by the ids on record unless given.
     """
@@ -155,24 +175,28 @@ def end_task(
     to_end = {name: each for name, each in queries.items() if name not in given_up}
     failed_queries = end_queries(session, task.owner, to_end, find)
     left = [*failed_queries.values()]
+    running = {name: each for name, each in queries.items() if name not in to_end}
+    running |= {name: queries[name] for name in failed_queries}
+    busy = {each.manifest for each in running.values()}
     uses = []
     for use_key in sorted(task.cluster_uses):
+        if use_key in given_up:
+            uses.append(use_key)
+            continue
         try:
             use = record.get_use(use_key)
         except Exception as error:
             left.append(Left("the use of a cluster", task.owner, str(error)))
             uses.append(use_key)
             continue
-        if use and (failed := end_use(session, use)):
+        if use and use.manifest in busy:
+            uses.append(use_key)
+        elif use and (failed := end_use(session, use)):
             left += failed
             uses.append(use_key)
     try:
-        task.queries = {
-            name: each
-            for name, each in queries.items()
-            if name in failed_queries or name in given_up
-        }
-        if task.queries or left:
+        task.queries = running
+        if task.queries or uses or left:
             task.cluster_uses, task.is_stale = uses, True
             record.put(key, task)
         else:
@@ -222,26 +246,29 @@ def end_use(
     """End a use of a cluster; the last user stops it. Never raises.
 
     Of two who end their use at the same time, each looks again when it is off the record: one of
-    them is the last.
+    them is the last. If the stop fails, the use is put on record again.
 
     Parameters
     ----------
     ctx
         Of the cluster, if its id is known.
     """
+    others = _Others(session, use)
+    is_erased = False
     try:
-        others = _Others(session, use)
-        is_last = not others.are_active()
-        if is_last and others.want_stop:
-            _stop(session, use, ctx)
+        is_last = not others.are_active() and others.stop_unless_used(ctx)
         record.erase(use.key)
-        if not is_last:
-            if others.are_active():
-                logger.info("Cluster of manifest %s runs on for its other users", use.manifest)
-            elif others.want_stop:
-                _stop(session, use, ctx)
+        is_erased = True
+        if not is_last and (others.are_active() or not others.stop_unless_used(ctx)):
+            logger.info("Cluster of manifest %s runs on for its other users", use.manifest)
     except Exception as error:
-        return [Left(f"the use of the cluster of manifest {use.manifest}", use.owner, str(error))]
+        left = [Left(f"the use of the cluster of manifest {use.manifest}", use.owner, str(error))]
+        if is_erased or others.want_stop != use.stops:
+            try:
+                record.put(use.key, replace(use, stops=others.want_stop))
+            except Exception as error:
+                left.append(Left("the entry", use.owner, str(error)))
+        return left
     return []
 
 
@@ -272,6 +299,10 @@ class _Others:
                 record.erase(key)
         return False
 
+    def stop_unless_used(self, ctx: ComputeContext | None) -> bool:
+        """Stop the cluster if that is wanted; return False if another user has come."""
+        return not self.want_stop or _stop(self._session, self._use, ctx)
+
     def _end_tasks(self, use: ClusterUse) -> bool:
         """End the queries of the tasks that used the cluster; return whether all have ended."""
         owner = use.owner
@@ -294,32 +325,37 @@ class _Others:
         return all_ended
 
 
-def _stop(session: CloudSession, use: ClusterUse, ctx: ComputeContext | None) -> None:
-    """Stop the cluster unless somebody's query runs on it."""
+def _stop(session: CloudSession, use: ClusterUse, ctx: ComputeContext | None) -> bool:
+    """Stop the cluster unless a query runs on it; return False if another user has come."""
     manifest = use.manifest
-    if ctx is None or get_cluster_id(ctx) is None:
+    status = session.call(ctx.get_status) if ctx else None
+    # One that has stopped may have a successor, which another user has started.
+    if status is None or not status.is_available():
         try:
             ctx = find_manifest(session, manifest)
         except misspecified_error() as error:
             logger.info("Manifest %s was registered anew, nothing to stop: %s", manifest, error)
-            return
-    if ctx is None:
+            return True
+        status = session.call(ctx.get_status) if ctx else None
+    if ctx is None or status is None:
         logger.info("Manifest %s does not exist: nothing to stop", manifest)
-        return
+        return True
     deadline = time.monotonic() + time_left(WIND_UP_SECONDS)
-    while (status := session.call(ctx.get_status)).name == "RUNNING":
+    while status.name == "RUNNING":
         if time.monotonic() > deadline:
             logger.info("Cluster %s runs on: it has a query of somebody else", get_cluster_id(ctx))
-            return
+            return True
         time.sleep(0.2)
+        status = session.call(ctx.get_status)
     if not status.is_available():
         logger.info("Cluster of manifest %s is not running: nothing to stop", manifest)
+        return True
     # Asked again: somebody may have come while the cluster became idle.
-    elif has_other_users(session, use):
-        logger.info("Cluster of manifest %s runs on for its other users", manifest)
-    else:
-        session.call(ctx.stop)
-        logger.info("Cluster %s stopped", get_cluster_id(ctx))
+    if has_other_users(session, use):
+        return False
+    session.call(ctx.stop)
+    logger.info("Cluster %s stopped", get_cluster_id(ctx))
+    return True
 
 
 def log_left(left: Iterable[Left]) -> None:

@@ -21,7 +21,7 @@ from airflow.sdk import Variable, get_current_context
 
 from ..cloud.retry import in_thread
 from ..compat import variable_keys
-from ..compat.internals import TASK_ENDS, get_task_states
+from ..compat.internals import TASK_ENDS, get_task_states, read_variable
 
 T = TypeVar("T")
 
@@ -125,6 +125,10 @@ class QueryRecord(Stored):
     query_id: str | None = None
     page: str = ""
     submitted_at: float | None = None
+
+    def dump(self) -> dict[str, Any]:
+        """Leave out what is not known yet: releases before the second take each field as known."""
+        return {key: value for key, value in super().dump().items() if value not in (None, "")}
 
 
 @dataclass
@@ -248,6 +252,12 @@ def cluster_prefix(manifest: str) -> str:
     return f"{CLUSTERS}{digest(manifest)}/"
 
 
+def get_owner_part(key: str) -> str:
+    """Return the part of a key that names the owner; a task and its uses of clusters share it."""
+    _, kind, *parts = key.split("/")
+    return "/".join(parts[:2] if f"{PREFIX}/{kind}/" == TASKS else parts[1:])
+
+
 def put(key: str, entry: TaskRecord | ClusterUse) -> None:
     """Write an entry."""
     value = entry.dump()
@@ -263,13 +273,13 @@ def put(key: str, entry: TaskRecord | ClusterUse) -> None:
 def get_task(key: str) -> TaskRecord | None:
     """Read the entry about a try of a task; None if it is gone."""
     stored = _get(key)
-    return TaskRecord.load(stored) if stored else None
+    return None if stored is None else TaskRecord.load(stored)
 
 
 def get_use(key: str) -> ClusterUse | None:
     """Read the entry about a use of a cluster; None if it is gone."""
     stored = _get(key)
-    return ClusterUse.load(stored) if stored else None
+    return None if stored is None else ClusterUse.load(stored)
 
 
 def find_keys(prefix: str, run: str = "") -> list[str]:
@@ -292,9 +302,7 @@ def digest(*parts: object) -> str:
 
 
 def _get(key: str) -> dict[str, Any] | None:
-    stored: dict[str, Any] | None = _in_turn(
-        lambda: Variable.get(key, default=None, deserialize_json=True)
-    )
+    stored: dict[str, Any] | None = _in_turn(lambda: read_variable(key))
     return stored
 
 

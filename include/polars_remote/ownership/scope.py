@@ -10,7 +10,7 @@ import logging
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+OWNER_SECONDS = 5.0
+"""Seconds for which a try counts as the latest without asking: Airflow starts the next one after a
+frozen worker's heartbeats have been missing for far longer."""
+
 SCOPE = "polars_remote_scope"
 """Key of the scope in Airflow's context of the try, where each of its threads finds it."""
 
@@ -55,8 +59,6 @@ class TaskScope:
         Airflow's operator.
     started_at
         When the try began, in seconds since the epoch; a deferral does not change it.
-    page
-        Address of the page of its first query.
     open_blocks
         Number of open `use_cluster` blocks, by manifest.
     """
@@ -77,17 +79,21 @@ class TaskScope:
             clear_number=get_clear_number(context),
             deadline=None if limit is None else time.time() + limit.total_seconds(),
         )
-        self.page = ""
         self.open_blocks = Counter[str]()
         self._lock = threading.RLock()
+        self._owner_at = time.time()
+        """When this try was known to be the latest."""
         self._is_on_record = False
         self._is_closed = False
+        self._is_killed = False
         self._is_ended_by_user: bool | None = None
         self._open: dict[str, DirectQuery] = {}
         """Queries that this worker is connected to, by name."""
         self._reserved: set[str] = set()
         self._ended: set[str] = set()
         self._given_up: set[str] = set()
+        """Names of queries, and keys of uses of clusters, that could not be ended."""
+        self._block_turns = defaultdict[str, threading.RLock](threading.RLock)
 
     # Queries
 
@@ -156,13 +162,12 @@ class TaskScope:
         """
         query.try_number = self.try_number
         with self._lock:
-            if not self._is_on_record:
+            if found is None:
                 self.check_owner()
             self.record.queries[name] = query
             self._ended.discard(name)  # by the query of an earlier try
             if found is not None:
                 self._open[name] = found
-                self.page = self.page or query.page
             self._save()
 
     def find_name(self, query_id: str) -> str | None:
@@ -185,12 +190,18 @@ class TaskScope:
                 del self.record.queries[name]
                 self._save()
 
-    def get_unended(self, manifest: str | None = None) -> list[str]:
-        """Return the names of this worker's queries whose end it does not know."""
+    def get_unended(self, names: Collection[str] | None = None) -> list[str]:
+        """Return the names of this worker's queries whose end it does not know.
+
+        Parameters
+        ----------
+        names
+            Return only queries with these names.
+        """
         return [
             name
-            for name, query in self.record.queries.items()
-            if name in self._open and name not in self._ended and manifest in (None, query.manifest)
+            for name in list(self.record.queries)
+            if name in self._open and name not in self._ended and (names is None or name in names)
         ]
 
     def get_open(self, names: Iterable[str]) -> dict[str, DirectQuery]:
@@ -202,14 +213,14 @@ class TaskScope:
         return self._open.get(name)
 
     def check_that_all_were_awaited(
-        self, manifest: str | None = None, *, besides: Collection[str] = ()
+        self, names: Collection[str] | None = None, *, besides: Collection[str] = ()
     ) -> None:
         """Refuse to forget a query that this try has submitted.
 
         Parameters
         ----------
-        manifest
-            Check only the queries on its cluster.
+        names
+            Check only the queries with these names.
         besides
             Names of queries that are going to be awaited.
 
@@ -218,7 +229,7 @@ class TaskScope:
         QueryNotAwaitedError
             The task does not know how a query ended.
         """
-        if forgotten := [name for name in self.get_unended(manifest) if name not in besides]:
+        if forgotten := [name for name in self.get_unended(names) if name not in besides]:
             raise QueryNotAwaitedError(
                 f"Nobody has waited for the query for {', '.join(forgotten)}, which is canceled: "
                 "call its await_result, return it from a @query_task, or let it run on with detach"
@@ -226,47 +237,77 @@ class TaskScope:
 
     # Clusters
 
+    def check_open(self, manifest: str) -> None:
+        """Refuse to use a cluster after the task has ended.
+
+        Raises
+        ------
+        QueryRefusedError
+        """
+        if self._is_closed:
+            raise QueryRefusedError(
+                f"The cluster of manifest {manifest} is not used, because its task has ended: "
+                "wait for the task's threads"
+            )
+
     def record_use(self, use: ClusterUse) -> None:
         """Record a use of a cluster, which ends with the task at the latest.
 
         Raises
         ------
+        QueryRefusedError
+            The task has ended.
         TakenOverError
             A later try owns the task's queries.
         """
         with self._lock:
-            if self._is_closed:
-                raise QueryRefusedError(
-                    f"The cluster of manifest {use.manifest} is not used, because its task has "
-                    "ended: wait for the task's threads"
-                )
+            self.check_open(use.manifest)
+            self.check_owner()
             if use.key not in self.record.cluster_uses:
                 self.record.cluster_uses.append(use.key)
-            if not self._is_on_record:
-                self.check_owner()
             self._save()
         record.put(use.key, use)
 
+    @contextmanager
+    def changing_blocks(self, manifest: str) -> Iterator[None]:
+        """Let threads of the task open and close blocks of one manifest one after the other."""
+        with self._lock:
+            turn = self._block_turns[manifest]
+        with turn:
+            yield
+
     def close_block(
-        self, use: ClusterUse, ctx: ComputeContext, error: BaseException | None = None
+        self,
+        use: ClusterUse,
+        ctx: ComputeContext,
+        names: Collection[str],
+        error: BaseException | None = None,
     ) -> None:
-        """End a block that uses a cluster; after an error, with the task's queries on it."""
-        self.open_blocks[use.manifest] -= 1
+        """End a block that uses a cluster; after an error, with its queries of these names."""
         with grace(error):
-            if not self._owns_record():
-                return
-            if error:
-                names = set(self.get_unended(use.manifest)) - self._given_up
-                queries = {name: self.record.queries[name] for name in names}
+            owns_record = self._owns_record()
+            if error and owns_record:
+                to_end = (set(names) & self.record.queries.keys()) - self._ended - self._given_up
+                queries = {name: self.record.queries[name] for name in to_end}
                 left = end_queries(self.session, self.owner, queries, self._find)
-                self._ended |= names - left.keys()
+                self._ended |= to_end - left.keys()
                 self._given_up.update(left)
                 log_left(left.values())
-            if not self.open_blocks[use.manifest]:
-                left_uses = end_use(self.session, use, ctx)
-                if not left_uses:
-                    self.keep_cluster(use)
-                log_left(left_uses)
+            with self.changing_blocks(use.manifest):
+                self.open_blocks[use.manifest] -= 1
+                if owns_record and not self.open_blocks[use.manifest]:
+                    self._end_use(use, ctx)
+
+    def _end_use(self, use: ClusterUse, ctx: ComputeContext) -> None:
+        queries = list(self.record.queries.items())
+        if any(each.manifest == use.manifest for name, each in queries if name not in self._ended):
+            return  # a query of the task may still run: the use ends with the task
+        if left := end_use(self.session, use, ctx):
+            self._given_up.add(use.key)
+        else:
+            self._given_up.discard(use.key)
+            self.keep_cluster(use)
+        log_left(left)
 
     def keep_cluster(self, use: ClusterUse) -> None:
         """Let the use of a cluster outlast the task."""
@@ -282,10 +323,15 @@ class TaskScope:
         A worker that was frozen does not know of one. Tries are in the order of their ids, which
         are version 7 UUIDs.
         """
-        return max(record.find_keys(record.task_key(self.owner)), default="") <= self.key
+        if time.time() - self._owner_at > OWNER_SECONDS:
+            asked_at = time.time()
+            if max(record.find_keys(record.task_key(self.owner)), default="") > self.key:
+                return False
+            self._owner_at = asked_at
+        return True
 
     def check_owner(self) -> None:
-        """Record the task before it starts anything.
+        """Start nothing that a later try does not know of: this worker may have been frozen.
 
         Raises
         ------
@@ -399,10 +445,21 @@ class TaskScope:
         if isinstance(sys.exc_info()[1], AirflowTaskTimeout):
             return
         error = TaskKilled()
+        self._is_killed = True
         # Killed while it is being deferred: no trigger is there yet to end what it has started.
         if self._is_closed and self.record.waits_for and self.is_finished_by(error):
             self.close(error)
         raise error
+
+    def check_killed(self) -> None:
+        """End a wait when the task is killed: Airflow's signals reach the main thread alone.
+
+        Raises
+        ------
+        TaskKilled
+        """
+        if self._is_killed:
+            raise TaskKilled
 
     def _owns_record(self) -> bool:
         try:
@@ -427,8 +484,8 @@ def task_scope(conn_id: str) -> Iterator[TaskScope]:
     scope = TaskScope(conn_id)
     context = cast("dict[str, Any]", get_current_context())
     context[SCOPE] = scope
-    if not scope.can_return_queries:
-        scope.task.on_kill = scope.on_kill
+    # On the task itself: when SIGTERM comes while it is being deferred, its context is gone.
+    scope.task.on_kill = scope.on_kill
     try:
         if is_resumed(get_current_context()):
             scope.restore()

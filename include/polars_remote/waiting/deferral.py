@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterable
@@ -113,7 +114,8 @@ def _defer(scope: TaskScope, waits_for: Wait, trigger: PolarsCloudTrigger) -> No
         trigger=trigger,
         method_name="resume",
         # For a record that somebody deletes. A trigger that fails replaces these.
-        kwargs={"waits_for": waits_for.dump(), "conn_id": scope.record.conn_id},
+        # As text: Airflow serializes them, and refuses what is serialized already.
+        kwargs={"waits_for": json.dumps(waits_for.dump()), "conn_id": scope.record.conn_id},
         timeout=timedelta(seconds=seconds),
     )
     scope.defer(waits_for, deferral)

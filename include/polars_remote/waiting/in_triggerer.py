@@ -110,7 +110,7 @@ class Watch:
     def __init__(self) -> None:
         self.watched: set[str] = set()
         self._clusters = WeakValueDictionary[tuple[str, str], WatchedCluster]()
-        self._logged: set[tuple[str, Owner]] = set()
+        self._logged: set[tuple[str, Owner | None]] = set()
         # In a context of its own: its log is nobody's task's. It goes on when no task waits, for
         # the tasks that did not wait here.
         self._sweep = asyncio.get_running_loop().create_task(

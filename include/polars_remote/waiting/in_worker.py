@@ -6,12 +6,13 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ..cloud.client import get_query_id
 from ..cloud.queries import describe
+from ..cloud.retry import SIGNAL_SECONDS
 from ..errors import QueryCanceledError, QueryLostError
 from . import deferral
 from .deferral import check_deadline
@@ -69,11 +70,7 @@ def wait_until_ended(
                     end(name, result)
             if not left or any(each.status.name != "SUCCESS" for each in results.values()):
                 return results
-            if time.monotonic() >= ends:
-                return results
-            if scope.can_return_queries:
-                check_deadline(scope)
-            if news.wait(min(pause, max(ends - time.monotonic(), 0.0))):
+            if _wait_for(news, scope, min(pause, ends - time.monotonic())):
                 news.clear()
                 continue
             pause = min(pause * 1.5, LONGEST_PAUSE)
@@ -85,6 +82,22 @@ def wait_until_ended(
                 elif should_log:
                     text = describe_progress(query, status, time.time() - since)
                     logger.info("Query %s: %s", get_query_id(query), text)
+            # After a poll: a query that has ended already is not waited for elsewhere.
+            if time.monotonic() >= ends:
+                return results
+
+
+def _wait_for(news: threading.Event, scope: TaskScope, seconds: float) -> bool:
+    """Wait for news in a thread that may have to see for itself that the task is to end."""
+    ends = time.monotonic() + seconds
+    while True:
+        scope.check_killed()
+        check_deadline(scope)
+        left = max(ends - time.monotonic(), 0.0)
+        if news.wait(min(left, SIGNAL_SECONDS)):
+            return True
+        if left <= SIGNAL_SECONDS:
+            return False
 
 
 def get_result(scope: TaskScope, query: DirectQuery) -> QueryResult:
@@ -132,7 +145,7 @@ def log_result(
 
 
 def refuse_forgotten(
-    scope: TaskScope, manifest: str | None = None, *, besides: Mapping[str, object] = {}
+    scope: TaskScope, names: Collection[str] | None = None, *, besides: Collection[str] = ()
 ) -> None:
     """Refuse to forget a query, with its own exception if it fails within some seconds.
 
@@ -141,13 +154,13 @@ def refuse_forgotten(
     QueryNotAwaitedError
         The task does not know how a query ended.
     """
-    forgotten = scope.get_open(name for name in scope.get_unended(manifest) if name not in besides)
+    forgotten = scope.get_open(name for name in scope.get_unended(names) if name not in besides)
     seconds = deferral.IN_WORKER_SECONDS
     for name, result in wait_until_ended(scope, forgotten, seconds=seconds).items():
         if result.status.name == "FAILED":
             check_result(scope, name, forgotten[name], result)
             result.raise_err()
-    scope.check_that_all_were_awaited(manifest, besides=besides)
+    scope.check_that_all_were_awaited(names, besides=besides)
 
 
 @contextmanager

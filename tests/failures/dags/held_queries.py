@@ -5,7 +5,7 @@ from datetime import datetime
 from airflow.sdk import dag
 
 from include.auth import authenticate
-from include.polars_remote import Query, clean_up, query_task, shared_cluster, submit, use_cluster
+from include.polars_remote import Query, clean_up, query_task, shared_cluster, use_cluster
 
 CLUSTER = {"name": "airflow-held-queries", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
 TASKS = 50
@@ -19,7 +19,7 @@ def held_queries() -> None:
         import polars as pl
 
         with use_cluster(CLUSTER) as ctx:
-            return submit(pl.LazyFrame({"number": [number]}).remote(ctx).execute)
+            return pl.LazyFrame({"number": [number]}).remote(ctx).execute(blocking=False)
 
     with shared_cluster(CLUSTER):
         ask.expand(number=list(range(TASKS)))

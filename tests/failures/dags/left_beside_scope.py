@@ -5,16 +5,8 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.polars_remote import (
-    clean_up,
-    compute_context,
-    leave,
-    run_query,
-    shared_cluster,
-    submit,
-    use_cluster,
-)
-from include.polars_remote.settings import DATA
+from include.polars_remote import clean_up, detach, shared_cluster, use_cluster
+from include.shop import DATA
 
 LEFT = {"name": "airflow-left", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
 SHARED = {"name": "airflow-shared", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
@@ -29,11 +21,12 @@ SHARED = {"name": "airflow-shared", "cpus": 2, "memory": 4, "idle_timeout_mins":
 def left_beside_scope() -> None:
     @task
     @authenticate
-    def submit_and_leave() -> str:
+    def submit_and_detach() -> str:
         import polars as pl
 
         sales = pl.scan_parquet(f"{DATA}/sales/").select(pl.len())
-        return leave(submit(sales.remote(compute_context(LEFT)).execute))
+        with use_cluster(LEFT, stop=False) as ctx:
+            return detach(sales.remote(ctx).execute(blocking=False))
 
     @task
     @authenticate
@@ -42,9 +35,9 @@ def left_beside_scope() -> None:
 
         with use_cluster(SHARED) as ctx:
             returns = pl.scan_parquet(f"{DATA}/returns/").select(pl.len())
-            return run_query(returns.remote(ctx).execute).location
+            return returns.remote(ctx).execute().location
 
-    left = submit_and_leave()
+    left = submit_and_detach()
     with shared_cluster(SHARED):
         left >> count_returns()
 

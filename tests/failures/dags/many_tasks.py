@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.polars_remote import clean_up, run_query, shared_cluster, use_cluster
+from include.polars_remote import clean_up, shared_cluster, use_cluster
 
 CLUSTER = {
     "name": "airflow-many-tasks",
@@ -33,7 +33,7 @@ def many_tasks() -> None:
         rows = 10**5 * (number % 8) ** 3
         numbers = pl.LazyFrame().select(pl.int_range(rows).shuffle(seed=1).sort().sum())
         with use_cluster(CLUSTER) as ctx:
-            return run_query(numbers.remote(ctx).single_node().execute).location
+            return numbers.remote(ctx).single_node().execute().location
 
     with shared_cluster(CLUSTER):
         count_up.expand(number=list(range(TASKS)))

@@ -6,8 +6,8 @@ from typing import Any
 from airflow.sdk import dag, task, task_group
 
 from include.auth import authenticate
-from include.polars_remote import Query, clean_up, query_task, submit, use_cluster
-from include.polars_remote.settings import DATA
+from include.polars_remote import Query, clean_up, query_task, use_cluster
+from include.shop import DATA
 
 RESULTS = f"{DATA}/results/returned_queries"
 CLUSTERS = [
@@ -31,10 +31,11 @@ def returned_queries() -> None:
         frame = pl.LazyFrame({"number": [1, 2, 3]})
         with use_cluster(CLUSTERS[0]) as a, use_cluster(CLUSTERS[1]) as b:
             files = [
-                submit(frame.remote(a).single_node().sink_csv, f"{RESULTS}/one.csv"),
-                submit(frame.remote(a).single_node().sink_parquet, f"{RESULTS}/two.parquet"),
+                frame.remote(a).single_node().sink_csv(f"{RESULTS}/one.csv"),
+                frame.remote(a).single_node().sink_parquet(f"{RESULTS}/two.parquet"),
             ]
-            return {"files": files, "sum": submit(frame.sum().remote(b).execute), "day": "today"}
+            total = frame.sum().remote(b).execute(blocking=False)
+            return {"files": files, "sum": total, "day": "today"}
 
     @query_task
     @authenticate
@@ -43,9 +44,7 @@ def returned_queries() -> None:
 
         product = pl.LazyFrame({"product": [number * factor]})
         with use_cluster(CLUSTERS[0]) as ctx:
-            return submit(
-                product.remote(ctx).single_node().sink_parquet, f"{RESULTS}/{number}.parquet"
-            )
+            return product.remote(ctx).single_node().sink_parquet(f"{RESULTS}/{number}.parquet")
 
     @task
     def check(files: list[list[str]], total: list[str], day: str, products: Any) -> None:

@@ -5,8 +5,8 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.polars_remote import clean_up, submit, use_cluster, wait_for
-from include.polars_remote.settings import DATA
+from include.polars_remote import clean_up, use_cluster
+from include.shop import DATA
 
 RESULTS = f"{DATA}/results/two_queries"
 VERSION = "old"
@@ -34,9 +34,9 @@ def two_queries() -> None:
         frame = pl.LazyFrame({"version": [VERSION]})
         with use_cluster(CLUSTER) as ctx:
             remote = frame.remote(ctx).single_node()
-            first = submit(remote.sink_parquet, f"{RESULTS}/first.parquet")
-            second = submit(remote.sink_parquet, f"{RESULTS}/second.parquet")
-            return [*wait_for(first).location, *wait_for(second).location]
+            first = remote.sink_parquet(f"{RESULTS}/first.parquet")
+            second = remote.sink_parquet(f"{RESULTS}/second.parquet")
+            return [*first.await_result().location, *second.await_result().location]
 
     ask_twice()
 

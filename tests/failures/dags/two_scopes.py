@@ -5,8 +5,8 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.polars_remote import clean_up, run_query, shared_cluster, use_cluster
-from include.polars_remote.settings import DATA
+from include.polars_remote import clean_up, shared_cluster, use_cluster
+from include.shop import DATA
 
 LONG = {"name": "airflow-long", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
 SHORT = {"name": "airflow-short", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
@@ -26,7 +26,7 @@ def two_scopes() -> None:
 
         with use_cluster(LONG) as ctx:
             sales = pl.scan_parquet(f"{DATA}/sales/").select(pl.len())
-            return run_query(sales.remote(ctx).execute).location
+            return sales.remote(ctx).execute().location
 
     @task.sensor(poke_interval=0.5)
     def wait_for_long_query() -> bool:
@@ -41,7 +41,7 @@ def two_scopes() -> None:
 
         with use_cluster(SHORT) as ctx:
             returns = pl.scan_parquet(f"{DATA}/returns/").select(pl.len())
-            return run_query(returns.remote(ctx).execute).location
+            return returns.remote(ctx).execute().location
 
     with shared_cluster(LONG):
         run_long()

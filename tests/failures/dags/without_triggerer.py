@@ -1,11 +1,12 @@
-"""A task that is deferred where no triggerer looks after it."""
+"""A task that is deferred where no triggerer watches it."""
 
 from datetime import datetime, timedelta
 
 from airflow.sdk import dag
 
 from include.auth import authenticate
-from include.polars_remote import Query, clean_up, deferral, query_task, submit, use_cluster
+from include.polars_remote import Query, clean_up, query_task, use_cluster
+from include.polars_remote.waiting import deferral
 
 CLUSTER = {"name": "airflow-without-triggerer", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
 
@@ -22,9 +23,9 @@ def without_triggerer() -> None:
     def ask() -> Query:
         import polars as pl
 
-        deferral.SHORTEST_ROUND = deferral.MARGIN_SECONDS = 2.0  # minutes else
+        deferral.SHORTEST_TRIGGER_TIMEOUT = deferral.MARGIN_SECONDS = 2.0  # minutes else
         with use_cluster(CLUSTER) as ctx:
-            return submit(pl.LazyFrame({"number": [1]}).remote(ctx).execute)
+            return pl.LazyFrame({"number": [1]}).remote(ctx).execute(blocking=False)
 
     ask()
 

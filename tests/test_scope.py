@@ -1,4 +1,4 @@
-"""`task_scope.py`: what a task has submitted ends with the task, and nothing else does."""
+"""`ownership/scope.py`, `kills.py`: what a task has started ends with the task alone."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
+from threading import Event
 from types import ModuleType
 from typing import Any
 
@@ -15,12 +16,17 @@ import pytest
 from airflow.sdk.exceptions import AirflowTaskTimeout
 from airflow.sdk.execution_time.timeout import timeout as execution_timeout
 
-from include.polars_remote import task_scope
-from include.polars_remote.client_internals import get_query_id
-from include.polars_remote.clusters import compute_context, use_cluster
-from include.polars_remote.queries import leave, run_query, submit, wait_for
-from include.polars_remote.recorded_queries import describe
-from include.polars_remote.task_scope import TaskKilled, current_scope
+from include.polars_remote import detach, use_cluster
+from include.polars_remote.cloud.client import get_query_id
+from include.polars_remote.errors import (
+    NotAuthenticatedError,
+    QueryNotAwaitedError,
+    QueryRefusedError,
+    TakenOverError,
+)
+from include.polars_remote.ownership import kills
+from include.polars_remote.ownership.kills import TaskKilled
+from include.polars_remote.ownership.scope import current_scope
 from polars_cloud_emulator.testing import RunningEmulator, eventually
 from tests.observed import calls, cluster_statuses, entries, query_statuses
 from tests.tries import StartTry, Supervisor, freeze, kill
@@ -33,28 +39,34 @@ CLUSTER = {"name": "shop", "cpus": 2, "memory": 4}
 ENDED = ["failed", "success", "skipped", "restarting", "upstream_failed", "removed"]
 NOT_ENDED = ["running", "queued", "scheduled", "up_for_retry", None]
 
+Hang = Callable[..., Any]
+
 
 @pytest.fixture(autouse=True)
-def told(caplog: pytest.LogCaptureFixture) -> None:
-    """The log tells what it tells in Airflow."""
+def info_log(pc: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+    """The log has the lines that it has in Airflow."""
     caplog.set_level("INFO", "include")
 
 
 @pytest.fixture
-def new_ctx(pc: ModuleType) -> Callable[[], Any]:
-    """A context of the same cluster each time, as each try makes one."""
-    return lambda: compute_context(CLUSTER)
+def hang(emulator: RunningEmulator) -> Hang:
+    """Submit a query that runs until it is canceled."""
+
+    def submit_hanging(ctx: Any, uri: str = FILE) -> Any:
+        emulator.add_fault("SubmitQuery", "query_hangs")
+        return submit(ctx, uri)
+
+    return submit_hanging
+
+
+def submit(ctx: Any, uri: str = FILE) -> Any:
+    return TWO_ROWS.remote(ctx).single_node().sink_parquet(uri)
 
 
 @pytest.fixture
-def hang(emulator: RunningEmulator, new_ctx: Callable[[], Any]) -> Callable[..., Any]:
-    """Submit a query that runs until it is canceled."""
-
-    def submit_hanging(uri: str = FILE) -> Any:
-        emulator.add_fault("SubmitQuery", "query_hangs")
-        return submit(TWO_ROWS.remote(new_ctx()).single_node().sink_parquet, uri)
-
-    return submit_hanging
+def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task soon gives up a query that it has forgotten."""
+    monkeypatch.setattr("include.polars_remote.waiting.deferral.IN_WORKER_SECONDS", 0.1)
 
 
 # The end of the task
@@ -62,104 +74,109 @@ def hang(emulator: RunningEmulator, new_ctx: Callable[[], Any]) -> Callable[...,
 
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), AirflowTaskTimeout()])
 def test_all_that_a_task_has_submitted_ends_when_it_fails(
-    hang: Callable[..., Any],
+    hang: Hang,
     emulator: RunningEmulator,
     start_try: StartTry,
     supervisor: Supervisor,
     error: BaseException,
 ) -> None:
-    with start_try(raises=type(error)):
-        hang(FILE)
-        hang(OTHER_FILE)
+    with start_try(raises=type(error)), use_cluster(CLUSTER, stop=False) as ctx:
+        hang(ctx, FILE)
+        hang(ctx, OTHER_FILE)
         raise error
     assert query_statuses(emulator) == ["Canceled", "Canceled"]
     assert supervisor.variables == {}
 
 
 def test_one_query_that_fails_ends_the_other_with_the_task(
-    hang: Callable[..., Any],
-    new_ctx: Callable[[], Any],
-    emulator: RunningEmulator,
-    start_try: StartTry,
+    hang: Hang, emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
 ) -> None:
-    with start_try(raises=pl.exceptions.SchemaError):
-        ctx = compute_context({**CLUSTER, "cluster_size": 2})
+    cluster = {**CLUSTER, "cluster_size": 2}
+    with start_try(raises=pl.exceptions.SchemaError), use_cluster(cluster, stop=False) as ctx:
         emulator.add_fault("SubmitQuery", "query_fails", error="SchemaError: of a fault")
-        first = submit(TWO_ROWS.remote(ctx).single_node().sink_parquet, FILE)
-        hang(OTHER_FILE)
-        wait_for(first)
+        first = submit(ctx)
+        hang(ctx, OTHER_FILE)
+        first.await_result()
     assert query_statuses(emulator) == ["Failed", "Canceled"]
+    assert supervisor.variables == {}
 
 
 def test_a_time_out_cancels_the_query(
-    hang: Callable[..., Any], emulator: RunningEmulator, start_try: StartTry
+    hang: Hang, emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
 ) -> None:
-    with start_try(raises=AirflowTaskTimeout):
-        query = hang()
+    with start_try(raises=AirflowTaskTimeout), use_cluster(CLUSTER, stop=False) as ctx:
+        query = hang(ctx)
         with execution_timeout(0.5):
-            wait_for(query)
+            query.await_result()
     assert query_statuses(emulator) == ["Canceled"]
+    assert supervisor.variables == {}
 
 
 def test_a_query_that_cannot_be_waited_for_is_canceled(
-    hang: Callable[..., Any], emulator: RunningEmulator, start_try: StartTry
+    hang: Hang, emulator: RunningEmulator, start_try: StartTry
 ) -> None:
-    with start_try(raises=RuntimeError, match="for good"):
-        query = hang()
+    raises = {"raises": RuntimeError, "match": "for good"}
+    with start_try(**raises), use_cluster(CLUSTER, stop=False) as ctx:
+        query = hang(ctx)
         emulator.add_fault("GetQueryStatus", "grpc_error", code="NOT_FOUND", message="for good")
-        wait_for(query)
+        query.await_result()
     assert query_statuses(emulator) == ["Canceled"]
 
 
+@pytest.mark.usefixtures("short_wait")
 def test_a_query_that_nobody_has_waited_for_is_an_error_and_canceled(
-    hang: Callable[..., Any], emulator: RunningEmulator, start_try: StartTry
+    hang: Hang, emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
 ) -> None:
-    with start_try(raises=RuntimeError, match=f"{FILE} is canceled, as nobody has waited"):
-        hang()
+    raises = {"raises": QueryNotAwaitedError, "match": f"Nobody has waited .* for {FILE}, which"}
+    with start_try(**raises), use_cluster(CLUSTER, stop=False) as ctx:
+        hang(ctx)
     assert query_statuses(emulator) == ["Canceled"]
+    assert supervisor.variables == {}
 
 
+@pytest.mark.usefixtures("short_wait")
 def test_a_temporary_result_that_nobody_has_waited_for_is_an_error_and_canceled(
-    new_ctx: Callable[[], Any], emulator: RunningEmulator, start_try: StartTry
+    emulator: RunningEmulator, start_try: StartTry
 ) -> None:
     emulator.add_fault("SubmitQuery", "query_hangs")
-    with start_try(raises=RuntimeError, match=r"temporary result .* nobody has waited"):
-        submit(TWO_ROWS.remote(new_ctx()).single_node().execute)
+    raises = {"raises": QueryNotAwaitedError, "match": "Nobody has waited .* temporary result"}
+    with start_try(**raises), use_cluster(CLUSTER, stop=False) as ctx:
+        TWO_ROWS.remote(ctx).single_node().execute(blocking=False)
     assert query_statuses(emulator) == ["Canceled"]
 
 
 def test_a_task_that_has_succeeded_leaves_nothing_on_record(
-    new_ctx: Callable[[], Any], start_try: StartTry, supervisor: Supervisor
+    start_try: StartTry, supervisor: Supervisor
 ) -> None:
-    with start_try():
-        run_query(TWO_ROWS.remote(new_ctx()).single_node().sink_parquet, FILE)
+    with start_try(), use_cluster(CLUSTER, stop=False) as ctx:
+        submit(ctx).await_result()
         [entry] = entries(supervisor, "task")
         assert list(entry["queries"]) == [FILE]
     assert supervisor.variables == {}
 
 
 def test_an_ended_query_is_not_asked_about_at_the_end_of_the_task(
-    new_ctx: Callable[[], Any], emulator: RunningEmulator, start_try: StartTry
+    emulator: RunningEmulator, start_try: StartTry
 ) -> None:
-    with start_try():
-        run_query(TWO_ROWS.remote(new_ctx()).single_node().sink_parquet, FILE)
+    with start_try(), use_cluster(CLUSTER, stop=False) as ctx:
+        submit(ctx).await_result()
         before = len(emulator.journal())
     assert len(emulator.journal()) == before
     assert calls(emulator, "CancelQuery") == 0
 
 
 def test_a_task_that_submits_nothing_writes_nothing_down(
-    start_try: StartTry, supervisor: Supervisor, emulator: RunningEmulator
+    start_try: StartTry, supervisor: Supervisor
 ) -> None:
     with start_try():
         assert supervisor.variables == {}
 
 
 def test_a_cancel_that_was_not_heard_is_repeated(
-    hang: Callable[..., Any], emulator: RunningEmulator, start_try: StartTry
+    hang: Hang, emulator: RunningEmulator, start_try: StartTry
 ) -> None:
-    with start_try(raises=KeyError):
-        hang()
+    with start_try(raises=KeyError), use_cluster(CLUSTER, stop=False) as ctx:
+        hang(ctx)
         emulator.add_fault("CancelQuery", "connection_reset")
         raise KeyError
     assert query_statuses(emulator) == ["Canceled"]
@@ -167,33 +184,52 @@ def test_a_cancel_that_was_not_heard_is_repeated(
 
 @pytest.mark.usefixtures("short_outages")
 def test_a_cancel_that_fails_is_logged_and_the_query_stays_on_record_for_the_next_try(
-    hang: Callable[..., Any],
-    new_ctx: Callable[[], Any],
+    hang: Hang,
     emulator: RunningEmulator,
     start_try: StartTry,
     supervisor: Supervisor,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with start_try(raises=KeyError):
-        query = hang()
+    with start_try(raises=KeyError), use_cluster(CLUSTER, stop=False) as ctx:
+        query = hang(ctx)
         emulator.add_fault("CancelQuery", "connection_reset", times=1_000)
         raise KeyError
-    assert f"Query {describe(query)} could not be canceled" in caplog.text
+    [cluster] = emulator.state()["clusters"]
+    left = f"Could not end query {get_query_id(query)} for {FILE} on cluster {cluster['id']}"
+    assert f"{left} of shop.run_query in run manual__1: " in caplog.text
+    assert "stays on record, for the next try" in caplog.text
     [entry] = entries(supervisor, "task")
     assert entry["queries"][FILE]["query_id"] == get_query_id(query)
 
     # The task has failed: its next try asks for everything anew.
-    with pytest.raises(ConnectionError, match="could not be canceled"), start_try(2):
+    with pytest.raises(ConnectionError, match="An earlier try's queries still run"), start_try(2):
         raise AssertionError("the body ran beside the query of the first try")
     emulator.clear_faults()
-    with start_try(3):
-        run_query(TWO_ROWS.remote(new_ctx()).single_node().sink_parquet, FILE)
+    with start_try(3), use_cluster(CLUSTER, stop=False) as ctx:
+        submit(ctx).await_result()
     assert query_statuses(emulator) == ["Canceled", "Success"]
     assert supervisor.variables == {}
 
 
+@pytest.mark.usefixtures("short_outages")
+def test_a_stop_that_is_refused_changes_nothing_about_the_tasks_result(
+    emulator: RunningEmulator,
+    start_try: StartTry,
+    supervisor: Supervisor,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with start_try(), use_cluster(CLUSTER) as ctx:
+        submit(ctx).await_result()
+        refusal = {"status": 403, "message": "of a fault", "times": 1_000}
+        emulator.add_fault("POST compute/{id}/stop", "http_error", **refusal)
+    assert cluster_statuses(emulator) == ["Idle"]
+    left = "Could not end the use of the cluster of manifest shop of shop.run_query in run manual"
+    assert left in caplog.text
+    assert len(entries(supervisor, "cluster")) == 1
+
+
 def test_what_goes_wrong_while_an_error_is_on_its_way_does_not_replace_it(
-    hang: Callable[..., Any],
+    hang: Hang,
     start_try: StartTry,
     supervisor: Supervisor,
     monkeypatch: pytest.MonkeyPatch,
@@ -202,16 +238,15 @@ def test_what_goes_wrong_while_an_error_is_on_its_way_does_not_replace_it(
     def refuse(_: object) -> None:
         raise ConnectionError("Airflow is unavailable")
 
-    with start_try(raises=KeyError, match="mine"):
-        hang()
+    raises = {"raises": KeyError, "match": "mine"}
+    with start_try(**raises), use_cluster(CLUSTER, stop=False) as ctx:
+        hang(ctx)
         monkeypatch.setattr(supervisor, "send", refuse)
         raise KeyError("mine")
-    assert "it stays on record" in caplog.text
-    assert "Airflow is unavailable" in caplog.text
+    assert "the task's queries are left alone (Airflow is unavailable)" in caplog.text
 
 
 def test_nothing_is_submitted_that_could_not_be_recorded(
-    new_ctx: Callable[[], Any],
     emulator: RunningEmulator,
     start_try: StartTry,
     supervisor: Supervisor,
@@ -220,11 +255,29 @@ def test_nothing_is_submitted_that_could_not_be_recorded(
     def refuse(_: object) -> None:
         raise ConnectionError("Airflow is unavailable")
 
-    with start_try(raises=ConnectionError, match="Airflow is unavailable"):
-        remote = TWO_ROWS.remote(new_ctx()).single_node()
+    raises = {"raises": ConnectionError, "match": "Airflow is unavailable"}
+    with start_try(**raises), use_cluster(CLUSTER, stop=False) as ctx:
         monkeypatch.setattr(supervisor, "send", refuse)
-        submit(remote.sink_parquet, FILE)
+        submit(ctx)
     assert query_statuses(emulator) == []
+
+
+def test_a_thread_that_outlives_its_task_submits_nothing(
+    emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
+) -> None:
+    def submit_late(ctx: Any) -> None:
+        is_over.wait()
+        submit(ctx)
+
+    is_over = Event()
+    with ThreadPoolExecutor() as threads:
+        with start_try(), use_cluster(CLUSTER, stop=False) as ctx:
+            late = threads.submit(submit_late, ctx)
+        is_over.set()
+        with pytest.raises(QueryRefusedError, match="its task has ended"):
+            late.result()
+    assert query_statuses(emulator) == []
+    assert supervisor.variables == {}
 
 
 # SIGTERM
@@ -251,32 +304,32 @@ def sigterm(emulator: RunningEmulator) -> Iterator[Callable[[Any], None]]:
 
 
 def test_a_user_who_ends_a_task_in_mid_query_cancels_the_query(
-    hang: Callable[..., Any],
+    hang: Hang,
     emulator: RunningEmulator,
     start_try: StartTry,
     supervisor: Supervisor,
     sigterm: Callable[[Any], None],
 ) -> None:
-    with start_try(raises=TaskKilled) as ti:
-        query = hang()
+    with start_try(raises=TaskKilled) as ti, use_cluster(CLUSTER, stop=False) as ctx:
+        query = hang(ctx)
         supervisor.states["manual__1"]["run_query"] = "failed"
         sigterm(ti)
-        wait_for(query)
+        query.await_result()
     assert query_statuses(emulator) == ["Canceled"]
     assert supervisor.variables == {}
 
 
 @pytest.mark.parametrize("state", ENDED)
 def test_sigterm_to_a_task_that_was_ended_ends_its_queries_and_its_cluster(
-    hang: Callable[..., Any],
+    hang: Hang,
     emulator: RunningEmulator,
     start_try: StartTry,
     supervisor: Supervisor,
     state: str,
 ) -> None:
-    with start_try(raises=TaskKilled) as ti, use_cluster(CLUSTER):
-        hang(FILE)
-        hang(OTHER_FILE)
+    with start_try(raises=TaskKilled) as ti, use_cluster(CLUSTER) as ctx:
+        hang(ctx, FILE)
+        hang(ctx, OTHER_FILE)
         supervisor.states["manual__1"]["run_query"] = state
         ti.task.on_kill()
     assert query_statuses(emulator) == ["Canceled", "Canceled"]
@@ -286,81 +339,80 @@ def test_sigterm_to_a_task_that_was_ended_ends_its_queries_and_its_cluster(
 
 @pytest.mark.parametrize("state", NOT_ENDED)
 def test_sigterm_to_a_worker_alone_leaves_everything_to_the_next_try(
-    hang: Callable[..., Any],
+    hang: Hang,
     emulator: RunningEmulator,
     start_try: StartTry,
     supervisor: Supervisor,
     caplog: pytest.LogCaptureFixture,
     state: str | None,
 ) -> None:
-    with start_try(raises=TaskKilled) as ti, use_cluster(CLUSTER):
-        first = hang()
+    with start_try(raises=TaskKilled) as ti, use_cluster(CLUSTER) as ctx:
+        first = hang(ctx)
         supervisor.states["manual__1"]["run_query"] = state
         ti.task.on_kill()
-    assert "nobody has ended the task" in caplog.text
+    assert "The worker is shutting down. The task's queries keep running" in caplog.text
     assert [query["cancels"] for query in emulator.state()["queries"]] == [0]
     assert cluster_statuses(emulator) == ["Running"]
     assert len(supervisor.variables) == 2
-    with start_try(2), use_cluster(CLUSTER):
-        assert get_query_id(hang()) == get_query_id(first)
-        first.cancel()
-        current_scope().set_awaited(get_query_id(first))
+    with start_try(2), use_cluster(CLUSTER) as ctx:
+        second = hang(ctx)
+        assert get_query_id(second) == get_query_id(first)
+        second.cancel()
+        detach(second)
     assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}
 
 
 def test_sigterm_while_airflow_does_not_answer_leaves_everything_to_the_next_try(
-    hang: Callable[..., Any],
+    hang: Hang,
     emulator: RunningEmulator,
     start_try: StartTry,
     supervisor: Supervisor,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with start_try(raises=TaskKilled) as ti, use_cluster(CLUSTER):
-        first = hang()
+    with start_try(raises=TaskKilled) as ti, use_cluster(CLUSTER) as ctx:
+        first = hang(ctx)
         supervisor.knows_states.clear()
         began = time.monotonic()
         ti.task.on_kill()
     # Airflow's SIGKILL comes 5 seconds after SIGTERM.
-    assert time.monotonic() - began < task_scope.GRACE_SECONDS
+    assert time.monotonic() - began < kills.GRACE_SECONDS
     supervisor.knows_states.set()
     assert "Airflow does not say why" in caplog.text
     assert query_statuses(emulator) == ["InProgress"]
-    with start_try(2):
-        second = hang()
+    with start_try(2), use_cluster(CLUSTER) as ctx:
+        second = hang(ctx)
         assert get_query_id(second) == get_query_id(first)
         second.cancel()  # nobody has to wait for it before the cluster stops
-        leave(second)
+        detach(second)
 
 
 def test_sigterm_to_a_mapped_task_asks_for_the_state_of_its_own_index(
-    hang: Callable[..., Any],
-    emulator: RunningEmulator,
-    start_try: StartTry,
-    supervisor: Supervisor,
+    hang: Hang, emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
 ) -> None:
     supervisor.states["manual__1"] |= {"run_query_0": "failed"}
-    with start_try(map_index=1, raises=TaskKilled) as ti:
-        hang()
+    raises = {"raises": TaskKilled}
+    with start_try(map_index=1, **raises) as ti, use_cluster(CLUSTER, stop=False) as ctx:
+        hang(ctx)
         ti.task.on_kill()
     assert query_statuses(emulator) == ["InProgress"]
 
 
 def test_ending_takes_no_longer_than_airflow_waits_after_sigterm(
-    hang: Callable[..., Any],
+    hang: Hang,
     emulator: RunningEmulator,
     start_try: StartTry,
     supervisor: Supervisor,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(task_scope, "GRACE_SECONDS", 0.5)
-    with start_try(raises=TaskKilled) as ti:
-        query = hang()
+    monkeypatch.setattr(kills, "GRACE_SECONDS", 0.5)
+    with start_try(raises=TaskKilled) as ti, use_cluster(CLUSTER, stop=False) as ctx:
+        query = hang(ctx)
         supervisor.states["manual__1"]["run_query"] = "failed"
         emulator.add_fault("GetQueryStatus", "stall", times=1_000)
         ti.task.on_kill()
-    assert f"Query {describe(query)} could not be canceled" in caplog.text
+    assert f"Could not end query {get_query_id(query)} for {FILE}" in caplog.text
     # Left to whoever comes next, and no longer to be resumed.
     assert [entry["over"] for entry in entries(supervisor, "task")] == [True]
 
@@ -387,87 +439,76 @@ def test_a_time_out_that_calls_on_kill_stays_a_time_out(
 
 @pytest.mark.parametrize("state", ["InProgress", "Success"])
 def test_a_task_that_is_cleared_ends_the_old_queries_and_submits_everything_anew(
-    emulator: RunningEmulator,
-    new_ctx: Callable[[], Any],
-    start_try: StartTry,
-    supervisor: Supervisor,
-    state: str,
+    emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor, state: str
 ) -> None:
+    def submit_three(ctx: Any) -> list[Any]:
+        temporary = TWO_ROWS.remote(ctx).single_node().execute(blocking=False)
+        return [submit(ctx, FILE), submit(ctx, OTHER_FILE), temporary]
+
     def body() -> Iterator[None]:
-        remote = TWO_ROWS.remote(new_ctx()).single_node()
-        if state == "InProgress":
-            emulator.add_fault("SubmitQuery", "query_hangs", times=3)
-        submit(remote.sink_parquet, FILE)
-        submit(remote.sink_parquet, OTHER_FILE)
-        submit(remote.execute)
-        yield
+        with use_cluster(CLUSTER, stop=False) as ctx:
+            if state == "InProgress":
+                emulator.add_fault("SubmitQuery", "query_hangs", times=3)
+            submit_three(ctx)
+            yield
 
     kill(body)
     if state == "Success":
         eventually(lambda: query_statuses(emulator) == ["Success"] * 3)
-    with start_try(2, clear_number=1):
-        remote = TWO_ROWS.remote(new_ctx()).single_node()
-        queries = [
-            submit(remote.sink_parquet, FILE),
-            submit(remote.sink_parquet, OTHER_FILE),
-            submit(remote.execute),
-        ]
-        for query in queries:
-            wait_for(query)
+    with start_try(2, clear_number=1), use_cluster(CLUSTER, stop=False) as ctx:
+        for query in submit_three(ctx):
+            query.await_result()
     old = "Canceled" if state == "InProgress" else "Success"
     assert query_statuses(emulator) == [old] * 3 + ["Success"] * 3
     assert supervisor.variables == {}
 
 
 def test_a_cleared_try_that_is_killed_is_resumed_as_any_other(
-    hang: Callable[..., Any], emulator: RunningEmulator, start_try: StartTry
+    hang: Hang, emulator: RunningEmulator, start_try: StartTry
 ) -> None:
     def body() -> Iterator[Any]:
-        yield hang()
+        with use_cluster(CLUSTER, stop=False) as ctx:
+            yield hang(ctx)
 
     kill(body)
     second = kill(body, 2, clear_number=1)
-    with start_try(3, clear_number=1):
-        third = hang()
+    with start_try(3, clear_number=1), use_cluster(CLUSTER, stop=False) as ctx:
+        third = hang(ctx)
         assert get_query_id(third) == get_query_id(second)
-        leave(third)
+        detach(third)
     eventually(lambda: query_statuses(emulator) == ["Canceled", "InProgress"])
 
 
 # Only the owner
 
 
-def test_a_frozen_worker_cancels_nothing_and_stops_nothing_once_the_next_try_has_taken_over(
-    emulator: RunningEmulator,
-    start_try: StartTry,
-    caplog: pytest.LogCaptureFixture,
+def test_a_frozen_worker_cancels_nothing_and_stops_nothing_once_the_next_try_owns_its_queries(
+    emulator: RunningEmulator, start_try: StartTry, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def submit_slow(ctx: Any) -> Any:
-        return submit(TWO_ROWS.remote(ctx).single_node().sink_parquet, FILE)
-
     def body() -> Iterator[Any]:
         with use_cluster(CLUSTER) as ctx:
-            yield submit_slow(ctx)
+            yield submit(ctx)
 
     emulator.add_fault("SubmitQuery", "query_takes", seconds=60)
     frozen = freeze(body)
     with start_try(2), use_cluster(CLUSTER) as ctx:
-        query = submit_slow(ctx)
+        query = submit(ctx)
         frozen.wake(AirflowTaskTimeout())
-        assert "A later try has taken over" in caplog.text
+        assert "A later try of this task owns its queries" in caplog.text
         assert [query["cancels"] for query in emulator.state()["queries"]] == [0]
         assert cluster_statuses(emulator) == ["Running"]
         emulator.advance_clock(timedelta(seconds=60))
-        assert wait_for(query).location == [FILE]
+        assert query.await_result().location == [FILE]
     assert query_statuses(emulator) == ["Success"]
     assert cluster_statuses(emulator) == ["Stopped"]
 
 
-def test_a_frozen_worker_whose_query_ends_well_stops_nothing_either(
+def test_a_frozen_worker_whose_block_ends_well_stops_nothing_either(
     emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
 ) -> None:
     def body() -> Iterator[None]:
-        with use_cluster(CLUSTER), suppress(KeyError):
+        with use_cluster(CLUSTER) as ctx, suppress(KeyError):
+            submit(ctx).await_result()
             yield
 
     frozen = freeze(body)
@@ -476,26 +517,53 @@ def test_a_frozen_worker_whose_query_ends_well_stops_nothing_either(
         assert cluster_statuses(emulator) == ["Idle"]
         assert len(entries(supervisor, "cluster")) == 1
     assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+def test_a_frozen_worker_starts_nothing_more_once_the_next_try_owns_its_queries(
+    emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
+) -> None:
+    def body() -> Iterator[None]:
+        with use_cluster(CLUSTER, stop=False) as ctx:
+            submit(ctx).await_result()
+            with suppress(KeyError):
+                yield
+            try:
+                submit(ctx, OTHER_FILE)
+            except Exception as error:
+                errors.append(error)
+                raise
+
+    errors: list[Exception] = []
+    frozen = freeze(body)
+    with start_try(2), use_cluster(CLUSTER, stop=False):
+        frozen.wake(KeyError())
+        assert [type(error) for error in errors] == [TakenOverError]
+        assert query_statuses(emulator) == ["Success"]
+        assert len(entries(supervisor, "task")) == 1
+    assert supervisor.variables == {}
 
 
 def test_a_frozen_worker_is_told_apart_although_the_next_try_has_submitted_nothing_yet(
-    hang: Callable[..., Any], emulator: RunningEmulator, start_try: StartTry
+    hang: Hang, emulator: RunningEmulator, start_try: StartTry
 ) -> None:
     def body() -> Iterator[Any]:
-        yield hang()
+        with use_cluster(CLUSTER, stop=False) as ctx:
+            yield hang(ctx)
 
     frozen = freeze(body)
-    with start_try(2):
+    with start_try(2), use_cluster(CLUSTER, stop=False) as ctx:
         frozen.wake(AirflowTaskTimeout())
         assert query_statuses(emulator) == ["InProgress"]
-        leave(hang())
+        detach(hang(ctx))
 
 
 def test_what_the_next_try_has_not_resumed_ends_with_it(
-    hang: Callable[..., Any], emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
+    hang: Hang, emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
 ) -> None:
-    def body() -> Iterator[None]:
-        yield hang()
+    def body() -> Iterator[Any]:
+        with use_cluster(CLUSTER, stop=False) as ctx:
+            yield hang(ctx)
 
     kill(body)
     with start_try(2):
@@ -504,8 +572,29 @@ def test_what_the_next_try_has_not_resumed_ends_with_it(
     assert supervisor.variables == {}
 
 
+@pytest.mark.parametrize("error", [None, KeyError])
+def test_a_task_whose_record_was_deleted_ends_its_query_and_its_cluster_all_the_same(
+    hang: Hang,
+    emulator: RunningEmulator,
+    start_try: StartTry,
+    supervisor: Supervisor,
+    caplog: pytest.LogCaptureFixture,
+    error: type[Exception] | None,
+) -> None:
+    with start_try(raises=error), use_cluster(CLUSTER) as ctx:
+        query = hang(ctx) if error else submit(ctx)
+        supervisor.variables.clear()
+        if error:
+            raise error
+        assert query.await_result().location == [FILE]
+    assert query_statuses(emulator) == ["Canceled" if error else "Success"]
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+    assert "later try" not in caplog.text
+
+
 def test_the_scope_ends_with_the_task(start_try: StartTry, emulator: RunningEmulator) -> None:
     with start_try():
-        assert current_scope().conn_id == "polars_cloud"
-    with pytest.raises(RuntimeError, match="Put @authenticate below @task"):
+        assert current_scope().session.conn_id == "polars_cloud"
+    with pytest.raises(NotAuthenticatedError, match="Put @authenticate below @task"):
         current_scope()

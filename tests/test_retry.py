@@ -1,4 +1,4 @@
-"""`outages.py`: what passes is waited for, what does not is an error at once."""
+"""`cloud/retry.py`: what passes is retried, what does not is an error at once."""
 
 import signal
 import sys
@@ -10,14 +10,23 @@ from typing import Any
 
 import polars as pl
 import pytest
-from airflow.sdk.exceptions import AirflowFailException, AirflowTaskTimeout
+from airflow.sdk.exceptions import AirflowTaskTimeout
 from airflow.sdk.execution_time.timeout import timeout as execution_timeout
 
-from include.polars_remote.login import call_polars_cloud
-from include.polars_remote.outages import in_thread, is_transient, retry, time_limit
+from include.polars_remote.cloud.retry import (
+    in_thread,
+    is_transient,
+    retry,
+    start_thread,
+    time_left,
+    time_limit,
+)
+from include.polars_remote.cloud.session import CloudSession
+from include.polars_remote.errors import LoginRefusedError
+from include.polars_remote.ownership.scope import current_scope
 from polars_cloud_emulator.testing import RunningEmulator, eventually
 from tests.observed import calls
-from tests.tries import StartTry
+from tests.tries import StartTry, Supervisor
 
 
 @pytest.fixture
@@ -27,6 +36,14 @@ def query(pc: ModuleType) -> Any:
     query = pl.LazyFrame({"x": [1]}).remote(ctx).execute(blocking=False)
     query.await_result()
     return query
+
+
+@pytest.fixture
+def session(pc: ModuleType, supervisor: Supervisor) -> CloudSession:
+    """The calls of a task, which has logged in."""
+    session = CloudSession("polars_cloud")
+    session.log_in()
+    return session
 
 
 def get_user() -> Any:
@@ -181,7 +198,7 @@ def test_an_outage_that_outlasts_the_budget_is_an_error(
 def test_an_outage_that_ends_just_within_the_budget_is_survived(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("include.polars_remote.outages.OUTAGE_SECONDS", 2.0)
+    monkeypatch.setattr("include.polars_remote.cloud.retry.OUTAGE_SECONDS", 2.0)
     began = time.monotonic()
 
     def is_back() -> bool:
@@ -210,6 +227,21 @@ def test_a_time_limit_ends_with_its_body(query: Any, emulator: RunningEmulator) 
         pass
     emulator.add_fault("GetQueryStatus", "grpc_error", code="UNAVAILABLE", message="down")
     assert retry(query.get_status).is_done()
+
+
+def test_an_inner_time_limit_ends_before_the_outer_one_goes_on() -> None:
+    assert time_left(9.0) == 9.0
+    with time_limit(60.0):
+        assert time_left(9.0) == 9.0
+        with time_limit(1.0):
+            assert time_left(9.0) <= 1.0
+        assert 1.0 < time_left(90.0) <= 60.0
+    assert time_left(90.0) == 90.0
+
+
+def test_a_time_limit_holds_in_a_thread_that_is_started_in_its_body() -> None:
+    with time_limit(1.0):
+        assert start_thread(lambda: time_left(9.0)).result(10) <= 1.0
 
 
 def test_a_call_without_a_reply_ends_with_the_time_limit(
@@ -273,70 +305,81 @@ def test_an_outage_at_the_login_is_waited_for(
 ) -> None:
     emulator.add_fault(operation, **fault)
     with start_try():
-        assert call_polars_cloud(get_user).id
+        assert current_scope().session.call(get_user).id
     assert emulator.state()["faults"] == []
 
 
-@pytest.mark.usefixtures("supervisor")
 def test_a_login_that_has_expired_is_renewed_for_a_grpc_call(
-    query: Any, emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
+    query: Any, session: CloudSession, emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
 ) -> None:
     emulator.add_fault("GetQueryStatus", "tokens_expire")
     logins = calls(emulator, "token")
-    assert call_polars_cloud(query.get_status).is_done()
+    assert session.call(query.get_status).is_done()
     assert calls(emulator, "token") == logins + 1
     assert "Login expired, logging in again" in caplog.text
 
 
-@pytest.mark.usefixtures("supervisor")
 def test_a_login_that_has_expired_is_renewed_for_a_rest_call(
-    pc: ModuleType, emulator: RunningEmulator
+    session: CloudSession, emulator: RunningEmulator
 ) -> None:
     emulator.add_fault("GET user/me", "tokens_expire")
     logins = calls(emulator, "token")
-    assert call_polars_cloud(get_user).id
+    assert session.call(get_user).id
     assert calls(emulator, "token") == logins + 1
 
 
-@pytest.mark.usefixtures("supervisor")
 def test_a_login_that_expires_during_an_outage_is_renewed_as_well(
-    query: Any, emulator: RunningEmulator
+    query: Any, session: CloudSession, emulator: RunningEmulator
 ) -> None:
     down = {"operation": "GetQueryStatus", "kind": "grpc_error", "code": "UNAVAILABLE"}
     emulator.add_fault(**down, message="before")
     emulator.add_fault("GetQueryStatus", "tokens_expire")
     emulator.add_fault(**down, message="after")
-    assert call_polars_cloud(query.get_status).is_done()
+    assert session.call(query.get_status).is_done()
     assert calls(emulator, "GetQueryStatus") == 4
 
 
-@pytest.mark.usefixtures("supervisor")
-def test_a_renewal_that_meets_an_outage_is_repeated(query: Any, emulator: RunningEmulator) -> None:
+def test_a_renewal_that_meets_an_outage_is_repeated(
+    query: Any, session: CloudSession, emulator: RunningEmulator
+) -> None:
     emulator.add_fault("GetQueryStatus", "tokens_expire")
     emulator.add_fault("POST token", "http_error", status=503)
-    assert call_polars_cloud(query.get_status).is_done()
+    assert session.call(query.get_status).is_done()
 
 
-@pytest.mark.usefixtures("supervisor")
 def test_a_renewal_that_is_refused_is_not_tried_again(
-    query: Any, emulator: RunningEmulator
+    query: Any, session: CloudSession, emulator: RunningEmulator
 ) -> None:
     emulator.add_fault("GetQueryStatus", "credentials_revoked")
     logins = calls(emulator, "token")
-    with pytest.raises(AirflowFailException, match="was refused by Polars Cloud"):
-        call_polars_cloud(query.get_status)
+    with pytest.raises(LoginRefusedError, match="was refused by Polars Cloud"):
+        session.call(query.get_status)
     assert calls(emulator, "token") == logins + 1
 
 
-@pytest.mark.usefixtures("supervisor")
 def test_a_login_is_renewed_once_for_a_call_that_is_refused_all_the_same(
-    query: Any, emulator: RunningEmulator
+    query: Any, session: CloudSession, emulator: RunningEmulator
 ) -> None:
     unauthenticated = {"kind": "grpc_error", "code": "UNAUTHENTICATED", "message": "not you"}
     emulator.add_fault("GetQueryStatus", times=9, **unauthenticated)
     with pytest.raises(RuntimeError, match="not you"):
-        call_polars_cloud(query.get_status)
+        session.call(query.get_status)
     assert calls(emulator, "GetQueryStatus") == 2
+
+
+def test_a_renewal_and_the_call_after_it_survive_an_outage_each(
+    query: Any,
+    session: CloudSession,
+    emulator: RunningEmulator,
+) -> None:
+    emulator.add_fault("GetQueryStatus", "tokens_expire")
+    emulator.add_fault("POST token", "connection_reset")
+    emulator.add_fault("GetQueryStatus", "connection_reset")
+    assert session.call(query.get_status).is_done()
+    assert emulator.state()["faults"] == []
+
+
+# Threads
 
 
 def test_a_signal_that_meets_another_thread_interrupts_a_wait() -> None:

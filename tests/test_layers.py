@@ -1,0 +1,78 @@
+"""The folder `polars_remote` has rooms, and what a room imports lies below it."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "include" / "polars_remote"
+
+ROOMS = {
+    # Of each what it may import, besides itself.
+    "compat": set[str](),
+    "errors": {"compat"},
+    "settings": {"errors"},
+    "cloud": {"compat", "errors", "settings"},
+    "ownership": {"cloud", "compat", "errors", "settings"},
+    "waiting": {"ownership", "cloud", "compat", "errors", "settings"},
+}
+"""What a DAG calls lies above these, in this order."""
+CALLED_BY_DAGS = ["queries", "query_tasks", "clusters", "__init__"]
+FORMER_PATHS = ["triggers"]
+
+
+def modules() -> list[Path]:
+    return sorted(FOLDER.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(FOLDER).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> Iterator[str]:
+    """Yield the rooms that a module imports from, at whichever place in it."""
+    depth = len(path.relative_to(FOLDER).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            if node.module:
+                yield node.module.partition(".")[0]
+            else:
+                yield from (each.name for each in node.names)
+
+
+def may_import(room: str) -> set[str]:
+    if room in ROOMS:
+        return ROOMS[room] | {room}
+    if room in FORMER_PATHS:
+        return {"waiting"}
+    below = CALLED_BY_DAGS[: CALLED_BY_DAGS.index(room)]
+    return {*ROOMS, *below}
+
+
+@pytest.mark.parametrize(
+    "path", modules(), ids=lambda path: str(path.relative_to(FOLDER)).replace("/", ".")
+)
+def test_a_module_imports_from_its_own_room_and_from_those_below(path: Path) -> None:
+    assert {*imported_rooms(path)} <= may_import(room_of(path))
+
+
+def test_no_module_but_the_clients_own_imports_it_at_its_top() -> None:
+    for path in modules():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert "polars" not in ast.unparse(node).split()[1].split("."), path
+
+
+def test_the_shop_and_the_emulator_are_unknown_to_it() -> None:
+    for path in modules():
+        source = path.read_text()
+        assert "sales" not in source, path
+        assert "POLARS_CLOUD_DATA" not in source, path
+        assert "import include" not in source and "from include" not in source, path
+
+
+def test_the_public_names_are_few() -> None:
+    from include import polars_remote
+
+    assert len(polars_remote.__all__) <= 7
