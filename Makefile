@@ -17,7 +17,7 @@ export UV_COMPILE_BYTECODE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo emulator airflow copy preflight check check-style check-file check-run test \
-	test-template failures versions wheel celery lint benchmark comparison load waiting lock upgrade clean
+	test-template failures versions wheel celery lint benchmark bench-calls comparison load waiting lock upgrade clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -89,10 +89,13 @@ lint: .venv/installed ## Check style, imports and types
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
 
-benchmark comparison load waiting: PYTHONPATH := $(PYTHONPATH):$(CURDIR)/scripts
+benchmark bench-calls comparison load waiting: PYTHONPATH := $(PYTHONPATH):$(CURDIR)/scripts
 benchmark: .venv/installed ## Measure the emulator, and what each pattern costs
 	.venv/bin/python benchmarks/emulator_footprint.py
 	.venv/bin/python benchmarks/cluster_cost.py
+
+bench-calls: .venv/installed ## Count the calls of a task, and the seconds beyond its query; 3 minutes
+	.venv/bin/python benchmarks/task_calls.py
 
 load: .venv/installed ## Measure how the emulator bears large data and thousands of queries; 4 minutes
 	.venv/bin/python benchmarks/emulator_load.py

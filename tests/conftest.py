@@ -108,7 +108,7 @@ def ti(start_try: "StartTry", emulator: RunningEmulator) -> Iterator["RuntimeTas
 @pytest.fixture(autouse=True)
 def always_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A try asks each time whether it is the owner: a worker is frozen for a moment only here."""
-    monkeypatch.setattr("include.polars_remote.ownership.scope.OWNER_SECONDS", -1.0)
+    monkeypatch.setattr("include.polars_remote.ownership.entry.OWNER_SECONDS", -1.0)
 
 
 @pytest.fixture

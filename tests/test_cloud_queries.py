@@ -186,10 +186,17 @@ def test_a_query_that_somebody_else_has_canceled_has_ended(
     emulator.add_fault("SubmitQuery", "query_hangs")
     query = submit(ctx)
     emulator.call("POST", f"query/{get_query_id(query)}/cancel")
-    emulator.add_fault("GetQueryStatus", "connection_reset")
     end_query(session, query)
     assert query_statuses(emulator) == ["Canceled"]
     assert calls(emulator, "CancelQuery") == 0
+
+
+def test_a_query_whose_status_is_not_known_is_canceled(
+    session: CloudSession, query: Any, emulator: RunningEmulator
+) -> None:
+    emulator.add_fault("GetQueryStatus", "connection_reset")
+    end_query(session, query)
+    assert query_statuses(emulator) == ["Canceled"]
 
 
 @pytest.mark.parametrize("kind", ["connection_reset", "answer_lost"])

@@ -972,13 +972,15 @@ def test_a_user_whose_task_has_ended_does_not_keep_the_cluster(
     assert supervisor.variables == {}
 
 
+@pytest.mark.parametrize("stop", [True, False])
 def test_a_user_that_was_killed_mid_query_is_ended_by_the_next_user_of_the_cluster(
-    run: Run, emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
+    run: Run, emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor, stop: bool
 ) -> None:
     run.kill_mid_query(emulator)
-    with start_try(task_id="next", run_id="manual__2"), use_cluster(CLUSTER):
-        assert query_statuses(emulator) == ["InProgress"]
-    assert query_statuses(emulator) == ["Canceled"]
+    with start_try(task_id="next", run_id="manual__2"), use_cluster(CLUSTER, stop=stop) as ctx:
+        assert query_statuses(emulator) == ["Canceled"]  # ours would wait behind it
+        ONE_ROW.remote(ctx).single_node().execute()
+    assert query_statuses(emulator) == ["Canceled", "Success"]
     assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}
 

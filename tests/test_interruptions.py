@@ -295,7 +295,7 @@ def test_nothing_is_left_of_a_task_that_is_interrupted_at_a_call_to_airflow(
             interruption(worker)
 
     calls, _ = record_calls(task, emulator, supervisor)
-    assert len(calls) > 10
+    assert len(calls) > 5
     holes = {}
     for at in calls:
         worker = Worker(lambda: task(emulator, supervisor), interrupt)
@@ -304,7 +304,7 @@ def test_nothing_is_left_of_a_task_that_is_interrupted_at_a_call_to_airflow(
             assert at in worker.calls
             if hole := sweep(emulator, supervisor):
                 holes[at] = hole
-    assert holes == {}
+    assert not holes, holes
 
 
 # Polars Cloud
@@ -316,7 +316,7 @@ def test_nothing_is_left_of_a_task_of_which_a_call_to_polars_cloud_fails_for_goo
     emulator: RunningEmulator, supervisor: Supervisor, task: Task, kind: str
 ) -> None:
     _, calls = record_calls(task, emulator, supervisor)
-    assert len(calls) > 10
+    assert len(calls) > 5
     holes = {}
     for at in calls:
         emulator.add_fault(at.name, kind, nth=at.number, times=FOR_GOOD)
@@ -326,7 +326,7 @@ def test_nothing_is_left_of_a_task_of_which_a_call_to_polars_cloud_fails_for_goo
             emulator.clear_faults()
             if hole := sweep(emulator, supervisor):
                 holes[at] = hole
-    assert holes == {}
+    assert not holes, holes
 
 
 @TASKS
@@ -346,4 +346,4 @@ def test_nothing_is_left_of_a_task_whose_worker_dies_at_a_call_to_polars_cloud(
             worker.is_dead = True
             if hole := sweep(emulator, supervisor):
                 holes[at] = hole
-    assert holes == {}
+    assert not holes, holes

@@ -12,12 +12,12 @@ LONG = {"dag_id": "märkte_" * 20, "task_id": "x" * 200, "run_id": "scheduled__2
 
 
 def test_labels_name_dag_task_run_and_try(start_try: StartTry) -> None:
-    with start_try(2, dag_id="multi_stage", task_id="sum_days", run_id="manual__7"):
+    with start_try(2, dag_id="multi_stage", task_id="sum_days", run_id="manual__7", scope=False):
         assert get_labels() == ["dag=multi_stage", "task=sum_days", "run=manual__7", "try=2"]
 
 
 def test_labels_of_a_mapped_task_name_its_map_index(start_try: StartTry) -> None:
-    with start_try(map_index=0):
+    with start_try(map_index=0, scope=False):
         assert get_labels()[4:] == ["map=0"]
 
 

@@ -69,7 +69,8 @@ def test_the_shop_and_the_emulator_are_unknown_to_it() -> None:
         source = path.read_text()
         assert "sales" not in source, path
         assert "POLARS_CLOUD_DATA" not in source, path
-        assert "import include" not in source and "from include" not in source, path
+        assert "import include" not in source, path
+        assert "from include" not in source, path
 
 
 def test_the_public_names_are_few() -> None:

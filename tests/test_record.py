@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from airflow.sdk.exceptions import AirflowRuntimeError, ErrorType
 from airflow.sdk.execution_time import comms
 from airflow.sdk.execution_time.supervisor import set_supervisor_comms
 
@@ -118,6 +119,25 @@ def test_each_part_of_an_entry_is_read_as_it_was_written() -> None:
 @pytest.mark.usefixtures("supervisor")
 def test_erasing_what_is_gone_is_no_error() -> None:
     record.erase(record.task_key(OWNER, "1"))
+
+
+@pytest.mark.parametrize("is_raised", [True, False])
+def test_an_airflow_that_does_not_answer_is_not_taken_for_an_entry_that_is_gone(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, is_raised: bool
+) -> None:
+    def refuse(msg: Any) -> Any:
+        error = comms.ErrorResponse(error=ErrorType.API_SERVER_ERROR)
+        if isinstance(msg, comms.GetVariable):
+            if is_raised:
+                raise AirflowRuntimeError(error)
+            return error
+        return send(msg)
+
+    send = supervisor.send
+    key = put_use(OWNER)
+    monkeypatch.setattr(supervisor, "send", refuse)
+    with pytest.raises(AirflowRuntimeError, match="API_SERVER_ERROR"):
+        record.get_use(key)
 
 
 @pytest.mark.parametrize("map_index", [-1, 0, 7])
@@ -333,8 +353,8 @@ def test_a_task_uses_a_cluster_until_airflow_has_ended_it(
     supervisor.states["manual__1"]["other"] = state
     key = put_use(OWNER._replace(task_id="other"))
     assert is_used(OWNER) is is_active
-    # An entry that nobody needs any more is erased by whoever finds it.
-    assert (key in supervisor.variables) is is_active
+    # Whoever stops the cluster erases it, or the sweep does.
+    assert key in supervisor.variables
 
 
 def test_a_run_uses_a_cluster_until_airflow_has_ended_its_last_task(

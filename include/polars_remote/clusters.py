@@ -80,10 +80,10 @@ def use_cluster(cluster: Cluster, *, stop: bool = True) -> Iterator[ComputeConte
 
     check_cluster(cluster)
     scope = current_scope()
-    use = ClusterUse(scope.owner, scope.record.conn_id, cluster["name"], stops=stop)
-    with scope.changing_blocks(use.manifest):
+    use = ClusterUse(scope.record.owner, scope.record.conn_id, cluster["name"], stops=stop)
+    with scope.clusters.turn(use.manifest):
         ctx = _open_use(scope, use, cluster)
-        scope.open_blocks[use.manifest] += 1
+        scope.clusters.open_block(use.manifest)
     client = RecordingClient(scope, ctx, use.manifest, functools.partial(start_and_wait, scope))
     send_queries_through(client, ctx)
     try:
@@ -92,14 +92,14 @@ def use_cluster(cluster: Cluster, *, stop: bool = True) -> Iterator[ComputeConte
         client.close()
         if not scope.can_return_queries:
             refuse_forgotten(scope, client.names)
-        elif scope.get_unended(client.names):
+        elif scope.queries.get_unended(client.names):
             return  # the cluster is used until the task ends
     except BaseException as error:
         client.close()
         if scope.is_finished_by(error):
-            scope.close_block(use, ctx, client.names, error)
+            scope.clusters.close_block(use, ctx, client.names, error)
         raise
-    scope.close_block(use, ctx, client.names)
+    scope.clusters.close_block(use, ctx, client.names)
 
 
 def ensure_manifest(cluster: Cluster) -> None:
@@ -117,7 +117,7 @@ def ensure_manifest(cluster: Cluster) -> None:
     """
     check_cluster(cluster)
     scope = current_scope()
-    use = ClusterUse(scope.owner, scope.record.conn_id, cluster["name"])
+    use = ClusterUse(scope.record.owner, scope.record.conn_id, cluster["name"])
     is_used = functools.partial(has_other_users, scope.session, use)
     register_manifest(scope.session, cluster, is_used)
 
@@ -177,10 +177,10 @@ def start_for_run(cluster: Cluster, conn_id: str) -> None:
     """Start the cluster unless it is running, and keep it for the run."""
     with task_scope(conn_id) as scope:
         scope.begin()
-        use = ClusterUse(scope.owner._replace(whole_run=True), conn_id, cluster["name"])
+        use = ClusterUse(scope.record.owner._replace(whole_run=True), conn_id, cluster["name"])
         ctx = _open_use(scope, use, cluster)
         start_and_wait(scope, ctx)
-        scope.keep_cluster(use)  # a setup that fails is never torn down
+        scope.clusters.keep(use)  # a setup that fails is never torn down
         logger.info("Cluster %s of manifest %s is running", get_cluster_id(ctx), use.manifest)
 
 
@@ -191,7 +191,7 @@ def stop_for_run(cluster: Cluster, conn_id: str, started_by: str) -> None:
     """
     with task_scope(conn_id) as scope:
         scope.begin()
-        owner = scope.owner._replace(task_id=started_by, whole_run=True)
+        owner = scope.record.owner._replace(task_id=started_by, whole_run=True)
         log_left(end_use(scope.session, ClusterUse(owner, conn_id, cluster["name"])))
 
 
@@ -238,12 +238,14 @@ def _check_mode(name: str, mode: str) -> None:
 
 def _open_use(scope: TaskScope, use: ClusterUse, cluster: Cluster) -> ComputeContext:
     """Record the use of a cluster, and return the context of its manifest."""
-    scope.check_open(use.manifest)  # before the manifest changes
+    scope.clusters.check_open(use.manifest)  # before the manifest changes
     scope.session.find_workspace()  # without one, nobody could end what is on record
     is_used = functools.partial(has_other_users, scope.session, use)
     ctx = register_manifest(scope.session, cluster, is_used)
     _check_mode(use.manifest, ctx.connection_mode)
-    scope.record_use(use)  # before the first query starts the cluster
+    scope.clusters.record(use)  # before the first query starts the cluster
+    if get_cluster_id(ctx):
+        is_used()  # ends the queries of tasks that have ended: ours would wait behind them
     logger.info(
         "Using cluster %s of manifest %s", get_cluster_id(ctx) or "(to be started)", use.manifest
     )

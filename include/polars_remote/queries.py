@@ -53,7 +53,7 @@ else:
 def detach(query: DirectQuery) -> str:
     """Let the query run on without anybody who waits for it or ends it, and return its id."""
     query_id = get_query_id(query)
-    current_scope().forget_query(query_id)
+    current_scope().queries.forget(query_id)
     return query_id
 
 
@@ -125,7 +125,7 @@ class RecordingClient:
         """
         found = read_plan(plan)
         _check_destinations(found)
-        name = self._scope.reserve_query(found.destinations, found.digest)
+        name = self._scope.queries.reserve(found.destinations, found.digest)
         try:
             self._check_open(name)
             query = self._resume(name)
@@ -151,7 +151,7 @@ class RecordingClient:
                 self._submit_again[name] = lambda: self._submit_once(name, found, submit, anew=True)
                 logger.info("Submitted query %s", describe(query))
         except BaseException:
-            self._scope.return_query(name, found.destinations)
+            self._scope.queries.release(name, found.destinations)
             raise
         self._queries[get_query_id(query)] = name, query
         return UUID(get_query_id(query))
@@ -179,7 +179,7 @@ class RecordingClient:
         _, query = self._queries[str(query_id)]
         if not (results[name].status.name == "CANCELED" and str(query_id) in self._canceled):
             check_result(self._scope, name, query, results[name])
-        self._scope.mark_ended(get_query_id(query))
+        self._scope.queries.mark_ended(get_query_id(query))
         self._submit_again.pop(name, None)
         return get_result_info(results[name])
 
@@ -199,7 +199,7 @@ class RecordingClient:
         The last user of a cluster stops it. Who has come in that moment may lose a query to it.
         """
         submit = self._submit_again.pop(name, None)
-        record = self._scope.record.queries.get(name)
+        record = self._scope.queries.get_record(name)
         if submit is None or record is None or record.submitted_at is None:
             return None
         if time.time() - record.submitted_at > STOP_RACE_SECONDS or not self._was_stopped(record):
@@ -225,21 +225,21 @@ class RecordingClient:
     def _check_open(self, name: str, *, anew: bool = False) -> None:
         # A query that a task returned is submitted anew after its block, which still uses the
         # cluster.
-        if self._scope.is_closed or not (self._is_open or anew):
+        if self._scope.queries.is_closed or not (self._is_open or anew):
             raise QueryRefusedError(
                 f"The query for {name} was not submitted, because the use_cluster block of its "
                 "context has ended: submit it inside the block"
             )
 
     def _resume(self, name: str) -> DirectQuery | None:
-        query = self._scope.find_resumable(name)
+        query = self._scope.queries.find_resumable(name)
         if query is not None:
             record = self._scope.record.queries[name]
             logger.info("Resuming query of try %d: %s", record.try_number, describe(query))
             record.query_id, record.page = get_query_id(query), get_page(query)
             record.submitted_at = record.submitted_at or time.time()
             self.names.add(name)
-            self._scope.record_query(name, record, query)
+            self._scope.queries.put(name, record, query)
         return query
 
     def _submit_once(
@@ -260,7 +260,7 @@ class RecordingClient:
                 destination=destination,
                 has_location=plan.has_location,
             )
-            scope.record_query(name, record)
+            scope.queries.put(name, record)
             self.names.add(name)
             try:
                 query = self._submit_unless_accepted(record, submit)
@@ -273,7 +273,7 @@ class RecordingClient:
         record.query_id, record.page = get_query_id(query), get_page(query)
         record.submitted_at = time.time()
         self._known[record.cluster_id].append((record.query_id, destination))
-        scope.record_query(name, record, query)
+        scope.queries.put(name, record, query)
         return query
 
     def _submit_unless_accepted(

@@ -186,12 +186,12 @@ class QueryTask(DecoratedOperator, PythonOperator):
         self.page = _find_page(scope, names)
         for name, found in seen.items():
             wait.results[name] = Result.load(found)
-            if query := scope.record.queries.get(name):
+            if query := scope.queries.get_record(name):
                 rows, location = found["rows"], found["location"]
                 log_result(query.query_id or name, rows, location, query.submitted_at)
         for name in wait.results:
-            if (query := scope.record.queries.get(name)) and query.query_id:
-                scope.mark_ended(query.query_id)
+            if (query := scope.queries.get_record(name)) and query.query_id:
+                scope.queries.mark_ended(query.query_id)
         if left := [name for name in names if name not in wait.results]:
             check_deadline(scope)
             self._wait(scope, wait, {name: _reconnect(scope, name) for name in left})
@@ -206,11 +206,13 @@ class QueryTask(DecoratedOperator, PythonOperator):
 
         def put_name(value: Any) -> Any:
             if is_result(value):
-                name = scope.find_name(str(value.finished_task_info.id)) or str(id(value))
+                if value.status.name == "FAILED":
+                    value.raise_err()
+                name = scope.queries.find_name(str(value.finished_task_info.id)) or str(id(value))
                 results[name] = Result(location=value.location or [], rows=value.n_rows_total)
             elif not is_query(value):
                 return value
-            elif found := scope.find_name(get_query_id(value)):
+            elif found := scope.queries.find_name(get_query_id(value)):
                 name = found
                 queries[name] = value
             else:
@@ -248,12 +250,13 @@ class QueryTask(DecoratedOperator, PythonOperator):
         found = wait_until_ended(
             scope,
             # On the cluster's own connection, if this worker has one.
-            {name: scope.get_open_query(name) or each for name, each in queries.items()},
+            {**queries, **scope.queries.get_open(queries)},
             resubmit=resubmit,
             **seconds,
         )
+        queries = {**queries, **scope.queries.get_open(queries)}  # some were submitted anew
         for name, result in found.items():
-            check_result(scope, name, scope.get_open_query(name) or queries[name], result)
+            check_result(scope, name, queries[name], result)
             if result.status.name == "FAILED":
                 result.raise_err()
             wait.results[name] = Result(location=result.location or [], rows=result.n_rows_total)
@@ -282,7 +285,7 @@ def _refuse(queries: Iterable[DirectQuery]) -> NoReturn:
 
 
 def _reconnect(scope: TaskScope, name: str) -> DirectQuery:
-    query = scope.record.queries.get(name)
+    query = scope.queries.get_record(name)
     if query is None:
         raise QueryLostError(
             f"The record of the query for {name} is gone. It may still run, but nobody waits for "
@@ -347,7 +350,7 @@ def _find_names(returned: Any) -> Iterable[str]:
 
 def _find_page(scope: TaskScope, names: Iterable[str]) -> str:
     """Return the page of the first of the queries with these names."""
-    queries = (scope.record.queries.get(name) for name in names)
+    queries = (scope.queries.get_record(name) for name in names)
     return next((query.page for query in queries if query), "")
 
 

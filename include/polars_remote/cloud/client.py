@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeGuard, cast
 from uuid import UUID
+
+from ..errors import QueryRefusedError
 
 if TYPE_CHECKING:
     from polars_cloud import ComputeContext, DirectQuery, QueryResult, Workspace
@@ -174,6 +176,28 @@ def send_queries_through(client: QueryClient, ctx: ComputeContext) -> None:
     ctx._redirected_to = client  # type: ignore[attr-defined]
     if not ctx._last_known_status.is_available():
         forget_cluster(ctx)  # the client sends no query if it knows of a stop
+
+
+def refuse_queries_without_context() -> None:
+    """Refuse each query of this process that names no context, as in `lf.remote()`.
+
+    The client would start a cluster for it that nobody stops.
+    """
+    from polars_cloud import ComputeContext, set_compute_context
+
+    class RefusingContext(ComputeContext):
+        def __init__(self) -> None:
+            """Call nothing: there is no cluster."""
+
+        @property
+        def _last_known_status(self) -> NoReturn:  # type: ignore[override]
+            """Raise: the client reads this first for each query."""
+            raise QueryRefusedError(
+                "This query was not submitted, because it names no cluster: submit it in a "
+                "use_cluster block"
+            )
+
+    set_compute_context(RefusingContext())
 
 
 @functools.cache

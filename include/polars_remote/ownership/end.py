@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from airflow.configuration import conf
@@ -24,6 +23,7 @@ from ..cloud.queries import end_query, find_query
 from ..cloud.retry import time_left, time_limit
 from ..cloud.session import CloudSession
 from ..compat.internals import has_supervisor
+from ..compat.versions import LISTS_VARIABLES
 from . import record
 from .record import ClusterUse, Owner, QueryRecord, TaskRecord
 
@@ -75,6 +75,8 @@ def clean_up(context: Context | None = None) -> None:
     if not has_supervisor():
         return  # `dag.test()` kills no task, and nobody answers for Airflow
     if context is None:
+        if not LISTS_VARIABLES:
+            logger.warning("Nothing is ended: this Airflow cannot list Variables, as 3.3 can")
         left = end_orphans()
     else:
         seconds = conf.getfloat("dag_processor", "dag_file_processor_timeout") - PARSE_SECONDS
@@ -246,7 +248,8 @@ def end_use(
     """End a use of a cluster; the last user stops it. Never raises.
 
     Of two who end their use at the same time, each looks again when it is off the record: one of
-    them is the last. If the stop fails, the use is put on record again.
+    them is the last. If the stop fails, the use is put on record again. The uses of owners that
+    have ended go off the record when the cluster has been stopped for them.
 
     Parameters
     ----------
@@ -261,11 +264,13 @@ def end_use(
         is_erased = True
         if not is_last and (others.are_active() or not others.stop_unless_used(ctx)):
             logger.info("Cluster of manifest %s runs on for its other users", use.manifest)
+        else:
+            others.erase_ended()
     except Exception as error:
         left = [Left(f"the use of the cluster of manifest {use.manifest}", use.owner, str(error))]
-        if is_erased or others.want_stop != use.stops:
+        if is_erased:
             try:
-                record.put(use.key, replace(use, stops=others.want_stop))
+                record.put(use.key, use)
             except Exception as error:
                 left.append(Left("the entry", use.owner, str(error)))
         return left
@@ -273,7 +278,7 @@ def end_use(
 
 
 def has_other_users(session: CloudSession, use: ClusterUse) -> bool:
-    """Return whether another active task uses the cluster; end what ended tasks have left on it."""
+    """Return whether another active task uses the cluster; end the queries of ended tasks on it."""
     return _Others(session, use).are_active()
 
 
@@ -285,6 +290,7 @@ class _Others:
         self._use = use
         self.want_stop = use.stops
         """Whether this user, or one that has ended without doing so, stops the cluster."""
+        self._ended = set[str]()
 
     def are_active(self) -> bool:
         """Return whether any is active; end the queries of those that have ended."""
@@ -296,8 +302,13 @@ class _Others:
             # Another Connection's is left to the sweep, as this process has one login at a time.
             if other.conn_id == self._session.conn_id and self._end_tasks(other):
                 self.want_stop |= other.stops
-                record.erase(key)
+                self._ended.add(key)
         return False
+
+    def erase_ended(self) -> None:
+        """Erase the uses of the owners that have ended."""
+        for key in self._ended:
+            record.erase(key)
 
     def stop_unless_used(self, ctx: ComputeContext | None) -> bool:
         """Stop the cluster if that is wanted; return False if another user has come."""

@@ -101,7 +101,7 @@ def _get_times(scope: TaskScope, waits_for: Wait) -> dict[str, Any]:
         resume_at = min(resume_at, scope.record.deadline)
     return {
         "conn_id": scope.record.conn_id,
-        "task_key": scope.key,
+        "task_key": scope.entry.key,
         "not_before": now + delay,
         "resume_at": resume_at,
         "deadline": scope.record.deadline,

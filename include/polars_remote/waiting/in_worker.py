@@ -116,8 +116,8 @@ def check_result(scope: TaskScope, name: str, query: DirectQuery, result: QueryR
         It succeeded without saying where its result is, or failed without saying why.
     """
     query_id = get_query_id(query)
-    scope.mark_ended(query_id)
-    record = scope.record.queries.get(name)
+    scope.queries.mark_ended(query_id)
+    record = scope.queries.get_record(name)
     if result.status.name == "FAILED":
         logger.error("Query failed: %s", describe(query))
         if not result.finished_task_info.errors:
@@ -154,13 +154,13 @@ def refuse_forgotten(
     QueryNotAwaitedError
         The task does not know how a query ended.
     """
-    forgotten = scope.get_open(name for name in scope.get_unended(names) if name not in besides)
+    forgotten = scope.queries.get_open(set(scope.queries.get_unended(names)) - set(besides))
     seconds = deferral.IN_WORKER_SECONDS
     for name, result in wait_until_ended(scope, forgotten, seconds=seconds).items():
         if result.status.name == "FAILED":
             check_result(scope, name, forgotten[name], result)
             result.raise_err()
-    scope.check_that_all_were_awaited(names, besides=besides)
+    scope.queries.check_awaited(names, besides=besides)
 
 
 @contextmanager

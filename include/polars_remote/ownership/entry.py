@@ -1,0 +1,97 @@
+"""The entry of a try on record, and whether the try still owns it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from ..errors import TakenOverError
+from . import record
+from .record import TaskRecord
+
+logger = logging.getLogger(__name__)
+
+OWNER_SECONDS = 5.0
+"""Seconds for which a try counts as the latest without asking: Airflow starts the next one after a
+frozen worker's heartbeats have been missing for far longer."""
+
+
+class TaskEntry:
+    """What a try has recorded.
+
+    It outlives a worker that is killed: the next try adopts it. A try whose entry was adopted owns
+    nothing any more, and leaves everything alone.
+
+    Attributes
+    ----------
+    key
+        Of the entry. Those of a task's tries are in the tries' order, as ids are version 7 UUIDs.
+    record
+        The entry as it is to be stored.
+    is_stored
+        Whether there is an entry.
+    lock
+        Held while the record is changed.
+    """
+
+    def __init__(self, key: str, task: TaskRecord) -> None:
+        self.key = key
+        self.record = task
+        self.is_stored = False
+        self.lock = threading.RLock()
+        self._owner_at = time.time()
+        """When this try was known to be the latest."""
+
+    def save(self) -> None:
+        self.is_stored = True
+        record.put(self.key, self.record)
+
+    def is_owned(self) -> bool:
+        """Return whether no later try has adopted the entry; a frozen worker does not know."""
+        if time.time() - self._owner_at > OWNER_SECONDS:
+            asked_at = time.time()
+            keys = record.find_keys(record.task_key(self.record.owner))
+            if max(keys, default="") > self.key:
+                return False
+            self._owner_at = asked_at
+        return True
+
+    def check_owned(self) -> None:
+        """Refuse to start what a later try would not know of.
+
+        Raises
+        ------
+        TakenOverError
+            A later try owns the task's queries.
+        """
+        if not self.is_owned():
+            raise TakenOverError("A later try of this task owns its queries: nothing is started")
+
+    def can_be_ended(self) -> bool:
+        """Return whether this try may end what is recorded; never raises."""
+        try:
+            if self.is_owned():
+                return True
+            logger.warning("A later try of this task owns its queries: they are left alone")
+        except Exception as error:
+            logger.warning("Airflow does not answer: the task's queries are left alone (%s)", error)
+        return False
+
+    def restore(self) -> None:
+        """Take up what this try has recorded before it was deferred."""
+        if stored := record.get_task(self.key):
+            self.is_stored = True
+            self.record = stored
+
+    def adopt_earlier_tries(self) -> None:
+        """Adopt what earlier tries have recorded."""
+        mine = self.record
+        for key in sorted(record.find_keys(record.task_key(mine.owner))):
+            if key < self.key and (earlier := record.get_task(key)):
+                mine.queries |= earlier.queries
+                mine.cluster_uses = [*dict.fromkeys(mine.cluster_uses + earlier.cluster_uses)]
+                was_cleared = earlier.clear_number != mine.clear_number
+                mine.is_stale = mine.is_stale or earlier.is_stale or was_cleared
+                self.save()
+                record.erase(key)

@@ -1,0 +1,185 @@
+"""The queries of a try of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
+
+from ..cloud.queries import find_status
+from ..cloud.session import CloudSession
+from ..errors import QueryNotAwaitedError, QueryRefusedError
+from .end import end_queries, find_recorded, log_left
+from .entry import TaskEntry
+from .record import QueryRecord
+
+if TYPE_CHECKING:
+    from polars_cloud import DirectQuery
+
+
+class TaskQueries:
+    """The queries of a try, by name.
+
+    The name of a query is its destination. One with no destination, or with several, is named by
+    its plan and its turn, so that a try whose code has changed does not resume another plan's.
+
+    Attributes
+    ----------
+    ended
+        Names of those of which the task knows how they ended.
+    given_up
+        Names of those that could not be canceled.
+    is_closed
+        Set when the task has ended: nothing is submitted any more.
+    """
+
+    def __init__(self, entry: TaskEntry, session: CloudSession, try_number: int) -> None:
+        self._entry = entry
+        self._session = session
+        self._try_number = try_number
+        self._reserved: set[str] = set()
+        self._open: dict[str, DirectQuery] = {}
+        self.ended: set[str] = set()
+        self.given_up: set[str] = set()
+        self.is_closed = False
+
+    def reserve(self, destinations: Collection[str], digest: str) -> str:
+        """Return the name of a query that is about to be submitted.
+
+        Raises
+        ------
+        QueryRefusedError
+            The task has ended, or writes to a destination already.
+        """
+        with self._entry.lock:
+            if self.is_closed:
+                raise QueryRefusedError(
+                    f"The query for {', '.join(destinations) or 'a temporary result'} was not "
+                    "submitted, because its task has ended: wait for the task's threads"
+                )
+            for destination in destinations:
+                if destination in self._reserved:
+                    query = self.get_record(destination)
+                    raise QueryRefusedError(
+                        f"Two queries of this task write to {destination}: the one with id "
+                        f"{query.query_id if query else 'unknown yet'} and the one that was about "
+                        "to be submitted. Give each a destination of its own"
+                    )
+            if len(destinations) == 1:
+                [name] = destinations
+            else:
+                turn = 1
+                while (name := f"temporary result {digest}, {turn}") in self._reserved:
+                    turn += 1
+            self._reserved.update(destinations, [name])
+            return name
+
+    def release(self, name: str, destinations: Collection[str]) -> None:
+        """Take back a reservation: the query was not submitted."""
+        with self._entry.lock:
+            self._reserved.difference_update(destinations, [name])
+
+    def get_record(self, name: str) -> QueryRecord | None:
+        return self._entry.record.queries.get(name)
+
+    def find_resumable(self, name: str) -> DirectQuery | None:
+        """Connect to an earlier try's query, unless there is none or it will never succeed."""
+        earlier = self.get_record(name)
+        if earlier is None:
+            return None
+        query = find_recorded(self._session, name, earlier)
+        status = find_status(self._session, query) if query else None
+        if status is None or (status.is_done() and status.name != "SUCCESS"):
+            return None
+        return query
+
+    def put(self, name: str, query: QueryRecord, found: DirectQuery | None = None) -> None:
+        """Record a query that this try is about to submit or, if found, has submitted or resumed.
+
+        Raises
+        ------
+        TakenOverError
+            A later try owns the task's queries.
+        """
+        query.try_number = self._try_number
+        with self._entry.lock:
+            if found is None:
+                self._entry.check_owned()
+            else:
+                self._open[name] = found
+            self._entry.record.queries[name] = query
+            self.ended.discard(name)  # by the query of an earlier try
+            self._entry.save()
+
+    def find_name(self, query_id: str) -> str | None:
+        """Return the name of a query by its id, or None if it is not on record."""
+        for name, query in self._entry.record.queries.items():
+            if query.query_id == query_id:
+                return name
+        return None
+
+    def mark_ended(self, query_id: str) -> None:
+        """Note that the task knows how the query ended."""
+        if name := self.find_name(query_id):
+            self.ended.add(name)
+
+    def forget(self, query_id: str) -> None:
+        """Detach the query: it runs on, and nobody ends it."""
+        with self._entry.lock:
+            if name := self.find_name(query_id):
+                del self._entry.record.queries[name]
+                self._entry.save()
+
+    def get_unended(self, names: Collection[str] | None = None) -> list[str]:
+        """Return the names of this worker's queries, all or of those given, that may still run."""
+        return [
+            name
+            for name in list(self._entry.record.queries)
+            if name in self._open and name not in self.ended and (names is None or name in names)
+        ]
+
+    def get_open(self, names: Iterable[str]) -> dict[str, DirectQuery]:
+        """Return those of the queries that this worker is connected to, by name."""
+        return {name: self._open[name] for name in names if name in self._open}
+
+    def check_awaited(
+        self, names: Collection[str] | None = None, *, besides: Collection[str] = ()
+    ) -> None:
+        """Refuse to forget a query that this try has submitted.
+
+        Parameters
+        ----------
+        names
+            Check only queries with these names.
+        besides
+            Names of queries that are going to be awaited.
+
+        Raises
+        ------
+        QueryNotAwaitedError
+            The task does not know how a query ended.
+        """
+        if forgotten := [name for name in self.get_unended(names) if name not in besides]:
+            raise QueryNotAwaitedError(
+                f"Nobody has waited for the query for {', '.join(forgotten)}, which is canceled "
+                "unless it has ended: call its await_result, return it from a @query_task, or let "
+                "it run on with detach"
+            )
+
+    def uses_cluster(self, manifest: str) -> bool:
+        """Return whether one on the manifest's cluster may still run, this worker's or not."""
+        queries = list(self._entry.record.queries.items())
+        return any(each.manifest == manifest for name, each in queries if name not in self.ended)
+
+    def end(self, names: Collection[str]) -> None:
+        """Cancel those of the queries that have not ended, once; never raises."""
+        record = self._entry.record
+        to_end = (set(names) & record.queries.keys()) - self.ended - self.given_up
+        queries = {name: record.queries[name] for name in to_end}
+        left = end_queries(self._session, record.owner, queries, self.connect)
+        self.ended |= to_end - left.keys()
+        self.given_up.update(left)
+        log_left(left.values())
+
+    def connect(self, session: CloudSession, name: str, query: QueryRecord) -> DirectQuery | None:
+        """Return the query over the connection of this worker, or over a new one."""
+        return self._open.get(name) or find_recorded(session, name, query)
