@@ -11,7 +11,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
@@ -36,6 +36,7 @@ from include.polars_remote.errors import (
     QueryLostError,
     QueryRefusedError,
 )
+from include.polars_remote.ownership.kills import TaskKilled
 from include.polars_remote.ownership.labels import get_labels
 from include.polars_remote.ownership.scope import current_scope
 from polars_cloud_emulator.testing import RunningEmulator, eventually
@@ -253,6 +254,44 @@ def test_by_each_route_a_query_that_hangs_into_a_time_out_is_canceled_and_the_cl
     assert query_statuses(emulator) == ["Canceled"]
     assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}
+
+
+@pytest.mark.usefixtures("pc")
+@pytest.mark.parametrize("route", ROUTES)
+def test_by_each_route_a_query_is_canceled_and_the_cluster_stopped_when_a_user_marks_the_task(
+    emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor, route: str
+) -> None:
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def mark() -> None:
+        eventually(lambda: has_submitted(supervisor))
+        supervisor.states["manual__1"]["run_query"] = "success"
+        signal.pthread_kill(main, signal.SIGTERM)
+
+    emulator.add_fault("SubmitQuery", "query_hangs")
+    with ThreadPoolExecutor() as background:
+        with (
+            start_try(raises=TaskKilled) as ti,
+            restored_handler(signal.SIGTERM, lambda *_: ti.task.on_kill()),
+            use_cluster(CLUSTER) as ctx,
+        ):
+            marking = background.submit(mark)
+            take(route, ctx)
+        marking.result()
+    assert query_statuses(emulator) == ["Canceled"]
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+@contextmanager
+def restored_handler(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """Handle a signal in the body, as Airflow's task runner does."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def has_submitted(supervisor: Supervisor) -> bool:

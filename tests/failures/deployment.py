@@ -372,6 +372,10 @@ class Deployment:
         paths = self.logs.glob(f"dag_processor/*/dags-folder/{dag_id}.py.log")
         return "".join(path.read_text() for path in paths)
 
+    def parts_log(self) -> str:
+        """What the parts of Airflow logged, the triggerer's sweep among them."""
+        return self._log_path.read_text()
+
     def count_task_processes(self) -> int:
         """How many tasks run just now, each in a process of its own."""
         count = 0

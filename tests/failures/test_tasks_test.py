@@ -1,0 +1,23 @@
+"""`airflow tasks test` runs a setup and no teardown: what it leaves is ended all the same."""
+
+import subprocess
+import sys
+
+import pytest
+
+from polars_cloud_emulator.testing import eventually
+from tests.failures.deployment import Deployment
+
+
+@pytest.mark.dag("manual_shutdown")
+def test_a_cluster_that_a_tested_task_has_started_is_ended_by_end_orphans(
+    airflow: Deployment,
+) -> None:
+    command = [sys.executable, "-m", "airflow", "tasks", "test"]
+    subprocess.run([*command, "manual_shutdown", "start_cluster"], check=True, timeout=300)
+    run = airflow.trigger("end_orphans")
+    run.wait_for_end()
+    assert run.state == "success", run.log()[-6000:]
+    eventually(lambda: not airflow.emulator.live_clusters())
+    # Unless the triggerer has swept in the meantime.
+    assert "manual_shutdown.start_cluster" in run.log() + airflow.parts_log()
