@@ -17,7 +17,7 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, ParamSpec, TypeVar, get_type_hints, overload
 
-from include.polars_remote.ownership.scope import task_scope
+from include.polars_remote.ownership.scope import has_begun, task_scope
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,7 +32,8 @@ def authenticate(
 ) -> Callable[..., Any]:
     """Log in to Polars Cloud each time `function` is about to run; goes below `@task`.
 
-    Signature and annotations stay those of `function`, which may be `async`.
+    Signature and annotations stay those of `function`, which may be `async`. Called by another
+    such function of the same task, it shares that one's login, queries and clusters.
 
     Parameters
     ----------
@@ -47,6 +48,8 @@ def authenticate(
         While the DAG file is parsed: this decorates anything but a function.
     LoginRefusedError
         At run time, not retried: the Connection is missing, incomplete or refused.
+    NotAuthenticatedError
+        At run time: a function of the task that is running is logged in with another Connection.
     ConnectionError
         At run time, retried: Polars Cloud cannot be reached.
     ValueError
@@ -64,6 +67,8 @@ def authenticate(
 
             @functools.wraps(function)
             async def wrapper(*args: Any, **kwargs: Any) -> Any:
+                if has_begun(conn_id):
+                    return await function(*args, **kwargs)
                 with task_scope(conn_id) as scope:
                     await asyncio.to_thread(scope.begin)
                     returned = await function(*args, **kwargs)
@@ -73,6 +78,8 @@ def authenticate(
 
             @functools.wraps(function)
             def wrapper(*args: Any, **kwargs: Any) -> Any:
+                if has_begun(conn_id):
+                    return function(*args, **kwargs)
                 with task_scope(conn_id) as scope:
                     scope.begin()
                     return scope.settle(function(*args, **kwargs))

@@ -15,7 +15,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 from traceback import TracebackException
+from typing import Any
 
+import polars as pl
 import pytest
 from airflow.configuration import conf
 from airflow.sdk import task
@@ -31,8 +33,8 @@ from include.polars_remote.errors import (
 )
 from include.polars_remote.ownership.scope import current_scope
 from polars_cloud_emulator.testing import RunningEmulator
-from tests.observed import calls
-from tests.tries import StartTry
+from tests.observed import calls, cluster_statuses, entries
+from tests.tries import StartTry, Supervisor
 
 REPOSITORY = Path(__file__).parents[1]
 WRONG_SECRET = "not-the-client-secret"
@@ -237,6 +239,43 @@ def test_the_scope_of_a_task_knows_its_connection(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("AIRFLOW_CONN_NIGHTLY", os.environ["AIRFLOW_CONN_POLARS_CLOUD"])
     run = authenticate(conn_id="nightly")(lambda: current_scope().session.conn_id)
     assert run() == "nightly"
+
+
+def test_a_function_inside_shares_the_login_queries_and_clusters_of_its_task(
+    emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    def submit(name: str) -> Any:
+        with use_cluster({"name": name, "cpus": 2, "memory": 4}) as ctx:
+            query = pl.LazyFrame({"x": [1]}).remote(ctx).sink_parquet(f"s3://your-bucket/{name}")
+            query.await_result()
+
+    @authenticate
+    async def submit_later(name: str) -> None:
+        submit(name)
+
+    @authenticate
+    def run() -> list[list[str]]:
+        submit("outer")
+        authenticate(submit)("inner")
+        asyncio.run(submit_later("async"))
+        recorded = [list(entry["queries"]) for entry in entries(supervisor, "task")]
+        submit("last")
+        return recorded
+
+    assert run() == [[f"s3://your-bucket/{name}" for name in ("outer", "inner", "async")]]
+    assert calls(emulator, "token") == 1
+    assert cluster_statuses(emulator) == ["Stopped"] * 4
+    assert supervisor.variables == {}
+
+
+def test_a_function_inside_cannot_use_another_connection(
+    emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIRFLOW_CONN_NIGHTLY", os.environ["AIRFLOW_CONN_POLARS_CLOUD"])
+    run = authenticate(authenticate(conn_id="nightly")(lambda: None))
+    with pytest.raises(NotAuthenticatedError, match="Put @authenticate below @task"):
+        run()
+    assert calls(emulator, "token") == 1
 
 
 def test_task_logs_in_again_and_goes_on(emulator: RunningEmulator) -> None:

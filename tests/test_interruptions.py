@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Thread
 from types import ModuleType
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import polars as pl
 import pytest
-from airflow.sdk.exceptions import AirflowRuntimeError, ErrorType, TaskDeferred
+from airflow.sdk.exceptions import AirflowRuntimeError, ErrorType
 from airflow.sdk.execution_time import comms
 
 from include.polars_remote import use_cluster
@@ -24,12 +24,10 @@ from polars_cloud_emulator.testing import RunningEmulator, eventually
 from tests.observed import cluster_statuses, query_statuses
 from tests.tries import Supervisor, TriedTask, start_try
 
-CLUSTER = {"name": "shop", "cpus": 2, "memory": 4}
+CLUSTER = {"name": "shop", "cpus": 2, "memory": 4, "cluster_size": 2}
 FILE = "s3://your-bucket/results/one.parquet"
 FOR_GOOD = 1_000_000
 QUERY_ENDS, CLUSTER_ENDS = {"Success", "Failed", "Canceled"}, {"Stopped", "Failed"}
-
-Task = Callable[[RunningEmulator, Supervisor], None]
 
 
 class Call(NamedTuple):
@@ -55,6 +53,8 @@ class Worker:
     ----------
     calls
         To Airflow, oldest first.
+    error
+        With which the task has ended.
     is_dead
         The worker was killed: none of its calls is made any more.
     """
@@ -67,6 +67,7 @@ class Worker:
         interrupt: Callable[["Worker", Call], None] = lambda worker, call: None,
     ) -> None:
         self.calls: list[Call] = []
+        self.error: BaseException | None = None
         self.is_dead = False
         self._task = task
         self._interrupt = interrupt
@@ -97,8 +98,10 @@ class Worker:
 
     def _run(self) -> None:
         self.current.set(self)
-        with suppress(Exception, TaskDeferred, WorkerDied):
+        try:
             self._task()
+        except BaseException as error:
+            self.error = error
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +125,7 @@ def workers_calls(pc: ModuleType, supervisor: Supervisor, monkeypatch: pytest.Mo
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "OUTAGE_SECONDS", 0.3)
+    monkeypatch.setattr(retry, "OUTAGE_SECONDS", 0.1)
     monkeypatch.setattr(end, "WIND_UP_SECONDS", 1.0)
     monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.1)
 
@@ -131,60 +134,22 @@ def submit(ctx: Any) -> Any:
     return pl.LazyFrame({"x": [1]}).remote(ctx).single_node().sink_parquet(FILE)
 
 
-def die_in_mid_query(emulator: RunningEmulator, **options: Any) -> None:
-    """A try whose worker is killed."""
-
-    def run() -> None:
-        with start_try(**options), use_cluster(CLUSTER) as ctx:
-            emulator.add_fault("SubmitQuery", "query_hangs")
-            submit(ctx)
-            first.is_dead = True
-            raise WorkerDied
-
-    first = Worker(run)
-    first.start()
-    first.join()
+# What is interrupted
 
 
-def succeed(_: RunningEmulator, __: Supervisor) -> None:
+def succeed(_: RunningEmulator) -> None:
     with start_try(), use_cluster(CLUSTER) as ctx:
         submit(ctx).await_result()
 
 
-def fail_in_mid_query(emulator: RunningEmulator, _: Supervisor) -> None:
+def fail_in_mid_query(emulator: RunningEmulator) -> None:
     with start_try(), use_cluster(CLUSTER) as ctx:
         emulator.add_fault("SubmitQuery", "query_hangs")
         submit(ctx)
         raise KeyError
 
 
-def fail_after_a_resumption(emulator: RunningEmulator, _: Supervisor) -> None:
-    die_in_mid_query(emulator)
-    with start_try(2), use_cluster(CLUSTER) as ctx:
-        submit(ctx)
-        raise KeyError
-
-
-def fail_before_a_resumption(emulator: RunningEmulator, _: Supervisor) -> None:
-    die_in_mid_query(emulator)
-    with start_try(2), use_cluster(CLUSTER):
-        raise KeyError
-
-
-def submit_anew_when_cleared(emulator: RunningEmulator, _: Supervisor) -> None:
-    die_in_mid_query(emulator)
-    with start_try(2, clear_number=1), use_cluster(CLUSTER) as ctx:
-        submit(ctx).await_result()
-
-
-def use_the_cluster_of_a_killed_task(emulator: RunningEmulator, supervisor: Supervisor) -> None:
-    die_in_mid_query(emulator, task_id="other")
-    supervisor.states["manual__1"]["other"] = "failed"
-    with start_try(), use_cluster(CLUSTER, stop=False) as ctx:
-        submit(ctx).await_result()
-
-
-def defer(emulator: RunningEmulator, _: Supervisor) -> None:
+def defer(emulator: RunningEmulator) -> None:
     def function() -> Any:
         with use_cluster(CLUSTER) as ctx:
             emulator.add_fault("SubmitQuery", "query_hangs")
@@ -193,87 +158,150 @@ def defer(emulator: RunningEmulator, _: Supervisor) -> None:
     TriedTask(function).run()
 
 
-def start_shared_cluster(_: RunningEmulator, __: Supervisor) -> None:
+def start_shared_cluster(_: RunningEmulator) -> None:
     with start_try(scope=False):
         start_for_run(CLUSTER, "polars_cloud")
 
 
-TASKS = pytest.mark.parametrize(
-    "task",
-    [
-        succeed,
-        fail_in_mid_query,
-        fail_after_a_resumption,
-        fail_before_a_resumption,
-        submit_anew_when_cleared,
-        use_the_cluster_of_a_killed_task,
-        defer,
-        start_shared_cluster,
-    ],
-)
+def fail_after_resuming(_: RunningEmulator) -> None:
+    with start_try(2), use_cluster(CLUSTER) as ctx:
+        submit(ctx)
+        raise KeyError
 
 
-@contextmanager
-def running(worker: Worker, emulator: RunningEmulator, supervisor: Supervisor) -> Iterator[None]:
-    """Start the worker; what it left is gone when the body ends."""
-    session._login = session._Login()
+def fail_before_resuming(_: RunningEmulator) -> None:
+    with start_try(2), use_cluster(CLUSTER):
+        raise KeyError
+
+
+def submit_anew(_: RunningEmulator) -> None:
+    with start_try(2, clear_number=1), use_cluster(CLUSTER) as ctx:
+        submit(ctx).await_result()
+
+
+def use_the_same_cluster(_: RunningEmulator) -> None:
+    with start_try(task_id="next"), use_cluster(CLUSTER, stop=False) as ctx:
+        submit(ctx).await_result()
+
+
+class Scenario(NamedTuple):
+    """What runs on the worker that is interrupted.
+
+    Attributes
+    ----------
+    is_second
+        A try of the task was killed in mid-query before.
+    """
+
+    run: Callable[[RunningEmulator], None]
+    is_second: bool = False
+
+
+FIRST = (succeed, fail_in_mid_query, defer, start_shared_cluster)
+SECOND = (fail_after_resuming, fail_before_resuming, submit_anew, use_the_same_cluster)
+ALL = [*map(Scenario, FIRST), *(Scenario(run, is_second=True) for run in SECOND)]
+
+
+def name_scenario(scenario: object) -> str | None:
+    return scenario.run.__name__ if isinstance(scenario, Scenario) else None
+
+
+def die_in_mid_query(emulator: RunningEmulator) -> None:
+    def run() -> None:
+        with start_try(), use_cluster(CLUSTER) as ctx:
+            emulator.add_fault("SubmitQuery", "query_hangs")
+            submit(ctx)
+            worker.is_dead = True
+            raise WorkerDied
+
+    worker = Worker(run)
     worker.start()
-    try:
-        yield
-    finally:
-        emulator.clear_faults()  # lets go a worker that stands still
-        worker.is_dead = True
-        worker.join()
-        emulator.reset()
-        supervisor.variables.clear()
-        supervisor.states.clear()
+    worker.join()
 
 
-def sweep(emulator: RunningEmulator, supervisor: Supervisor) -> str:
-    """End the orphans of a task that has ended, as another process; what is wrong afterwards."""
-    session._login = session._Login()
-    for task in supervisor.states["manual__1"]:
-        supervisor.states["manual__1"][task] = "failed"
-    left = end_orphans()
-    queries = [each for each in query_statuses(emulator) if each not in QUERY_ENDS]
-    clusters = [each for each in cluster_statuses(emulator) if each not in CLUSTER_ENDS]
-    found = {
-        "queries": queries,
-        "clusters": clusters,
-        "record": list(supervisor.variables.values()),
-        "left": list(map(str, left)),
-    }
-    return ", ".join(f"{name}: {each}" for name, each in found.items() if each)
+class Stage:
+    """Runs a scenario again and again, each time on a Polars Cloud and an Airflow that are new."""
+
+    def __init__(self, emulator: RunningEmulator, supervisor: Supervisor) -> None:
+        self._emulator = emulator
+        self._supervisor = supervisor
+        self._journal = 0
+
+    @contextmanager
+    def running(
+        self,
+        scenario: Scenario,
+        interrupt: Callable[[Worker, Call], None] = lambda worker, call: None,
+        fault: dict[str, Any] | None = None,
+    ) -> Iterator[Worker]:
+        """Start the scenario; what it has left is gone when the body ends."""
+        session._login = session._Login()
+        if scenario.is_second:
+            die_in_mid_query(self._emulator)
+            session._login = session._Login()
+        self._journal = len(self._emulator.journal())
+        if fault:
+            self._emulator.add_fault(**fault)
+        worker = Worker(lambda: scenario.run(self._emulator), interrupt)
+        worker.start()
+        try:
+            yield worker
+        finally:
+            self._emulator.clear_faults()  # lets go a worker that stands still
+            worker.is_dead = True
+            worker.join()
+            self._emulator.reset()
+            self._supervisor.variables.clear()
+            self._supervisor.states.clear()
+
+    def record(self, scenario: Scenario) -> tuple[list[Call], list[Call]]:
+        """The calls to Airflow and those to Polars Cloud when nothing interrupts them."""
+        with self.running(scenario) as worker:
+            worker.join()
+            calls = worker.calls, self.list_calls()
+        assert all(len(each) > 5 for each in calls)
+        return calls
+
+    def list_calls(self) -> list[Call]:
+        """The scenario's calls to Polars Cloud, oldest first."""
+        numbers = Counter[str]()
+        calls = []
+        for entry in self._emulator.journal()[self._journal :]:
+            path = re.sub(r"^/(api/v1/(workspace/[^/]+/(?=.))?|realms/.*/)", "", entry["path"])
+            name = f"{entry['method']} {re.sub(r'[0-9a-f-]{36}', '{id}', path)}"
+            if "ClientService" in path:
+                name = path.rpartition("/")[2]
+            numbers[name] += 1
+            calls.append(Call(name, numbers[name]))
+        return calls
+
+    def sweep(self) -> str:
+        """End the orphans of tasks that have ended, in another process; what is wrong then."""
+        session._login = session._Login()
+        states = self._supervisor.states["manual__1"]
+        states.update(dict.fromkeys(states, "failed"))
+        left = ", ".join(map(str, end_orphans()))
+        return left or self.find_rest()
+
+    def find_rest(self) -> str:
+        """What runs, idles or is on record; empty if nothing does."""
+        found = {
+            "queries": set(query_statuses(self._emulator)) - QUERY_ENDS,
+            "clusters": set(cluster_statuses(self._emulator)) - CLUSTER_ENDS,
+            "record": list(self._supervisor.variables.values()),
+        }
+        return ", ".join(f"{name}: {each}" for name, each in found.items() if each)
 
 
-def list_calls(emulator: RunningEmulator) -> list[Call]:
-    """The calls to Polars Cloud, oldest first."""
-    numbers = Counter[str]()
-    calls = []
-    for entry in emulator.journal():
-        path = re.sub(r"^/(api/v1/(workspace/[^/]+/(?=.))?|realms/.*/)", "", entry["path"])
-        name = re.sub(r"[0-9a-f-]{36}", "{id}", path)
-        name = name.rpartition("/")[2] if "ClientService" in name else f"{entry['method']} {name}"
-        numbers[name] += 1
-        calls.append(Call(name, numbers[name]))
-    return calls
+@pytest.fixture
+def stage(emulator: RunningEmulator, supervisor: Supervisor) -> Stage:
+    return Stage(emulator, supervisor)
 
 
-def record_calls(
-    task: Task, emulator: RunningEmulator, supervisor: Supervisor
-) -> tuple[list[Call], list[Call]]:
-    """The calls to Airflow and those to Polars Cloud of a task that nothing interrupts."""
-    emulator.reset()
-    worker = Worker(lambda: task(emulator, supervisor))
-    with running(worker, emulator, supervisor):
-        worker.join()
-        return worker.calls, list_calls(emulator)
+# Calls to Airflow
 
 
-# Airflow
-
-
-def fail_for_good(_: Worker) -> None:
+def refuse(_: Worker) -> None:
     error = comms.ErrorResponse(error=ErrorType.API_SERVER_ERROR, detail={"of": "a fault"})
     raise AirflowRuntimeError(error)
 
@@ -282,68 +310,77 @@ def die(worker: Worker) -> None:
     worker.is_dead = True
 
 
-@TASKS
-@pytest.mark.parametrize("interruption", [fail_for_good, die])
-def test_nothing_is_left_of_a_task_that_is_interrupted_at_a_call_to_airflow(
-    emulator: RunningEmulator,
-    supervisor: Supervisor,
-    task: Task,
-    interruption: Callable[[Worker], None],
+@pytest.mark.parametrize("interruption", [refuse, die])
+@pytest.mark.parametrize("scenario", ALL, ids=name_scenario)
+def test_a_call_to_airflow_that_is_interrupted_for_good_leaves_nothing_after_the_sweep(
+    stage: Stage, scenario: Scenario, interruption: Callable[[Worker], None]
 ) -> None:
     def interrupt(worker: Worker, call: Call) -> None:
         if call.name == at.name and call.number >= at.number:
             interruption(worker)
 
-    calls, _ = record_calls(task, emulator, supervisor)
-    assert len(calls) > 5
     holes = {}
-    for at in calls:
-        worker = Worker(lambda: task(emulator, supervisor), interrupt)
-        with running(worker, emulator, supervisor):
+    for at in stage.record(scenario)[0]:
+        with stage.running(scenario, interrupt) as worker:
             worker.join()
             assert at in worker.calls
-            if hole := sweep(emulator, supervisor):
+            if hole := stage.sweep():
                 holes[at] = hole
     assert not holes, holes
 
 
-# Polars Cloud
+# Calls to Polars Cloud
 
 
-@TASKS
-@pytest.mark.parametrize("kind", ["connection_reset", "answer_lost"])
-def test_nothing_is_left_of_a_task_of_which_a_call_to_polars_cloud_fails_for_good(
-    emulator: RunningEmulator, supervisor: Supervisor, task: Task, kind: str
+@pytest.mark.parametrize(
+    ("scenario", "kind"),
+    [
+        *((each, "connection_reset") for each in ALL),
+        (Scenario(fail_in_mid_query), "answer_lost"),
+    ],
+    ids=name_scenario,
+)
+def test_a_call_to_polars_cloud_that_fails_for_good_leaves_nothing_after_the_sweep(
+    stage: Stage, emulator: RunningEmulator, scenario: Scenario, kind: str
 ) -> None:
-    _, calls = record_calls(task, emulator, supervisor)
-    assert len(calls) > 5
     holes = {}
-    for at in calls:
-        emulator.add_fault(at.name, kind, nth=at.number, times=FOR_GOOD)
-        worker = Worker(lambda: task(emulator, supervisor))
-        with running(worker, emulator, supervisor):
+    for at in stage.record(scenario)[1]:
+        fault = {"operation": at.name, "kind": kind, "nth": at.number, "times": FOR_GOOD}
+        with stage.running(scenario, fault=fault) as worker:
             worker.join()
             emulator.clear_faults()
-            if hole := sweep(emulator, supervisor):
+            if hole := stage.sweep():
                 holes[at] = hole
     assert not holes, holes
 
 
-@TASKS
-def test_nothing_is_left_of_a_task_whose_worker_dies_at_a_call_to_polars_cloud(
-    emulator: RunningEmulator, supervisor: Supervisor, task: Task
+@pytest.mark.parametrize("scenario", ALL, ids=name_scenario)
+def test_a_worker_that_dies_at_a_call_to_polars_cloud_leaves_nothing_after_the_sweep(
+    stage: Stage, scenario: Scenario
 ) -> None:
-    def is_there() -> bool:
-        return at in list_calls(emulator) or worker.has_ended()
-
-    _, calls = record_calls(task, emulator, supervisor)
     holes = {}
-    for at in calls:
-        emulator.add_fault(at.name, "stall", nth=at.number)
-        worker = Worker(lambda: task(emulator, supervisor))
-        with running(worker, emulator, supervisor):
-            eventually(is_there)
+    for at in stage.record(scenario)[1]:
+        fault = {"operation": at.name, "kind": "stall", "nth": at.number}
+        with stage.running(scenario, fault=fault) as worker:
+            # A poll may not come again: the task has then ended.
+            eventually(lambda: at in stage.list_calls() or worker.has_ended())  # noqa: B023
             worker.is_dead = True
-            if hole := sweep(emulator, supervisor):
+            if hole := stage.sweep():
                 holes[at] = hole
+    assert not holes, holes
+
+
+@pytest.mark.parametrize("kind", ["connection_reset", "answer_lost"])
+def test_a_call_to_polars_cloud_that_fails_once_changes_nothing(stage: Stage, kind: str) -> None:
+    errors, holes = {}, {}
+    scenario = Scenario(succeed)
+    for at in stage.record(scenario)[1]:
+        fault = {"operation": at.name, "kind": kind, "nth": at.number}
+        with stage.running(scenario, fault=fault) as worker:
+            worker.join()
+            if worker.error:
+                errors[at] = worker.error
+            if hole := stage.find_rest():
+                holes[at] = hole
+    assert not errors, errors
     assert not holes, holes

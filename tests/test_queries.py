@@ -483,6 +483,26 @@ def test_a_thread_of_the_task_that_waits_ends_when_the_task_is_killed(
     assert cluster_statuses(emulator) == ["Stopped"]
 
 
+@pytest.mark.usefixtures("pc")
+def test_a_thread_of_the_task_that_starts_its_cluster_ends_when_the_task_is_killed(
+    emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
+) -> None:
+    emulator.add_fault("POST manifest/start", "startup_takes", seconds=600)
+    with (
+        start_try(raises=SystemExit) as ti,
+        use_cluster(CLUSTER) as ctx,
+        ThreadPoolExecutor() as threads,
+    ):
+        starting = threads.submit(take, "sink_parquet", ctx)
+        eventually(lambda: cluster_statuses(emulator) == ["Starting"])
+        supervisor.states[ti.run_id][ti.task_id] = "failed"
+        ti.task.on_kill()
+    assert isinstance(starting.exception(), SystemExit)
+    assert query_statuses(emulator) == []
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
 # What can be submitted
 
 
@@ -582,6 +602,43 @@ def test_two_queries_for_one_destination_are_an_error_before_the_second_is_sent(
     assert FILE in str(raised.value)
     assert f"the one with id {get_query_id(first)} and the one that was" in str(raised.value)
     assert calls(emulator, "SubmitQuery") == 1
+
+
+@pytest.mark.parametrize("route", ["sink_parquet", "two_sinks_at_once", "execute"])
+def test_a_query_that_has_failed_may_be_submitted_again_by_the_task(
+    ctx: Any, emulator: RunningEmulator, route: str
+) -> None:
+    emulator.add_fault("SubmitQuery", "query_fails", error="SchemaError: of a fault")
+    with pytest.raises(pl.exceptions.SchemaError):
+        take(route, ctx)
+    take(route, ctx)
+    assert query_statuses(emulator) == ["Failed", "Success"]
+
+
+@pytest.mark.usefixtures("pc")
+def test_a_query_that_its_block_has_canceled_may_be_submitted_again_by_the_task(
+    emulator: RunningEmulator, start_try: StartTry
+) -> None:
+    emulator.add_fault("SubmitQuery", "query_hangs")
+    with start_try():
+        with suppress(ConnectionError), use_cluster(CLUSTER) as ctx:
+            submit(ctx)
+            raise ConnectionError
+        with use_cluster(CLUSTER) as ctx:
+            submit(ctx).await_result()
+    assert query_statuses(emulator) == ["Canceled", "Success"]
+
+
+def test_a_failure_that_is_seen_twice_lets_no_third_query_pass(
+    remote: Any, emulator: RunningEmulator
+) -> None:
+    emulator.add_fault("SubmitQuery", "query_fails", error="SchemaError: of a fault")
+    first = remote.sink_parquet(FILE)
+    first.await_result(raise_on_failure=False)
+    remote.sink_parquet(FILE)
+    first.await_result(raise_on_failure=False)
+    with pytest.raises(QueryRefusedError, match="write to"):
+        remote.sink_parquet(FILE)
 
 
 def test_two_queries_for_one_partitioned_destination_are_an_error(remote: Any) -> None:

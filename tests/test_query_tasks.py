@@ -305,6 +305,20 @@ def test_a_query_that_blocks_and_fails_raises_its_own_exception(
     assert supervisor.variables == {}
 
 
+def test_a_result_of_a_query_that_the_task_has_canceled_is_an_error(
+    emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    def ask_and_cancel(ctx: Any) -> Any:
+        query = sink(ctx)
+        query.cancel()
+        return {"two": query.await_result()}
+
+    emulator.add_fault("SubmitQuery", "query_hangs")
+    with pytest.raises(QueryCanceledError, match="nothing was written"):
+        TriedTask(using(CLUSTER, ask_and_cancel)).run()
+    assert supervisor.variables == {}
+
+
 @pytest.mark.parametrize("where", ["in the worker", "deferred"])
 def test_a_query_and_its_result_may_be_returned_any_number_of_times(
     hold: Callable[[], None],

@@ -337,6 +337,24 @@ def test_sigterm_to_a_task_that_was_ended_ends_its_queries_and_its_cluster(
     assert supervisor.variables == {}
 
 
+@pytest.mark.parametrize("state", ["failed", "running"])
+def test_a_task_that_catches_the_kill_has_not_succeeded(
+    hang: Hang,
+    emulator: RunningEmulator,
+    start_try: StartTry,
+    supervisor: Supervisor,
+    state: str,
+) -> None:
+    with start_try(raises=TaskKilled) as ti, suppress(SystemExit), use_cluster(CLUSTER) as ctx:
+        hang(ctx)
+        supervisor.states["manual__1"]["run_query"] = state
+        ti.task.on_kill()
+    is_ended = state == "failed"
+    assert [query["cancels"] for query in emulator.state()["queries"]] == [int(is_ended)]
+    assert cluster_statuses(emulator) == ["Stopped" if is_ended else "Running"]
+    assert len(supervisor.variables) == (0 if is_ended else 2)
+
+
 @pytest.mark.parametrize("state", NOT_ENDED)
 def test_sigterm_to_a_worker_alone_leaves_everything_to_the_next_try(
     hang: Hang,

@@ -30,7 +30,7 @@ from .ownership.record import ClusterUse
 from .ownership.scope import TaskScope, current_scope, task_scope
 from .queries import RecordingClient
 from .query_tasks import query_task
-from .waiting.deferral import defer_until_started
+from .waiting.deferral import check_deadline, defer_until_started
 from .waiting.in_worker import refuse_forgotten
 
 if TYPE_CHECKING:
@@ -211,6 +211,8 @@ def start_and_wait(scope: TaskScope, ctx: ComputeContext) -> None:
     assert cluster_id is not None, "it was started, or is running"
     began = time.monotonic()
     while (status := session.call(ctx.get_status)).name == "STARTING":
+        scope.check_killed()  # of a thread, which no signal reaches
+        check_deadline(scope)
         defer_until_started(scope, cluster_id, after=time.monotonic() - began)
         time.sleep(STARTING_PAUSE_SECONDS)
     if not status.is_available():

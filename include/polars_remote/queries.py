@@ -151,7 +151,7 @@ class RecordingClient:
                 self._submit_again[name] = lambda: self._submit_once(name, found, submit, anew=True)
                 logger.info("Submitted query %s", describe(query))
         except BaseException:
-            self._scope.queries.release(name, found.destinations)
+            self._scope.queries.release(name)
             raise
         self._queries[get_query_id(query)] = name, query
         return UUID(get_query_id(query))
@@ -181,6 +181,9 @@ class RecordingClient:
             check_result(self._scope, name, query, results[name])
         self._scope.queries.mark_ended(get_query_id(query))
         self._submit_again.pop(name, None)
+        record = self._scope.queries.get_record(name)
+        if results[name].status.name != "SUCCESS" and record and record.query_id == str(query_id):
+            self._scope.queries.release(name)  # the task may submit it again
         return get_result_info(results[name])
 
     def cancel_direct_query(self, query_id: UUID) -> None:

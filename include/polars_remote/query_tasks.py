@@ -19,7 +19,12 @@ from airflow.sdk.bases.decorator import DecoratedOperator, Task, task_decorator_
 from .cloud.client import get_cluster_status, get_query_id, is_query, is_result
 from .compat.internals import has_lost_its_trigger
 from .compat.versions import TELLS_TRIGGERS, from_json, to_json
-from .errors import ClusterNotStartedError, QueryLostError, QueryRefusedError
+from .errors import (
+    ClusterNotStartedError,
+    QueryCanceledError,
+    QueryLostError,
+    QueryRefusedError,
+)
 from .ownership import record
 from .ownership.end import find_recorded
 from .ownership.record import Owner, Result, Wait
@@ -208,6 +213,11 @@ class QueryTask(DecoratedOperator, PythonOperator):
             if is_result(value):
                 if value.status.name == "FAILED":
                     value.raise_err()
+                if value.status.name == "CANCELED":
+                    raise QueryCanceledError(
+                        "Somebody canceled this query, and nothing was written: "
+                        f"{value.finished_task_info.id}"
+                    )
                 name = scope.queries.find_name(str(value.finished_task_info.id)) or str(id(value))
                 results[name] = Result(location=value.location or [], rows=value.n_rows_total)
             elif not is_query(value):

@@ -260,7 +260,7 @@ class TaskScope:
         raise error
 
     def check_killed(self) -> None:
-        """End a wait when the task is killed: Airflow's signals reach the main thread alone.
+        """Raise once the task was killed: Airflow's signals reach the main thread alone.
 
         Raises
         ------
@@ -284,6 +284,7 @@ def task_scope(conn_id: str) -> Iterator[TaskScope]:
         elif context["ti"].try_number > 1:
             scope.entry.adopt_earlier_tries()
         yield scope
+        scope.check_killed()  # the body may have caught it
         scope.queries.check_awaited()
     except BaseException as error:
         if isinstance(error, Exception):
@@ -305,6 +306,24 @@ def find_scope() -> TaskScope | None:
         return None
     scope: TaskScope | None = context.get(SCOPE)
     return scope
+
+
+def has_begun(conn_id: str) -> bool:
+    """Return whether the task that is running has a scope, which it shares with all its functions.
+
+    A scope of its own would replace the record of that one.
+
+    Raises
+    ------
+    NotAuthenticatedError
+        The scope is another Connection's.
+    """
+    scope = find_scope()
+    if scope is None or scope.queries.is_closed:
+        return False
+    if scope.session.conn_id != conn_id:
+        raise NotAuthenticatedError("Put @authenticate below @task: it ends what the task submits")
+    return True
 
 
 def current_scope() -> TaskScope:

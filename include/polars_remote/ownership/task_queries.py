@@ -36,7 +36,8 @@ class TaskQueries:
         self._entry = entry
         self._session = session
         self._try_number = try_number
-        self._reserved: set[str] = set()
+        self._reserved: dict[str, str] = {}
+        """By destination and by name: name of the query that has it."""
         self._open: dict[str, DirectQuery] = {}
         self.ended: set[str] = set()
         self.given_up: set[str] = set()
@@ -70,13 +71,14 @@ class TaskQueries:
                 turn = 1
                 while (name := f"temporary result {digest}, {turn}") in self._reserved:
                     turn += 1
-            self._reserved.update(destinations, [name])
+            self._reserved.update(dict.fromkeys([*destinations, name], name))
             return name
 
-    def release(self, name: str, destinations: Collection[str]) -> None:
-        """Take back a reservation: the query was not submitted."""
+    def release(self, name: str) -> None:
+        """Take back a reservation: the query was not submitted, or has written nothing."""
         with self._entry.lock:
-            self._reserved.difference_update(destinations, [name])
+            reserved = self._reserved.items()
+            self._reserved = {key: owner for key, owner in reserved if owner != name}
 
     def get_record(self, name: str) -> QueryRecord | None:
         return self._entry.record.queries.get(name)
@@ -177,6 +179,8 @@ class TaskQueries:
         queries = {name: record.queries[name] for name in to_end}
         left = end_queries(self._session, record.owner, queries, self.connect)
         self.ended |= to_end - left.keys()
+        for name in to_end - left.keys():
+            self.release(name)  # the task may go on, and submit it again
         self.given_up.update(left)
         log_left(left.values())
 
