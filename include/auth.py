@@ -45,7 +45,7 @@ def authenticate(
     Raises
     ------
     TypeError
-        While the DAG file is parsed: this decorates anything but a function.
+        While the DAG file is parsed: this decorates anything but a function, or a generator.
     LoginRefusedError
         At run time, not retried: the Connection is missing, incomplete or refused.
     NotAuthenticatedError
@@ -61,6 +61,12 @@ def authenticate(
             raise TypeError(
                 "@authenticate decorates a function: put it below @task, "
                 'and name another Connection as @authenticate(conn_id="...")'
+            )
+
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(
+                f"@authenticate decorates {function.__name__}, which is a generator: none of its "
+                "code would run in the task. Let it return a list"
             )
 
         if inspect.iscoroutinefunction(function):

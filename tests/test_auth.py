@@ -273,7 +273,7 @@ def test_a_function_inside_cannot_use_another_connection(
 ) -> None:
     monkeypatch.setenv("AIRFLOW_CONN_NIGHTLY", os.environ["AIRFLOW_CONN_POLARS_CLOUD"])
     run = authenticate(authenticate(conn_id="nightly")(lambda: None))
-    with pytest.raises(NotAuthenticatedError, match="Put @authenticate below @task"):
+    with pytest.raises(LoginRefusedError, match="is logged in with"):
         run()
     assert calls(emulator, "token") == 1
 
@@ -533,3 +533,11 @@ def test_dag_test_leaves_no_secret_in_log_or_database(tmp_path: Path) -> None:
     for secret in (os.environ["POLARS_CLOUD_CLIENT_SECRET"], WRONG_SECRET):
         assert secret not in log
         assert secret not in dump
+
+
+def test_a_generator_is_refused_while_the_dag_file_is_parsed() -> None:
+    def ask() -> Any:
+        yield 1
+
+    with pytest.raises(TypeError, match="which is a generator"):
+        authenticate(ask)

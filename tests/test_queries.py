@@ -31,6 +31,7 @@ from include.polars_remote.cloud.plans import DATA_KEY, NODES_KEY, Plan, read_pl
 from include.polars_remote.cloud.queries import describe
 from include.polars_remote.cloud.session import CloudSession
 from include.polars_remote.errors import (
+    ClusterRefusedError,
     NotAuthenticatedError,
     QueryCanceledError,
     QueryLostError,
@@ -1171,7 +1172,7 @@ def test_the_next_try_of_a_killed_worker_resumes_the_running_query(
 
 
 @pytest.mark.usefixtures("pc")
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", [each for each in ROUTES if each != "default_context"])
 def test_by_each_route_the_next_try_of_a_killed_worker_resumes_the_query(
     emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor, route: str
 ) -> None:
@@ -1645,3 +1646,60 @@ def test_a_query_without_a_context_is_refused_outside_a_block(
         TWO_ROWS.remote().execute()
     assert query_statuses(emulator) == ["Success"]
     assert cluster_statuses(emulator) == ["Stopped"]
+
+
+@pytest.mark.usefixtures("ti")
+def test_queries_without_a_context_run_on_the_cluster_of_their_own_coroutines_block(
+    pc: ModuleType, emulator: RunningEmulator
+) -> None:
+    async def ask(name: str) -> None:
+        with use_cluster({**CLUSTER, "name": name}):
+            await asyncio.sleep(0)  # the other one opens its block
+            query = TWO_ROWS.remote().single_node().sink_parquet(f"{DIRECTORY}{name}.parquet")
+            await query.await_result_async()
+
+    async def ask_both() -> None:
+        await asyncio.gather(ask("one"), ask("two"))
+
+    asyncio.run(ask_both())
+    manifests = {each["id"]: each["manifest"] for each in emulator.state()["clusters"]}
+    ran = {
+        query["destinations"][0]: manifests[query["cluster_id"]]
+        for query in emulator.state()["queries"]
+    }
+    assert ran == {f"{DIRECTORY}{name}.parquet": name for name in ("one", "two")}
+
+
+def test_a_new_try_does_not_wait_behind_an_earlier_query_that_it_has_not_resumed(
+    pc: ModuleType, emulator: RunningEmulator, start_try: StartTry
+) -> None:
+    def body() -> Iterator[None]:
+        with use_cluster(CLUSTER) as ctx:
+            emulator.add_fault("SubmitQuery", "query_hangs")
+            TWO_ROWS.remote(ctx).single_node().sink_parquet(FILE)
+            yield
+
+    kill(body)
+    with start_try(2), use_cluster(CLUSTER) as ctx:
+        result = TWO_ROWS.remote(ctx).single_node().sink_parquet(OTHER_FILE).await_result()
+        assert result.location == [OTHER_FILE]
+    assert query_statuses(emulator) == ["Canceled", "Success"]
+
+
+def test_a_detached_query_keeps_its_cluster(
+    pc: ModuleType, emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
+) -> None:
+    emulator.add_fault("SubmitQuery", "query_takes", seconds=60)
+    with start_try(), use_cluster(CLUSTER) as ctx:
+        detach(TWO_ROWS.remote(ctx).single_node().sink_parquet(FILE))
+    emulator.advance_clock(timedelta(seconds=60))
+    eventually(lambda: query_statuses(emulator) == ["Success"])
+    assert cluster_statuses(emulator) == ["Idle"]
+    assert supervisor.variables == {}
+
+
+@pytest.mark.usefixtures("ti")
+@pytest.mark.parametrize("act", ["register", "unregister"])
+def test_a_context_of_a_block_keeps_its_manifest(pc: ModuleType, act: str) -> None:
+    with use_cluster(CLUSTER) as ctx, pytest.raises(ClusterRefusedError):
+        getattr(ctx, act)(*(["mine"] if act == "register" else []))

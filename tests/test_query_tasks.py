@@ -1265,3 +1265,19 @@ def test_a_mapped_task_is_deferred_and_resumed_by_its_own_index(
         assert resumed == [uri]
         assert operator.page == pages[index]
     assert supervisor.variables == {}
+
+
+def test_a_detached_query_that_is_returned_is_refused_and_runs_on(
+    hold: Callable[[], None], end_held: Callable[[], None], emulator: RunningEmulator
+) -> None:
+    def ask() -> Any:
+        with use_cluster(CLUSTER) as ctx:
+            hold()
+            query = sink(ctx)
+            detach(query)
+            return query
+
+    with pytest.raises(QueryRefusedError, match="that it has detached"):
+        TriedTask(ask).run()
+    end_held()
+    assert query_statuses(emulator) == ["Success"]

@@ -376,7 +376,7 @@ def test_sigterm_to_a_worker_alone_leaves_everything_to_the_next_try(
         second = hang(ctx)
         assert get_query_id(second) == get_query_id(first)
         second.cancel()
-        detach(second)
+        assert second.await_result().status.name == "CANCELED"
     assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk import task
 
 from .cloud.client import (
+    default_context,
     get_cluster_id,
     get_cluster_status,
     send_queries_through,
@@ -65,7 +66,7 @@ def use_cluster(cluster: Cluster, *, stop: bool = True) -> Iterator[ComputeConte
     Yields
     ------
     polars_cloud.ComputeContext
-        The default context of the body: `lf.remote()` uses it, too.
+        The default context of the body: `lf.remote()` uses it, too, except in another thread.
 
     Raises
     ------
@@ -76,8 +77,6 @@ def use_cluster(cluster: Cluster, *, stop: bool = True) -> Iterator[ComputeConte
     QueryNotAwaitedError
         Nobody waits for a query of the body.
     """
-    from polars_cloud import set_compute_context
-
     check_cluster(cluster)
     scope = current_scope()
     use = ClusterUse(scope.record.owner, scope.record.conn_id, cluster["name"], stops=stop)
@@ -87,7 +86,7 @@ def use_cluster(cluster: Cluster, *, stop: bool = True) -> Iterator[ComputeConte
     client = RecordingClient(scope, ctx, use.manifest, functools.partial(start_and_wait, scope))
     send_queries_through(client, ctx)
     try:
-        with set_compute_context(ctx):
+        with default_context(ctx):
             yield ctx
         client.close()
         if not scope.can_return_queries:

@@ -51,9 +51,15 @@ else:
 
 
 def detach(query: DirectQuery) -> str:
-    """Let the query run on without anybody who waits for it or ends it, and return its id."""
-    query_id = get_query_id(query)
-    current_scope().queries.forget(query_id)
+    """Let the query run on without anybody who waits for it or ends it, and return its id.
+
+    Its cluster is left to the idle timeout. A later try of the task submits the query again.
+    """
+    scope, query_id = current_scope(), get_query_id(query)
+    name = scope.queries.find_name(query_id)
+    if name and (record := scope.queries.get_record(name)):
+        scope.clusters.leave_running(record.manifest)
+    scope.queries.forget(query_id)
     return query_id
 
 

@@ -9,7 +9,7 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar, overload
 
 from airflow.providers.standard.operators.python import PythonOperator
@@ -236,6 +236,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
         refuse_forgotten(scope, besides=queries)
         if not queries and not results:
             return returned
+        scope.queries.end_adopted(besides=queries)
         self.page = _find_page(scope, _find_names(named))
         wait = Wait(
             since=time.time(),
@@ -278,16 +279,21 @@ class _StoppedAtOnce(Exception):
     """A cluster was stopped under a query as it was submitted; the task submits it anew."""
 
 
-def _refuse(queries: Iterable[DirectQuery]) -> NoReturn:
+def _refuse(queries: Sequence[DirectQuery]) -> NoReturn:
     """Cancel queries that were not submitted on a context of `use_cluster`.
 
     Raises
     ------
     QueryRefusedError
     """
+    ids = ", ".join(map(get_query_id, queries))
+    if all(map(get_recording_client, queries)):
+        raise QueryRefusedError(
+            f"The task returned a query that it has detached, or that another task has submitted: "
+            f"{ids}. Return its id instead"
+        )
     for query in queries:
         query.cancel()
-    ids = ", ".join(map(get_query_id, queries))
     raise QueryRefusedError(
         f"The task returned a query that is not on record and has been canceled: {ids}. Submit it "
         "on the context that use_cluster gives"

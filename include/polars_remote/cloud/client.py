@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeGuard, cast
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
 from uuid import UUID
 
-from ..errors import QueryRefusedError
+from ..errors import ClusterRefusedError, QueryRefusedError
 
 if TYPE_CHECKING:
     from polars_cloud import ComputeContext, DirectQuery, QueryResult, Workspace
@@ -178,26 +179,45 @@ def send_queries_through(client: QueryClient, ctx: ComputeContext) -> None:
         forget_cluster(ctx)  # the client sends no query if it knows of a stop
 
 
-def refuse_queries_without_context() -> None:
-    """Refuse each query of this process that names no context, as in `lf.remote()`.
+_default = ContextVar["ComputeContext | None"]("default", default=None)
 
-    The client would start a cluster for it that nobody stops.
+
+@contextmanager
+def default_context(ctx: ComputeContext) -> Iterator[None]:
+    """Let queries of the body that name no context, as in `lf.remote()`, use this one.
+
+    The client's own default is one for all threads and coroutines.
+    """
+    token = _default.set(ctx)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # a generator that is closed elsewhere
+            _default.reset(token)
+
+
+def refuse_queries_without_context() -> None:
+    """Refuse queries of this process that name no context, outside of `default_context`.
+
+    The client would start a cluster for each that nobody stops.
     """
     from polars_cloud import ComputeContext, set_compute_context
 
-    class RefusingContext(ComputeContext):
+    class DefaultContext(ComputeContext):
         def __init__(self) -> None:
             """Call nothing: there is no cluster."""
 
-        @property
-        def _last_known_status(self) -> NoReturn:  # type: ignore[override]
-            """Raise: the client reads this first for each query."""
-            raise QueryRefusedError(
-                "This query was not submitted, because it names no cluster: submit it in a "
-                "use_cluster block"
-            )
+        def __getattribute__(self, name: str) -> Any:
+            """Return the attribute of the default context."""
+            ctx = _default.get()
+            if ctx is None:
+                raise QueryRefusedError(
+                    "This query was not submitted, because it names no cluster: write "
+                    "lf.remote(ctx), with the context that use_cluster gives"
+                )
+            return getattr(ctx, name)
 
-    set_compute_context(RefusingContext())
+    set_compute_context(DefaultContext())
 
 
 @functools.cache
@@ -221,6 +241,20 @@ def _redirected_context() -> type[ComputeContext]:
             if not status.is_available():
                 self._forget_stop()
             return status
+
+        def register(self, name: str) -> None:
+            """Refuse: the cluster would be started by a name that is not on record."""
+            raise ClusterRefusedError(
+                f"The manifest {name} was not registered on a context of use_cluster: call "
+                "ensure_manifest"
+            )
+
+        def unregister(self) -> None:
+            """Refuse: the first query starts the cluster by its manifest."""
+            raise ClusterRefusedError(
+                f"The manifest {self._name} was not removed, because use_cluster uses it: do so "
+                "after the block, on a context of your own"
+            )
 
         def _forget_stop(self) -> None:
             """Let the next query pass: the client sends none if it knows of the stop."""

@@ -18,7 +18,7 @@ from ..cloud.client import refuse_queries_without_context
 from ..cloud.session import CloudSession
 from ..compat.internals import get_clear_number, is_resumed
 from ..compat.versions import AirflowTaskTimeout, TaskDeferred
-from ..errors import NotAuthenticatedError, QueryRefusedError
+from ..errors import LoginRefusedError, NotAuthenticatedError, QueryRefusedError
 from . import record
 from .end import end_queries, end_task, end_use, log_left
 from .entry import TaskEntry
@@ -45,6 +45,8 @@ class TaskClusters:
         self._blocks = Counter[str]()
         """Number of open `use_cluster` blocks, by manifest."""
         self._turns = defaultdict[str, threading.RLock](threading.RLock)
+        self._uses: dict[str, ClusterUse] = {}
+        """Recorded uses, by manifest."""
         self.given_up: set[str] = set()
         """Keys of uses that could not be ended."""
 
@@ -88,7 +90,16 @@ class TaskClusters:
             if use.key not in self._entry.record.cluster_uses:
                 self._entry.record.cluster_uses.append(use.key)
             self._entry.save()
+            if earlier := self._uses.get(use.manifest):
+                use.stops |= earlier.stops  # an outer block's
+            self._uses[use.manifest] = use
         record.put(use.key, use)
+
+    def leave_running(self, manifest: str) -> None:
+        """Leave the manifest's cluster to its idle timeout: a detached query runs on it."""
+        if (use := self._uses.get(manifest)) and use.stops:
+            use.stops = False
+            record.put(use.key, use)
 
     def close_block(
         self,
@@ -118,11 +129,13 @@ class TaskClusters:
                 self._entry.record.cluster_uses.remove(use.key)
 
     def _end(self, use: ClusterUse, ctx: ComputeContext) -> None:
+        use = self._uses.get(use.manifest, use)
         if left := end_use(self._session, use, ctx):
             self.given_up.add(use.key)
         else:
             self.given_up.discard(use.key)
             self.keep(use)
+            self._uses.pop(use.manifest, None)
         log_left(left)
 
 
@@ -159,6 +172,7 @@ class TaskScope:
         self.queries = TaskQueries(self.entry, self.session, ti.try_number)
         self.clusters = TaskClusters(self.entry, self.session, self.queries)
         self._is_killed = False
+        self._is_left = False
         self._is_ended_by_user: bool | None = None
 
     @property
@@ -212,7 +226,8 @@ class TaskScope:
         """
         # A coroutine sees the kill as a cancellation.
         if not isinstance(error, TaskKilled) and not self._is_killed:
-            return not isinstance(error, TaskDeferred)
+            # A block may be closed when the task has been deferred.
+            return not (self._is_left or isinstance(error, TaskDeferred))
         if self._is_ended_by_user is None:
             self._is_ended_by_user = is_ended_by_user(self.record.owner)
         return self._is_ended_by_user
@@ -241,6 +256,10 @@ class TaskScope:
         """Submit nothing any more, and leave everything to the next try or the trigger."""
         with self.entry.lock:
             self.queries.is_closed = True
+
+    def mark_left(self) -> None:
+        """Note that the task goes on elsewhere."""
+        self._is_left = True
 
     def on_kill(self) -> None:
         """Unwind the task: by itself Airflow's SIGTERM runs no `finally` of a `@task`.
@@ -293,6 +312,7 @@ def task_scope(conn_id: str) -> Iterator[TaskScope]:
             scope.close(error)
         else:
             scope.leave()
+            scope.mark_left()
         raise
     else:
         scope.close()
@@ -315,14 +335,17 @@ def has_begun(conn_id: str) -> bool:
 
     Raises
     ------
-    NotAuthenticatedError
+    LoginRefusedError
         The scope is another Connection's.
     """
     scope = find_scope()
     if scope is None or scope.queries.is_closed:
         return False
     if scope.session.conn_id != conn_id:
-        raise NotAuthenticatedError("Put @authenticate below @task: it ends what the task submits")
+        raise LoginRefusedError(
+            f"The Airflow Connection {conn_id!r} was not used, because the task is logged in with "
+            f"{scope.session.conn_id!r}: use each Connection in a task of its own"
+        )
     return True
 
 

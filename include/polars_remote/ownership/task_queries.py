@@ -184,6 +184,20 @@ class TaskQueries:
         self.given_up.update(left)
         log_left(left.values())
 
+    def end_adopted(self, *, besides: Collection[str] = ()) -> None:
+        """Cancel queries of earlier tries that this one has not resumed: its own may wait behind.
+
+        Their code has changed, or names another destination.
+
+        Parameters
+        ----------
+        besides
+            Names of queries that are waited for.
+        """
+        with self._entry.lock:
+            adopted = self._entry.record.queries.keys() - self._open.keys() - self._reserved.keys()
+        self.end(adopted - set(besides))
+
     def connect(self, session: CloudSession, name: str, query: QueryRecord) -> DirectQuery | None:
         """Return the query over the connection of this worker, or over a new one."""
         return self._open.get(name) or find_recorded(session, name, query)

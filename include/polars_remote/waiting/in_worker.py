@@ -82,6 +82,8 @@ def wait_until_ended(
                 elif should_log:
                     text = describe_progress(query, status, time.time() - since)
                     logger.info("Query %s: %s", get_query_id(query), text)
+            if time.time() - since > deferral.IN_WORKER_SECONDS:
+                scope.queries.end_adopted(besides=queries)
             # After a poll: a query that has ended already is not waited for elsewhere.
             if time.monotonic() >= ends:
                 return results
