@@ -105,7 +105,7 @@ def count_airflow_calls() -> Counter[str]:
 def measure(
     emulator: RunningEmulator, calls: Counter[str], dag: Any
 ) -> tuple[int, int, int, float]:
-    """Run the DAG: its queries, calls to Polars Cloud and to Airflow, seconds beyond its queries."""
+    """Run the DAG; return queries, calls to Polars Cloud and Airflow, and further seconds."""
     calls.clear()
     cloud_before, known = len(emulator.journal()), len(emulator.state()["queries"])
     began = time.monotonic()

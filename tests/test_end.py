@@ -503,7 +503,7 @@ def test_a_query_of_the_release_before_is_resumed(
         second = submit(ctx)
         assert get_query_id(second) == get_query_id(first)
         second.cancel()
-        detach(second)
+        assert second.await_result().status.name == "CANCELED"
     assert query_statuses(emulator) == ["Canceled"]
     assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}

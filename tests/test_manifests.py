@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 
 from include.polars_remote import ensure_manifest, use_cluster
+from include.polars_remote.ownership.end import end_orphans
 from polars_cloud_emulator.testing import RunningEmulator
 from tests.manifest_body import MANIFEST_BODY
 from tests.observed import cluster_statuses, entries
@@ -186,6 +187,7 @@ def test_an_idle_cluster_that_nobody_uses_makes_way_for_another_specification(
         ensure_manifest(LARGER)
     assert cluster_statuses(emulator) == ["Stopped"]
     assert registered(emulator)["req_cpu_cores"] == 8
+    assert end_orphans() == []
     assert entries(supervisor, "cluster") == []
 
 
