@@ -4,14 +4,14 @@
 The task is green only if the query has written its result. Use it whenever something depends on
 that result, be it the next task or an alert.
 
-`await_result` polls the query's status, so that a time-out, or a user who marks the task failed,
-reaches the task, which then cancels the query. A query that failed raises its own
-exception, for example `ColumnNotFoundError`; one that was canceled, or that names no location,
-fails the task too. A task whose worker died resumes its query at the next try.
+`await_result` waits in Python. A time-out, or a user who marks the task failed, reaches the task,
+which then cancels the query. A query that failed raises its own exception, for example
+`ColumnNotFoundError`. One that was canceled, or that names no location, fails the task, too. If the
+worker dies, the next try resumes the query.
 
 **What it costs:** a worker slot while the query runs, and the cluster until ten minutes after the
 query has ended. `context_manager_shutdown` saves the latter. The slot buys what comes after the
-query in the same task; a task that only waits is better a `@query_task`, as in `manifest_reuse`.
+query in the same task. If a task only waits, use `@query_task`, as in `manifest_reuse`.
 
 **Copy along:** the folder `include/`.
 """

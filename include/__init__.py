@@ -1,1 +1,1 @@
-"""What the DAGs share: `auth.py`, and the folder `polars_remote/`."""
+"""Shared by the DAGs: login, shop, preflight, and the folder `polars_remote/`."""

@@ -44,4 +44,4 @@ OUTAGE_SECONDS = _read_seconds("POLARS_CLOUD_OUTAGE", "120")
 """Seconds for which a call is retried while Polars Cloud is unavailable."""
 
 DEFERS = _read_switch("POLARS_CLOUD_DEFER", "1")
-"""Whether a `@query_task` defers while it waits. This needs a triggerer."""
+"""A `@query_task` defers while it waits. This needs a triggerer."""

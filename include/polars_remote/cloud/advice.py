@@ -1,4 +1,4 @@
-"""What to do about a query's error that the storage has caused."""
+"""Advice on errors of queries that the storage has caused."""
 
 from __future__ import annotations
 

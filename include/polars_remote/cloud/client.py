@@ -147,7 +147,7 @@ def unregister_manifest(ctx: ComputeContext, name: str) -> None:
 
 
 class QueryClient(Protocol):
-    """What a context and its `DirectQuery`s call of the client's `SchedulerClient`."""
+    """Methods of the client's `SchedulerClient` that contexts and queries call."""
 
     def do_query(
         self,

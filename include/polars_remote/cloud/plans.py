@@ -15,7 +15,7 @@ TEMPORARY, TO_CLIENT = "<in-memory>", "<flight>"
 
 
 class Plan(NamedTuple):
-    """What identifies a query.
+    """Identity of a query.
 
     Attributes
     ----------

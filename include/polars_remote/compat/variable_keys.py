@@ -19,7 +19,7 @@ from .internals import read_variable
 from .versions import LISTS_VARIABLES
 
 LISTS = "polars_cloud/keys"
-"""What the keys of the lists begin with."""
+"""Prefix of the keys of the lists."""
 
 SHARDS = 8
 """Over which a shared list is spread, so that writers seldom meet."""

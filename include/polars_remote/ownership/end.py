@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WIND_UP_SECONDS = 10.0
-"""How long to wait for the cluster to become idle."""
+"""Maximum seconds to wait for the cluster to become idle."""
 
 PARSE_SECONDS = 10.0
 """Seconds reserved in the DAG processor for parsing the file and for final log lines."""
@@ -45,7 +45,7 @@ FindQuery = Callable[[CloudSession, str, QueryRecord], "DirectQuery | None"]
 
 
 class Left(NamedTuple):
-    """What could not be ended, whose it is unless that could not be read, and why."""
+    """A query, use or entry that could not be ended, its owner if known, and why."""
 
     what: str
     owner: Owner | None

@@ -18,7 +18,7 @@ frozen worker's heartbeats have been missing for far longer."""
 
 
 class TaskEntry:
-    """What a try has recorded.
+    """Entry of a try on record.
 
     It outlives a worker that is killed: the next try adopts it. A try whose entry was adopted owns
     nothing any more, and leaves everything alone.

@@ -141,7 +141,7 @@ class Result(Stored):
 
 @dataclass
 class Wait(Stored):
-    """What a deferred task waits for, and needs again when it is resumed.
+    """State of a deferred task, for the time when it is resumed.
 
     Attributes
     ----------
@@ -173,7 +173,7 @@ class Wait(Stored):
 
 @dataclass
 class TaskRecord(Stored):
-    """What a try of a task has started.
+    """Entry about a try of a task.
 
     Attributes
     ----------

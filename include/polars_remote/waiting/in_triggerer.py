@@ -99,7 +99,7 @@ class WatchedCluster:
 
 
 class Watch:
-    """What the triggers of one event loop share.
+    """State shared by the triggers of one event loop.
 
     Attributes
     ----------
