@@ -109,7 +109,7 @@ def check_cluster(cluster: Cluster, limit: timedelta) -> None:
 
 
 def describe_cost(cluster: Cluster, limit: timedelta) -> str:
-    """Return what is billed and for how long: past its limit a task may leave the cluster to idle."""
+    """Return what is billed, and how long: past its limit a task may leave a cluster to idle."""
     node = cluster.get("instance_type") or f"{cluster['cpus']} CPUs and {cluster['memory']} GB"
     minutes = limit.total_seconds() / 60 + cluster["idle_timeout_mins"]
     return f"one node ({node}) is billed, for some minutes and for {minutes:.0f} at most"
