@@ -1,5 +1,6 @@
 """`ownership/scope.py`, `kills.py`: what a task has started ends with the task alone."""
 
+import asyncio
 import os
 import signal
 import time
@@ -379,6 +380,20 @@ def test_sigterm_to_a_worker_alone_leaves_everything_to_the_next_try(
         assert second.await_result().status.name == "CANCELED"
     assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}
+
+
+def test_a_coroutine_that_is_cancelled_as_its_worker_shuts_down_leaves_everything_to_the_next_try(
+    hang: Hang, emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
+) -> None:
+    with start_try(raises=asyncio.CancelledError) as ti, use_cluster(CLUSTER) as ctx:
+        hang(ctx)
+        supervisor.states["manual__1"]["run_query"] = "running"
+        with suppress(TaskKilled):  # Airflow's loop turns the one into the other
+            ti.task.on_kill()
+        raise asyncio.CancelledError
+    assert [query["cancels"] for query in emulator.state()["queries"]] == [0]
+    assert cluster_statuses(emulator) == ["Running"]
+    assert len(supervisor.variables) == 2
 
 
 def test_sigterm_while_airflow_does_not_answer_leaves_everything_to_the_next_try(
