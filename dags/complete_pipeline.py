@@ -1,16 +1,16 @@
 """
 ### The daily report: sales, inventory, returns
 
-All patterns together. A manifest registered from code, and its cluster, started once; three
-transformations in parallel, a single node each; their locations handed to the report; the cluster
-stopped whatever happens, and the run failed if a query failed. No task holds a worker slot while
-its query runs, or while the cluster starts.
+All patterns together. The manifest is registered from code, and its cluster is started once. Three
+transformations run in parallel, each on a single node, and pass their locations to the report. The
+cluster is stopped whatever happens, and a failed query fails the run. No task holds a worker slot
+while its query runs or the cluster starts.
 
-The report is one file per day, for the run's own date: the day that has just ended on schedule, or
-today when triggered by hand. Running a day again replaces exactly that day's report. The Asset
-`daily_report` tells other DAGs of it, with date, rows and URI.
+There is one report file per day. A scheduled run reports the day that has just ended, a run by hand
+reports today. Running a day again replaces only that day's report. The Asset `daily_report`
+announces the report to other DAGs, with date, rows and location.
 
-Runs at the same time, for several days say, share the cluster; the last of them stops it.
+Simultaneous runs, such as a backfill, share the cluster. The last of them stops it.
 
 **What it costs:** three nodes from `start_cluster` to `stop_cluster`.
 
@@ -55,7 +55,7 @@ def complete_pipeline() -> None:
     @query_task(execution_timeout=timedelta(minutes=30))
     @authenticate
     def transform_sales(day: str) -> Query:
-        # Here, as a DAG file is parsed every few seconds and Polars costs ten times the rest of it.
+        # Not at the top: Airflow parses the file every few seconds, and importing Polars is slow.
         import polars as pl
 
         sold = (
@@ -74,7 +74,7 @@ def complete_pipeline() -> None:
                 revenue=(pl.col("quantity") * pl.col("unit_price")).sum(),
             )
         )
-        # Starts the cluster if it is gone, as when only this task was cleared.
+        # Starts the cluster if it has stopped, for example if only this task was cleared.
         with use_cluster(CLUSTER) as ctx:
             return sold.remote(ctx).single_node().execute(blocking=False)
 

@@ -5,13 +5,12 @@ The first query starts the cluster. The end of the `with` body stops it, however
 after success, a failed query, a time-out, a user's click. Use it when all queries fit in one task,
 one after the other or at once.
 
-`use_cluster` takes the place of `with ctx:`, which raises an error of its own when there is nothing
-to stop, and so hides the error of the body. Runs at the same time share the cluster, and the last
-of them stops it.
+`use_cluster` replaces `with ctx:`, which raises its own error if the cluster has already stopped,
+and so hides the error of the body. Simultaneous runs share the cluster. The last of them stops it.
 
-**What it costs:** the cluster while the body runs, nothing after it; a worker slot for as long. The
-slot buys a stop at once: a `@query_task` is resumed some seconds after its query has ended, and the
-cluster runs on until then.
+**What it costs:** the cluster and a worker slot, while the body runs. In return the cluster stops
+at once. A `@query_task` is resumed some seconds after its query has ended, and its cluster runs
+until then.
 
 **Copy along:** the folder `include/`.
 """
@@ -47,7 +46,7 @@ def context_manager_shutdown() -> None:
     @task(execution_timeout=timedelta(minutes=30))
     @authenticate
     def value_stock() -> list[str]:
-        # Here, as a DAG file is parsed every few seconds and Polars costs ten times the rest of it.
+        # Not at the top: Airflow parses the file every few seconds, and importing Polars is slow.
         import polars as pl
 
         stock = (

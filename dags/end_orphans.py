@@ -1,13 +1,12 @@
 """
-### End what ended tasks have left
+### End orphans
 
-A task ends its own queries and clusters. One that is killed at its last try cannot: then a
-callback, the triggerer or the next user of the same cluster does it. Unpause this DAG where none of
-them may come soon: without a triggerer, or with DAGs that lack `on_failure_callback=clean_up` and
-`on_success_callback=clean_up`.
+A task ends its own queries and clusters. A task that is killed at its last try leaves orphans. A
+callback, the triggerer or the next user of the same cluster ends them. Unpause this DAG if you run
+no triggerer, or if DAGs lack `on_failure_callback=clean_up` and `on_success_callback=clean_up`.
 
-**What it costs:** a task of a second every 15 minutes, and no call to Polars Cloud if there is
-nothing to end. It needs Airflow 3.3, which lists Variables.
+**What it costs:** a task of one second every 15 minutes, and no call to Polars Cloud if there is no
+orphan. This DAG needs Airflow 3.3, which lists Variables.
 
 **Copy along:** the folder `include/`.
 """

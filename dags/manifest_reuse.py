@@ -1,17 +1,16 @@
 """
 ### One cluster for all who know its name
 
-A manifest describes a cluster under a name. The first query that comes starts the cluster, those
-that follow within ten minutes find it running and start at once, whichever DAG, run or notebook
-they come from. Use it for many short queries spread over the day.
+A manifest describes a cluster under a name. The first query starts the cluster. Queries that follow
+within ten minutes find it running and start at once, from any DAG, run or notebook. Use it for many
+short queries spread over the day.
 
-The manifest is registered from here, so that the cluster's size is reviewed and rolled back like
-the rest of the code: a changed size is applied at the next start, and logged. The manifest pins the
-Polars and Python versions of the worker that registered it, and is registered anew after either was
-upgraded.
+This DAG registers the manifest, so the cluster's size is reviewed and rolled back like other code.
+A changed size is logged, and applied at the next start. The manifest pins the worker's Polars and
+Python versions, and is registered anew after an upgrade.
 
 **What it costs:** the cluster from the first query until ten minutes after the last. No task stops
-it: another may be using it. No worker slot while the cluster starts or the query runs.
+it, because another may be using it. No worker slot while the cluster starts or the query runs.
 
 **Copy along:** the folder `include/`.
 """
@@ -47,7 +46,7 @@ def manifest_reuse() -> None:
     @query_task(execution_timeout=timedelta(minutes=30))
     @authenticate
     def sum_refunds() -> Query:
-        # Here, as a DAG file is parsed every few seconds and Polars costs ten times the rest of it.
+        # Not at the top: Airflow parses the file every few seconds, and importing Polars is slow.
         import polars as pl
 
         refunds = (

@@ -4,16 +4,16 @@
 One task starts the cluster, others query it at the same time, one stops it. Use it when several
 tasks share a cluster that is needed for this run alone.
 
-`shared_cluster` makes a setup `start_cluster` and a teardown `stop_cluster`: stopping begins when
-every task between them has ended, retries included, whether they succeeded or not, and a task that
-failed still fails the run. (A last task with `TriggerRule.ALL_DONE` in its place would turn such a
-run green.) A run that exceeds its `dagrun_timeout` skips the teardown: `clean_up` stands in for it.
+`shared_cluster` makes a setup `start_cluster` and a teardown `stop_cluster`. The teardown begins
+when all tasks between them have ended, retries included. A failed task still fails the run. (With a
+last task of `TriggerRule.ALL_DONE` instead, the run would succeed.) A run that exceeds its
+`dagrun_timeout` skips the teardown; `clean_up` then stops the cluster.
 
-The tasks find the cluster by its name. Runs at the same time share it, and the last of them stops
-it; tasks that are cleared after that start it for themselves, and the last of them stops it.
+The tasks find the cluster by its name. Simultaneous runs share it, and the last of them stops it.
+Tasks that are cleared later start it again, and the last of them stops it.
 
-**What it costs:** the cluster from `start_cluster` to `stop_cluster`. The idle timeout of ten
-minutes is the last resort, should nobody be left to stop it. No worker slot while queries run.
+**What it costs:** the cluster from `start_cluster` to `stop_cluster`. If nobody stops it, its idle
+timeout does after ten minutes. No worker slot while queries run.
 
 **Copy along:** the folder `include/`.
 """
@@ -46,7 +46,7 @@ def manual_shutdown() -> None:
     @query_task(execution_timeout=timedelta(minutes=30))
     @authenticate
     def find_best_customers() -> Query:
-        # Here, as a DAG file is parsed every few seconds and Polars costs ten times the rest of it.
+        # Not at the top: Airflow parses the file every few seconds, and importing Polars is slow.
         import polars as pl
 
         best = (
@@ -57,7 +57,7 @@ def manual_shutdown() -> None:
             .sort("spent", "customer_id", descending=[True, False])
             .head(100)
         )
-        # Starts the cluster if it is gone, as when only this task was cleared.
+        # Starts the cluster if it has stopped, for example if only this task was cleared.
         with use_cluster(CLUSTER) as ctx:
             # A distributed query writes a directory of files unless it is told to write one.
             return best.remote(ctx).sink_parquet(BEST_CUSTOMERS, sink_to_single_file=True)

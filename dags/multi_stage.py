@@ -5,9 +5,9 @@ Each stage returns the location of its result, and the next stage scans that loc
 pass through Airflow, never the data. Use it when a stage is worth checking or retrying on its own:
 a stage that fails is retried from the result of the one before it.
 
-What lies between two stages is temporary: `execute` writes it to storage of Polars Cloud's, which
-deletes it by itself. Only the last stage has a destination of its own. A stage that is cleared much
-later fails with the name of the task to clear along with it.
+Results between stages are temporary: `execute` writes them to Polars Cloud's own storage, which
+deletes them later. Only the last stage has a destination of its own. A stage that is cleared after
+its input was deleted fails, and names the other task to clear.
 
 **What it costs:** the cluster from the first stage to the last, which share it as in
 `manual_shutdown`. No worker slot while a stage runs.
@@ -48,7 +48,7 @@ def multi_stage() -> None:
     @query_task(execution_timeout=timedelta(minutes=30))
     @authenticate
     def clean_sales() -> Query:
-        # Here, as a DAG file is parsed every few seconds and Polars costs ten times the rest of it.
+        # Not at the top: Airflow parses the file every few seconds, and importing Polars is slow.
         import polars as pl
 
         sales = (
@@ -61,7 +61,7 @@ def multi_stage() -> None:
             .unique(["order_id", "line"])
             .with_columns(pl.col("region").str.strip_chars().str.to_titlecase())
         )
-        # Starts the cluster if it is gone, as when only this task was cleared.
+        # Starts the cluster if it has stopped, for example if only this task was cleared.
         with use_cluster(CLUSTER) as ctx:
             return sales.remote(ctx).distributed().execute(blocking=False)
 

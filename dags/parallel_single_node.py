@@ -1,12 +1,12 @@
 """
 ### Many small queries, one node each
 
-One mapped task per region, each with a query that runs on a single node, as many at a time as the
-cluster has nodes; the others wait in the cluster's queue. Use it when each query fits on one
-machine: none pays for moving data between machines, and more nodes mean more queries at a time.
+One mapped task per region, each with a query that runs on a single node. Each node runs one query
+at a time; the other queries wait in the cluster's queue. Use it when each query fits on one
+machine: no data moves between machines, and more nodes run more queries at a time.
 
-The cluster is started once, before the queries, so that they do not race to start it, and stopped
-after the last of them, as in `manual_shutdown`.
+The cluster is started once, before the queries, and stopped after the last of them, as in
+`manual_shutdown`.
 
 Each task returns the query that it has submitted, and holds no worker slot while the query runs:
 hundreds of them wait at the same time, whatever the number of slots.
@@ -52,7 +52,7 @@ def parallel_single_node() -> None:
     )
     @authenticate
     def rank_products(region: str) -> Query:
-        # Here, as a DAG file is parsed every few seconds and Polars costs ten times the rest of it.
+        # Not at the top: Airflow parses the file every few seconds, and importing Polars is slow.
         import polars as pl
 
         revenue = (pl.col("quantity") * pl.col("unit_price")).sum()
@@ -64,7 +64,7 @@ def parallel_single_node() -> None:
             .agg(units=pl.sum("quantity"), revenue=revenue)
             .sort("revenue", "product", descending=[True, False])
         )
-        # Starts the cluster if it is gone, as when only this task was cleared.
+        # Starts the cluster if it has stopped, for example if only this task was cleared.
         with use_cluster(CLUSTER) as ctx:
             return ranking.remote(ctx).single_node().sink_parquet(f"{RESULTS}/{region}.parquet")
 

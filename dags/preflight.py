@@ -1,16 +1,15 @@
 """
-### Look before the first run
+### Check the setup before the first run
 
-Run it by hand, first of all: it looks for whatever would make the other DAGs fail, and fails on the
-first that it finds. The log has one line per step, with what was found or what to do: Airflow,
-client and Polars, the data location, the Connection, the login, the workspace, the manifest.
+Run it by hand, before all other DAGs. It fails at the first problem that would make them fail. The
+log has one line per step, with its result or with advice: Airflow, client and Polars, the data
+location, the Connection, the login, the workspace, the manifest.
 
-With the parameter `spend` it goes on with what is billed: it starts a cluster, writes a row to
-`results/preflight.parquet` at the data location, reads it back, stops the cluster and sees it
-stopped.
+With the parameter `spend`, a billed check follows: it starts a cluster, writes a row to
+`results/preflight.parquet` at the data location, reads it back, and stops the cluster.
 
-**What it costs:** nothing. With `spend`, one small node for some minutes; when the task's time is
-over, the cluster is stopped, and a worker that is killed leaves it to its idle timeout.
+**What it costs:** nothing. With `spend`, one small node for some minutes. If the task times out,
+the cluster is stopped. If the worker is killed, the cluster is left to its idle timeout.
 
 **Copy along:** the folder `include/`.
 """

@@ -4,15 +4,15 @@
 The task ends as soon as the cluster has accepted the query. Use it for work that nobody waits for:
 refreshing a cache, a report that is read tomorrow.
 
-A lost reply or a killed worker does not end in a second query. `detach` lets the query run on
+A lost reply or a killed worker does not cause a second query. `detach` lets the query run on
 without the task.
 
 **What is not known then:** whether the query succeeds. The task is green once the query was
 submitted; a query that fails later fails no task and no run. Look at its page in Polars Cloud, or
 use `status_check`.
 
-**What it costs:** nobody stops the cluster. It stops by itself ten minutes after the query has
-ended, the least that Polars Cloud allows, and these minutes are billed.
+**What it costs:** nobody stops the cluster. Its idle timeout stops it ten minutes after the query
+has ended, the minimum that Polars Cloud allows. These minutes are billed.
 
 **Copy along:** the folder `include/`.
 """
@@ -41,7 +41,7 @@ def single_query() -> None:
     @task
     @authenticate
     def submit_best_sellers() -> str:
-        # Here, as a DAG file is parsed every few seconds and Polars costs ten times the rest of it.
+        # Not at the top: Airflow parses the file every few seconds, and importing Polars is slow.
         import polars as pl
 
         best_sellers = (

@@ -1,17 +1,17 @@
 """
 ### Wait for a query and check how it ended
 
-The task is green only if the query has written its result. Use it whenever something depends on
-that result, be it the next task or an alert.
+The task is green only if the query has written its result. Use it when the next task or an alert
+depends on that result.
 
 `await_result` waits in Python. A time-out, or a user who marks the task failed, reaches the task,
 which then cancels the query. A query that failed raises its own exception, for example
-`ColumnNotFoundError`. One that was canceled, or that names no location, fails the task, too. If the
+`ColumnNotFoundError`. A query that was canceled, or has no location, fails the task, too. If the
 worker dies, the next try resumes the query.
 
 **What it costs:** a worker slot while the query runs, and the cluster until ten minutes after the
-query has ended. `context_manager_shutdown` saves the latter. The slot buys what comes after the
-query in the same task. If a task only waits, use `@query_task`, as in `manifest_reuse`.
+query has ended. `context_manager_shutdown` saves these ten minutes. With the slot, the same task
+can go on with the result. If a task only waits, use `@query_task`, as in `manifest_reuse`.
 
 **Copy along:** the folder `include/`.
 """
@@ -42,7 +42,7 @@ def status_check() -> None:
     @task(execution_timeout=timedelta(minutes=30))
     @authenticate
     def count_order_statuses() -> list[str]:
-        # Here, as a DAG file is parsed every few seconds and Polars costs ten times the rest of it.
+        # Not at the top: Airflow parses the file every few seconds, and importing Polars is slow.
         import polars as pl
 
         statuses = (

@@ -1,1 +1,1 @@
-"""Shared by the DAGs: login, shop, preflight, and the folder `polars_remote/`."""
+"""Modules that the DAGs share: login, shop, preflight and `polars_remote/`."""

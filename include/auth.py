@@ -5,8 +5,8 @@
     def run() -> list[str]: ...
 
 The Connection is `polars_cloud`, or the one named by `@authenticate(conn_id="...")`: type HTTP,
-login = client ID and password = client secret of a service account. What the task submits to Polars
-Cloud ends with the task.
+login = client ID and password = client secret of a service account. No query of the task outlives
+the task.
 """
 
 import asyncio
@@ -30,30 +30,29 @@ def authenticate(*, conn_id: str = ...) -> Callable[[Callable[P, R]], Callable[P
 def authenticate(
     function: Callable[..., Any] | None = None, /, *, conn_id: str = "polars_cloud"
 ) -> Callable[..., Any]:
-    """Log in to Polars Cloud each time `function` is about to run; goes below `@task`.
+    """Log in to Polars Cloud before each run of `function`. Put it below `@task`.
 
-    Signature and annotations stay those of `function`, which may be `async`. Called by another
-    such function of the same task, it shares that one's login, queries and clusters.
+    `function` keeps its signature and annotations, and may be `async`. Decorated functions of one
+    task that call each other share login, queries and clusters.
 
     Parameters
     ----------
     function
-        What the task runs.
+        The task's function.
     conn_id
         Id of the Airflow Connection.
 
     Raises
     ------
     TypeError
-        While the DAG file is parsed: this decorates anything but a function, or a generator.
+        While the DAG file is parsed: `function` is no function, or is a generator function.
     LoginRefusedError
-        At run time, not retried: the Connection is missing, incomplete or refused.
-    NotAuthenticatedError
-        At run time: a function of the task that is running is logged in with another Connection.
+        At run time, not retried: the Connection is missing, incomplete or refused, or the task is
+        logged in with another Connection.
     ConnectionError
         At run time, retried: Polars Cloud cannot be reached.
     ValueError
-        At run time, retried: any other answer, in the words of Polars Cloud.
+        At run time, retried: Polars Cloud gave another answer, which the message quotes.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,11 +89,11 @@ def authenticate(
                     scope.begin()
                     return scope.settle(function(*args, **kwargs))
 
-        # TaskFlow looks names in a postponed annotation up in the wrapper's module, which is not
-        # the DAG file: resolve the one it reads, the return type.
+        # TaskFlow would resolve a postponed return annotation in the wrapper's module, not in the
+        # DAG file. Resolve it here.
         if "return" in function.__annotations__:
             returns = SimpleNamespace(__annotations__={"return": wrapper.__annotations__["return"]})
-            with suppress(NameError, TypeError):  # imported under TYPE_CHECKING only, say
+            with suppress(NameError, TypeError):  # a name imported under TYPE_CHECKING
                 resolved = get_type_hints(returns, inspect.unwrap(function).__globals__)
                 wrapper.__annotations__ = wrapper.__annotations__ | resolved
         return wrapper

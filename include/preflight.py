@@ -1,6 +1,6 @@
-"""Check what would make a DAG fail, before the first one does.
+"""Check the setup before the first DAG runs.
 
-Each step logs a line: what was checked, and what was found or what to do. None logs a secret.
+Each step logs one line with its result or with advice. No step logs a secret.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ CONN_ID = "polars_cloud"
 OLDEST_PYTHON = "3.11"
 
 NEWEST_TRIED = {"Airflow": "3.3", "polars-cloud": "0.12"}
-"""A newer one may do as well."""
+"""Newest releases that were tried. Newer ones may work."""
 
 STOP_SECONDS = 300.0
-"""Seconds for a cluster to be gone after it was told to stop."""
+"""Maximum seconds for a cluster to stop."""
 
 
 def check_setup() -> None:
-    """Check all that is known without a cluster, from the installation to the manifest.
+    """Check what needs no cluster, from the installation to the manifest.
 
     Raises
     ------
     Exception
-        Of the first step that has found what would make a DAG fail.
+        The error of the first step that fails.
     """
     session = CloudSession(CONN_ID)
     for name, check in (
@@ -68,7 +68,7 @@ def check_setup() -> None:
 
 
 def check_cluster(cluster: Cluster, limit: timedelta) -> None:
-    """Start a cluster, write a row at the data location, read it back, and see the cluster stopped.
+    """Start a cluster, write a row to the data location, read it back, and stop the cluster.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def check_cluster(cluster: Cluster, limit: timedelta) -> None:
     Raises
     ------
     Exception
-        Of the first step that has failed. The cluster is stopped all the same.
+        The error of the first step that fails. The cluster is stopped then, too.
     """
     import polars as pl
 
@@ -109,7 +109,7 @@ def check_cluster(cluster: Cluster, limit: timedelta) -> None:
 
 
 def describe_cost(cluster: Cluster, limit: timedelta) -> str:
-    """Return what is billed, and how long: past its limit a task may leave a cluster to idle."""
+    """Return what is billed and for how long, idle timeout included."""
     node = cluster.get("instance_type") or f"{cluster['cpus']} CPUs and {cluster['memory']} GB"
     minutes = limit.total_seconds() / 60 + cluster["idle_timeout_mins"]
     return f"one node ({node}) is billed, for some minutes and for {minutes:.0f} at most"
@@ -189,7 +189,7 @@ def check_manifest(session: CloudSession) -> str:
 
 @contextmanager
 def _step(name: str) -> Iterator[None]:
-    """Log in one line what makes the step fail, advice first."""
+    """Log the step's error in one line, advice first."""
     try:
         yield
     except Exception as error:
@@ -215,7 +215,7 @@ def _wait_until_stopped(cluster_id: str) -> None:
             return
         if time.monotonic() > deadline:
             raise TimeoutError(
-                f"Cluster {cluster_id} is {status} {STOP_SECONDS:.0f} s after it was to stop: "
+                f"Cluster {cluster_id} is {status} {STOP_SECONDS:.0f} s after the request to stop: "
                 "stop it in Polars Cloud, unless another preflight is using it"
             )
         time.sleep(1)

@@ -1,4 +1,4 @@
-"""The shop: where its tables lie. Edit this file, or set the variables."""
+"""Data location and manifest of the shop. Edit this file, or set the environment variables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 PLACEHOLDER = "s3://your-bucket"
-"""The default: a bucket of the emulator's."""
+"""Default data location: a bucket of the emulator."""
 
 DATA = os.environ.get("POLARS_CLOUD_DATA", PLACEHOLDER).rstrip("/")
 """URI below which `sales/`, `inventory/` and `returns/` are read and results are written."""
@@ -30,7 +30,7 @@ def scan(table: str) -> pl.LazyFrame:
     AirflowFailException
         As `check_data_location`.
     """
-    import polars as pl  # costs ten times the rest of a DAG file when it is parsed
+    import polars as pl  # here: importing Polars slows down parsing
 
     check_data_location()
     return pl.scan_parquet(f"{DATA}/{table}/")
@@ -42,8 +42,8 @@ def check_data_location() -> None:
     Raises
     ------
     AirflowFailException
-        Not retried: the location has no scheme or no bucket, or is the placeholder where Polars
-        Cloud is the real one.
+        Not retried: the location has no scheme or no bucket, or it is the emulator's bucket while
+        the worker talks to the real Polars Cloud.
     """
     url = urlsplit(DATA)
     if not url.scheme or not url.netloc:

@@ -258,7 +258,7 @@ def test_a_cluster_on_which_somebody_elses_query_runs_is_left_running(
     else:
         use()
     assert cluster_statuses(emulator) == ["Running"]
-    assert "runs on: it has a query of somebody else" in caplog.text
+    assert "runs on: a query of somebody else is running" in caplog.text
 
 
 @pytest.mark.usefixtures("ti")
@@ -1368,3 +1368,13 @@ def execute(dag: DAG, task_id: str) -> None:
     operator: Any = dag.get_task(task_id)
     with start_try(task=operator, scope=False):
         operator.execute(get_current_context())
+
+
+def test_an_option_that_does_not_exist_is_refused_while_the_dag_file_is_parsed() -> None:
+    misspelled = {"name": "shop", "cpus": 2, "memmory": 4}
+    with (
+        DAG("shop", schedule=None),
+        pytest.raises(ClusterRefusedError, match=r"no option memmory: the options are .*memory"),
+        shared_cluster(misspelled),
+    ):
+        pass

@@ -1,4 +1,4 @@
-"""Whatever call a task is interrupted at: once it has ended, nothing of it runs or is on record."""
+"""Interrupt a task at each of its calls: no query, cluster or entry may outlive the task."""
 
 import re
 from collections import Counter
@@ -42,21 +42,21 @@ class WorkerDied(BaseException):
 
 
 class Worker:
-    """A worker, on which a task runs once.
+    """A worker that runs a task once.
 
     Parameters
     ----------
     interrupt
-        Called before each call to Airflow. What it raises is the call's answer.
+        Called before each call to Airflow. Its exception replaces the call's answer.
 
     Attributes
     ----------
     calls
-        To Airflow, oldest first.
+        Calls to Airflow, oldest first.
     error
-        With which the task has ended.
+        Exception that ended the task.
     is_dead
-        The worker was killed: none of its calls is made any more.
+        The worker was killed, and makes no further call.
     """
 
     current = ContextVar["Worker | None"]("worker", default=None)
@@ -106,7 +106,7 @@ class Worker:
 
 @pytest.fixture(autouse=True)
 def workers_calls(pc: ModuleType, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each call of a worker passes the worker first."""
+    """Route each call of a worker through its `Worker`."""
 
     def send(msg: Any) -> object:
         if worker := Worker.current.get():
@@ -185,12 +185,12 @@ def use_the_same_cluster(_: RunningEmulator) -> None:
 
 
 class Scenario(NamedTuple):
-    """What runs on the worker that is interrupted.
+    """Code that the interrupted worker runs.
 
     Attributes
     ----------
     is_second
-        A try of the task was killed in mid-query before.
+        Whether an earlier try of the task was killed in mid-query.
     """
 
     run: Callable[[RunningEmulator], None]
@@ -220,7 +220,7 @@ def die_in_mid_query(emulator: RunningEmulator) -> None:
 
 
 class Stage:
-    """Runs a scenario again and again, each time on a Polars Cloud and an Airflow that are new."""
+    """Run scenarios, each on a new Polars Cloud and a new Airflow."""
 
     def __init__(self, emulator: RunningEmulator, supervisor: Supervisor) -> None:
         self._emulator = emulator
@@ -234,7 +234,7 @@ class Stage:
         interrupt: Callable[[Worker, Call], None] = lambda worker, call: None,
         fault: dict[str, Any] | None = None,
     ) -> Iterator[Worker]:
-        """Start the scenario; what it has left is gone when the body ends."""
+        """Start the scenario; reset everything when the body ends."""
         session._login = session._Login()
         if scenario.is_second:
             die_in_mid_query(self._emulator)
@@ -247,7 +247,7 @@ class Stage:
         try:
             yield worker
         finally:
-            self._emulator.clear_faults()  # lets go a worker that stands still
+            self._emulator.clear_faults()  # releases a stalled worker
             worker.is_dead = True
             worker.join()
             self._emulator.reset()
@@ -255,7 +255,7 @@ class Stage:
             self._supervisor.states.clear()
 
     def record(self, scenario: Scenario) -> tuple[list[Call], list[Call]]:
-        """The calls to Airflow and those to Polars Cloud when nothing interrupts them."""
+        """Return the calls to Airflow and those to Polars Cloud of an uninterrupted scenario."""
         with self.running(scenario) as worker:
             worker.join()
             calls = worker.calls, self.list_calls()
@@ -263,7 +263,7 @@ class Stage:
         return calls
 
     def list_calls(self) -> list[Call]:
-        """The scenario's calls to Polars Cloud, oldest first."""
+        """Return the scenario's calls to Polars Cloud, oldest first."""
         numbers = Counter[str]()
         calls = []
         for entry in self._emulator.journal()[self._journal :]:
@@ -276,7 +276,7 @@ class Stage:
         return calls
 
     def sweep(self) -> str:
-        """End the orphans of tasks that have ended, in another process; what is wrong then."""
+        """End orphans as another process would; return what is left."""
         session._login = session._Login()
         states = self._supervisor.states["manual__1"]
         states.update(dict.fromkeys(states, "failed"))
@@ -284,7 +284,7 @@ class Stage:
         return left or self.find_rest()
 
     def find_rest(self) -> str:
-        """What runs, idles or is on record; empty if nothing does."""
+        """Return what runs, idles or is on record; empty if nothing does."""
         found = {
             "queries": set(query_statuses(self._emulator)) - QUERY_ENDS,
             "clusters": set(cluster_statuses(self._emulator)) - CLUSTER_ENDS,
@@ -362,7 +362,7 @@ def test_a_worker_that_dies_at_a_call_to_polars_cloud_leaves_nothing_after_the_s
     for at in stage.record(scenario)[1]:
         fault = {"operation": at.name, "kind": "stall", "nth": at.number}
         with stage.running(scenario, fault=fault) as worker:
-            # A poll may not come again: the task has then ended.
+            # The number of polls varies: the task may have ended before this one.
             eventually(lambda: at in stage.list_calls() or worker.has_ended())  # noqa: B023
             worker.is_dead = True
             if hole := stage.sweep():

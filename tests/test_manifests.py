@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 
 from include.polars_remote import ensure_manifest, use_cluster
+from include.polars_remote.errors import ClusterRefusedError
 from include.polars_remote.ownership.end import end_orphans
 from polars_cloud_emulator.testing import RunningEmulator
 from tests.manifest_body import MANIFEST_BODY
@@ -245,7 +246,7 @@ def test_a_refused_spec_is_an_error_in_the_words_of_polars_cloud() -> None:
 
 @pytest.mark.usefixtures("ti", "pc")
 def test_a_misspelled_option_is_an_error_that_names_it() -> None:
-    with pytest.raises(TypeError, match="memry"):
+    with pytest.raises(ClusterRefusedError, match="memry"):
         ensure_manifest({"name": "shop", "cpus": 2, "memry": 4})
 
 

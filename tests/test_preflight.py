@@ -381,7 +381,7 @@ def leave_out(name: str) -> None:
     [
         (leave_out, "The bucket {} does not exist: correct the URI, or create it"),
         (create_bucket_of_others, "The cluster may not use {}: give the workspace's role (polars-"),
-        (create_bucket_elsewhere, "The bucket {} is in another region than the cluster looks in"),
+        (create_bucket_elsewhere, "The bucket {} is not in the cluster's region"),
     ],
 )
 def test_a_bucket_that_refuses_is_told_with_what_to_do_and_no_cluster_is_left(
@@ -443,7 +443,7 @@ def test_a_cluster_that_is_not_seen_to_stop_is_told(
     with start_try(run_id="manual__2"), use_cluster(CLUSTER):
         with start_try(raises=TimeoutError):
             preflight.check_cluster(CLUSTER, LIMIT)
-        assert "is IDLE 0 s after it was to stop: stop it in Polars Cloud" in failure(caplog)
+        assert "is IDLE 0 s after the request to stop: stop it in Polars Cloud" in failure(caplog)
     assert cluster_statuses(emulator) == ["Stopped"]
 
 

@@ -1,6 +1,6 @@
-"""Run remote Polars queries from Airflow tasks, and end with the task whatever it has started.
+"""Run remote Polars queries from Airflow tasks, and leave no query or cluster behind.
 
-All imports in this folder are relative: it can be renamed, or moved as a whole.
+All imports in this folder are relative, so it can be renamed or moved.
 """
 
 from .clusters import ensure_manifest, shared_cluster, use_cluster

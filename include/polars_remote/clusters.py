@@ -1,7 +1,7 @@
 """Start clusters, share them, and stop each when its last user is done.
 
-A cluster is described by a manifest, of which Polars Cloud runs one cluster at most. A start can be
-repeated, and whoever comes after the cluster has stopped gets a new one by the same name.
+Each cluster has a manifest, and Polars Cloud runs at most one cluster per manifest. A start can be
+repeated. After the cluster has stopped, the next start makes a new one with the same name.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk import task
 
 from .cloud.client import (
+    SPEC,
     default_context,
     get_cluster_id,
     get_cluster_status,
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+OPTIONS = {"name", *SPEC, "insecure", "labels"}
+"""Options of a cluster: those of `ComputeContext` but for the workspace."""
+
 STARTING_PAUSE_SECONDS = 1.0
 """Worker poll interval in seconds for a cluster that is starting."""
 
@@ -47,12 +51,11 @@ STARTING_PAUSE_SECONDS = 1.0
 def use_cluster(cluster: Cluster, *, stop: bool = True) -> Iterator[ComputeContext]:
     """Use a cluster inside a `with` block. Its last user stops it at the end.
 
-    The first query starts the cluster unless it is running. Every query of the context is recorded
-    before it is sent, whichever way it is submitted, and ends with the task. In a `@query_task` the
-    cluster is used until the queries that the task returns have ended. A try whose worker shuts
-    down leaves the cluster to the next try.
+    The first query starts the cluster unless it is running. Every query on the context is recorded
+    before it is sent, and does not outlive the task. In a `@query_task` the use lasts until the
+    returned queries have ended. If the worker shuts down, the next try takes over the cluster.
 
-    Unlike `with ctx:` this never replaces an exception of the body, and accepts that the cluster
+    Unlike `with ctx:`, it never hides an exception of the body, and does not fail if the cluster
     has already stopped.
 
     Parameters
@@ -61,7 +64,7 @@ def use_cluster(cluster: Cluster, *, stop: bool = True) -> Iterator[ComputeConte
         Manifest's `name`, and options of `polars_cloud.ComputeContext`: `cpus`, `memory`,
         `cluster_size`, `idle_timeout_mins`, ... The manifest is registered if need be.
     stop
-        False: nobody stops the cluster, its idle timeout does.
+        False: leave the cluster to its idle timeout.
 
     Yields
     ------
@@ -71,11 +74,11 @@ def use_cluster(cluster: Cluster, *, stop: bool = True) -> Iterator[ComputeConte
     Raises
     ------
     ClusterRefusedError
-        `cluster` has no name, or a connection mode that is not supported.
+        `cluster` has no name, or an option that does not exist or is not supported.
     ValueError
         Polars Cloud refused the options.
     QueryNotAwaitedError
-        Nobody waits for a query of the body.
+        The body ended without waiting for a query.
     """
     check_cluster(cluster)
     scope = current_scope()
@@ -131,7 +134,7 @@ def shared_cluster(
     """Keep a cluster running while the tasks that are made inside the `with` block run.
 
     Makes a setup task `start_cluster` and a teardown task `stop_cluster`. The teardown begins when
-    each task between them has ended, retries included, and a task that failed still fails the run.
+    all tasks between them have ended, retries included. A failed task still fails the run.
 
     Parameters
     ----------
@@ -140,7 +143,7 @@ def shared_cluster(
     conn_id
         Id of the Airflow Connection.
     check
-        Called in `start_cluster` before it starts anything; an exception of it fails the task.
+        Called by `start_cluster` before the start. Its exception fails the task.
 
     Raises
     ------
@@ -162,7 +165,7 @@ def shared_cluster(
     def stop_cluster() -> None:
         stop_for_run(cluster, conn_id, started_by)
 
-    # Not @teardown, of which a second use in one process fails: "Trigger rule not configurable".
+    # Not @teardown: its second use in one process fails with "Trigger rule not configurable".
     stop: Any = stop_cluster()
     with stop.as_teardown(setups=start) as between:
         before = set(dag.task_ids)
@@ -179,7 +182,7 @@ def start_for_run(cluster: Cluster, conn_id: str) -> None:
         use = ClusterUse(scope.record.owner._replace(whole_run=True), conn_id, cluster["name"])
         ctx = _open_use(scope, use, cluster)
         start_and_wait(scope, ctx)
-        scope.clusters.keep(use)  # a setup that fails is never torn down
+        scope.clusters.keep(use)  # last: a failed setup has no teardown
         logger.info("Cluster %s of manifest %s is running", get_cluster_id(ctx), use.manifest)
 
 
@@ -210,7 +213,7 @@ def start_and_wait(scope: TaskScope, ctx: ComputeContext) -> None:
     assert cluster_id is not None, "it was started, or is running"
     began = time.monotonic()
     while (status := session.call(ctx.get_status)).name == "STARTING":
-        scope.check_killed()  # of a thread, which no signal reaches
+        scope.check_killed()  # signals do not reach a thread
         check_deadline(scope)
         defer_until_started(scope, cluster_id, after=time.monotonic() - began)
         time.sleep(STARTING_PAUSE_SECONDS)
@@ -220,11 +223,16 @@ def start_and_wait(scope: TaskScope, ctx: ComputeContext) -> None:
 
 
 def check_cluster(cluster: Cluster) -> None:
-    """Refuse a cluster of which no record could be kept."""
+    """Refuse a cluster that cannot be recorded."""
     if not isinstance(cluster, Mapping) or not cluster.get("name"):
         raise ClusterRefusedError(
-            f"A cluster needs a name, by which it is found again after its worker was killed: "
+            f"A cluster needs a name, so that it can be found after its worker was killed: "
             f'write {{"name": "airflow-reports", ...}} instead of {cluster!r}'
+        )
+    if unknown := cluster.keys() - OPTIONS:
+        raise ClusterRefusedError(
+            f"A cluster has no option {', '.join(sorted(map(str, unknown)))}: the options are "
+            f"{', '.join(sorted(OPTIONS))}"
         )
     _check_mode(cluster["name"], cluster.get("connection_mode") or "direct")
 
@@ -240,13 +248,13 @@ def _check_mode(name: str, mode: str) -> None:
 def _open_use(scope: TaskScope, use: ClusterUse, cluster: Cluster) -> ComputeContext:
     """Record the use of a cluster, and return the context of its manifest."""
     scope.clusters.check_open(use.manifest)  # before the manifest changes
-    scope.session.find_workspace()  # without one, nobody could end what is on record
+    scope.session.find_workspace()  # without it, no orphan could be ended
     is_used = functools.partial(has_other_users, scope.session, use)
     ctx = register_manifest(scope.session, cluster, is_used)
     _check_mode(use.manifest, ctx.connection_mode)
     scope.clusters.record(use)  # before the first query starts the cluster
     if get_cluster_id(ctx):
-        is_used()  # ends the queries of tasks that have ended: ours would wait behind them
+        is_used()  # cancels orphans: our query would wait behind them
     logger.info(
         "Using cluster %s of manifest %s", get_cluster_id(ctx) or "(to be started)", use.manifest
     )

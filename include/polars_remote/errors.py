@@ -27,7 +27,7 @@ class WorkspaceNotFoundError(PolarsRemoteError, AirflowFailException):
 
 
 class ClusterRefusedError(PolarsRemoteError, AirflowFailException):
-    """The cluster cannot be used with what this package promises. Not retried."""
+    """The cluster, or a call on its context, is not supported. Not retried."""
 
 
 class ClusterNotStartedError(PolarsRemoteError, RuntimeError):
@@ -35,7 +35,7 @@ class ClusterNotStartedError(PolarsRemoteError, RuntimeError):
 
 
 class QueryRefusedError(PolarsRemoteError, AirflowFailException):
-    """The query was not sent, because it cannot be kept on record. Not retried."""
+    """The query was not sent, or the task returned one that is not on record. Not retried."""
 
 
 class QueryCanceledError(PolarsRemoteError, AirflowFailException):

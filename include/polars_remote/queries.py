@@ -1,4 +1,4 @@
-"""Queries of a task: recorded, labeled, submitted once, resumed, waited for and ended."""
+"""Record, label, submit, resume, await and cancel the queries of a task."""
 
 from __future__ import annotations
 
@@ -41,19 +41,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STOP_RACE_SECONDS = 30.0
-"""Age up to which a query is submitted anew, once, if its cluster was stopped under it."""
+"""Maximum age in seconds of a query that is submitted anew after its cluster was stopped."""
 
 if TYPE_CHECKING:
     Query = DirectQuery
 else:
     Query = object  # importing it costs as much as Polars
-"""A `polars_cloud.DirectQuery`, as a sink of a remote query or `execute(blocking=False)` gives."""
+"""`polars_cloud.DirectQuery`, which a remote sink or `execute(blocking=False)` returns."""
 
 
 def detach(query: DirectQuery) -> str:
-    """Let the query run on without anybody who waits for it or ends it, and return its id.
+    """Let the query run on without the task, and return its id.
 
-    Its cluster is left to the idle timeout. A later try of the task submits the query again.
+    Nobody waits for the query or cancels it. Its cluster is left to the idle timeout. A later try
+    of the task submits the query again.
     """
     scope, query_id = current_scope(), get_query_id(query)
     name = scope.queries.find_name(query_id)
@@ -64,18 +65,18 @@ def detach(query: DirectQuery) -> str:
 
 
 class RecordingClient:
-    """Stands between a context and the client's own connection to the cluster.
+    """Record queries between a context and the client's own connection to the cluster.
 
-    Whichever way a query is submitted on the context, it is on record before it is sent. It ends
-    with the task: it is canceled when the task fails, is marked, cleared or runs out of time before
-    the query has ended. When only the worker ends, the query runs on and the next try resumes it.
-    When the reply is lost, the query is found by its destination before it is submitted a second
-    time; a temporary result has none, and its query is then submitted again.
+    Every query on the context is recorded before it is sent. It is canceled if the task fails, is
+    marked, is cleared or times out before the query has ended. If only the worker ends, the query
+    runs on and the next try resumes it. If the reply is lost, the query is looked up by its
+    destination before it is submitted again. A temporary result has no destination, so its query is
+    submitted again.
 
     Parameters
     ----------
     ctx
-        Of the cluster, which the first query starts.
+        Context of the cluster. The first query starts the cluster.
     manifest
         Name of the cluster's manifest.
     start
@@ -96,14 +97,14 @@ class RecordingClient:
         self._is_open = True
         self._starting = threading.Lock()
         self._known: dict[str, list[tuple[str, str | None]]] = {}
-        """Queries that each cluster had before, with their destinations."""
+        """Ids and destinations of earlier queries, by cluster id."""
         self._queries: dict[str, tuple[str, DirectQuery]] = {}
-        """By id: name, and the query on the client's own connection."""
+        """Name, and query on the client's own connection, by query id."""
         self._submit_again: dict[str, Callable[[], DirectQuery]] = {}
-        """By name, for a query whose cluster may be stopped under it."""
+        """Functions that submit a query anew, by name."""
         self._canceled: set[str] = set()
         self.names: set[str] = set()
-        """Names of the queries that may have been submitted on the context, or were resumed."""
+        """Names of queries that were resumed, submitted, or may have been submitted."""
 
     def close(self) -> None:
         """Refuse further queries: the context's block has ended."""
@@ -125,7 +126,7 @@ class RecordingClient:
         Raises
         ------
         QueryRefusedError
-            The query cannot be kept on record, or would write nowhere. No cluster was started.
+            The query cannot be recorded, or its cluster cannot write to the destination.
         Exception
             Polars Cloud did not accept the query; it runs nowhere.
         """
@@ -174,7 +175,7 @@ class RecordingClient:
         TimeoutError
             The query has not ended within `timeout_ms`.
         QueryCanceledError, QueryLostError
-            It ended without a result. A query that failed is left to the client to raise.
+            The query ended without a result. The client raises the error of a failed query.
         """
         name, query = self._queries[str(query_id)]
         results = wait_until_ended(
@@ -203,9 +204,9 @@ class RecordingClient:
     # How a query is submitted
 
     def submit_again(self, name: str) -> DirectQuery | None:
-        """Submit a query anew, once, if somebody has stopped its cluster as it was submitted.
+        """Submit a query anew, once, if its cluster was stopped during the submission.
 
-        The last user of a cluster stops it. Who has come in that moment may lose a query to it.
+        The last user stops the cluster. At that moment another task may submit a query.
         """
         submit = self._submit_again.pop(name, None)
         record = self._scope.queries.get_record(name)
@@ -232,8 +233,7 @@ class RecordingClient:
         return status in ("STOPPING", "STOPPED") and not reason
 
     def _check_open(self, name: str, *, anew: bool = False) -> None:
-        # A query that a task returned is submitted anew after its block, which still uses the
-        # cluster.
+        # A returned query may be submitted anew after its block: the task still uses the cluster.
         if self._scope.queries.is_closed or not (self._is_open or anew):
             raise QueryRefusedError(
                 f"The query for {name} was not submitted, because the use_cluster block of its "
@@ -258,7 +258,7 @@ class RecordingClient:
         destination = plan.destinations[0] if len(plan.destinations) == 1 else ""
         for may_have_stopped in (True, False):
             with self._starting:
-                # Nobody stops a cluster that is started after the block.
+                # After the block, nobody would stop the cluster.
                 self._check_open(name, anew=anew)
                 self._start(ctx)
             self._check_open(name, anew=anew)
@@ -297,9 +297,9 @@ class RecordingClient:
         return kept
 
     def _find_known(self, destination: str) -> list[str]:
-        """Return ids of queries with this destination that the cluster has already.
+        """Return ids of queries with this destination that the cluster already has.
 
-        No clock is asked: whatever the cluster has now is not the query to come.
+        Ids need no synchronized clocks to tell earlier queries from the new one.
         """
         cluster_id = get_cluster_id(self._ctx) or ""
         if destination and cluster_id not in self._known:
@@ -311,9 +311,9 @@ class RecordingClient:
 
 
 class _Submission:
-    """Submits a query, and leaves no second one behind.
+    """Submit a query, and cancel duplicates.
 
-    An attempt that was given up without a reply may still be accepted, much later.
+    An attempt that was abandoned without a reply may still be accepted much later.
     """
 
     def __init__(
@@ -337,7 +337,7 @@ class _Submission:
         """Submit the query, unless an earlier attempt was accepted."""
         if self._was_tried and (found := self._find_accepted()):
             logger.info(
-                "The query was accepted although the reply was lost: continuing with it: %s",
+                "The query was accepted although the reply was lost, continuing with it: %s",
                 describe(found),
             )
             return found
@@ -351,12 +351,13 @@ class _Submission:
         return query
 
     def end(self, kept: DirectQuery | None) -> None:
-        """Cancel each query but the one that is kept, now or when its reply arrives.
+        """Cancel all accepted queries except `kept`, now or when their replies arrive.
 
         Parameters
         ----------
         kept
-            None if the caller was interrupted: one with a destination is found by it.
+            None if the caller was interrupted. A query with a destination can be found later, and
+            is not canceled here.
         """
         with self._lock:
             self._is_over = True
@@ -385,7 +386,7 @@ class _Submission:
 
 
 def get_recording_client(query: DirectQuery) -> RecordingClient | None:
-    """Return the client that has recorded the query, or None if it was connected to otherwise."""
+    """Return the client that recorded the query, or None if there is none."""
     client = get_client(query)
     return client if isinstance(client, RecordingClient) else None
 

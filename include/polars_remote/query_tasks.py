@@ -1,6 +1,6 @@
 """`@query_task`: a task that returns a submitted query succeeds when the query does.
 
-It holds no worker slot until then.
+The task holds no worker slot until then.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 QUERY = "polars_cloud_query"
-"""Key of what stands for a query, by its name, in what a task returns."""
+"""Key of the placeholder for a query in a task's return value. Its value is the query's name."""
 
 
 @overload
@@ -58,18 +58,18 @@ def query_task(
     multiple_outputs: bool | None = None,
     **options: Any,
 ) -> Any:
-    """Make a task of a function that returns a submitted query, or a list or dict of them.
+    """Make a task of a function that returns a submitted query, or a list or dict of queries.
 
-    In place of `@task`, and with its options; `@authenticate` stays below it. The task succeeds
-    when its queries have succeeded, and holds no worker slot until then. In the place of each query
-    it returns the `location` of its result, a list of URIs. A query that fails raises its own
-    exception in the task, and the task's other queries are canceled. Each Asset among the task's
-    outlets gets an event with `location` and `rows`, in the shape of what the task returns.
+    Replaces `@task` and takes its options. Put `@authenticate` below it. The task succeeds when its
+    queries have succeeded, and holds no worker slot until then. It returns the `location` of each
+    result, a list of URIs, in place of the query. A query that fails raises its own exception in
+    the task, and the task's other queries are canceled. Each Asset among the task's outlets gets an
+    event with `location` and `rows`, in the shape of the return value.
 
     For the first 3 seconds the worker itself waits. While a cluster starts, the task holds no slot
-    either; when it is running, the function is called again from its beginning. Without a triggerer
-    the task waits in its worker: at once with `POLARS_CLOUD_DEFER=0`, and after some minutes
-    otherwise.
+    either. When the cluster is running, the function is called again from its beginning. Without a
+    triggerer the task waits in its worker: at once with `POLARS_CLOUD_DEFER=0`, and after some
+    minutes otherwise.
 
     Examples
     --------
@@ -89,12 +89,12 @@ def query_task(
 
 
 class QueryLink(BaseOperatorLink):
-    """Leads from a task in Airflow's UI to its query's page on Polars Cloud."""
+    """Link in Airflow's UI from a task to its query's page on Polars Cloud."""
 
     name = "Polars Cloud query"
 
     def get_link(self, operator: Any, *, ti_key: Any) -> str:
-        """Return the page of the task's query, the first one's if there are several."""
+        """Return the page of the task's first query."""
         return str(operator.page)
 
 
@@ -104,9 +104,9 @@ class QueryTask(DecoratedOperator, PythonOperator):
     Attributes
     ----------
     defers
-        Whether it gives its slot back while it waits.
+        Whether the task defers while it waits.
     page
-        The address of its query's page.
+        Address of the query's page.
     """
 
     custom_operator_name = "@query_task"
@@ -129,14 +129,14 @@ class QueryTask(DecoratedOperator, PythonOperator):
     def resume_execution(
         self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context
     ) -> Any:
-        """Resume after a deferral, also where its trigger has failed or was never run."""
+        """Resume after a deferral, even if the trigger failed or never ran."""
         if has_lost_its_trigger(next_method):
             for line in (next_kwargs or {}).get("traceback") or ():
                 logger.warning("%s", line.rstrip())
             logger.warning(
                 "No triggerer watches this task (%s): it waits in its worker from now on. Is a "
-                "triggerer running, with this folder on its PYTHONPATH or in plugins/? If there is "
-                "to be none, set POLARS_CLOUD_DEFER=0",
+                "triggerer running, with this folder on its PYTHONPATH or in plugins/? If you run "
+                "none, set POLARS_CLOUD_DEFER=0",
                 (next_kwargs or {}).get("error"),
             )
             self.defers = False
@@ -150,7 +150,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
         waits_for: str | None = None,
         conn_id: str = "polars_cloud",
     ) -> Any:
-        """Go on with what the task waits for, and with what its trigger has seen of it.
+        """Resume the task with the results that its trigger has seen.
 
         Raises
         ------
@@ -160,7 +160,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
         event = event or {}
         if waits_for:
             wait: Wait | None = Wait.load(json.loads(waits_for))
-        else:  # the trigger has failed, which replaces what the task is resumed with
+        else:  # a failed trigger replaces the arguments of `resume`
             stored = record.get_task(record.task_key(Owner.current(), context["ti"].id))
             wait, conn_id = (stored.waits_for, stored.conn_id) if stored else (None, conn_id)
         if wait is None:
@@ -184,7 +184,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
     def _go_on(
         self, scope: TaskScope, context: Context, wait: Wait, seen: Mapping[str, Any]
     ) -> Any:
-        """Finish with the results that the trigger has seen, and wait for the others."""
+        """Add the results that the trigger has seen, and wait for the other queries."""
         _restore_outlet_events(context, from_json(wait.outlet_events))
         returned = from_json(wait.returned)
         names = _find_names(returned)
@@ -203,7 +203,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
         return _finish(context, returned, wait.results)
 
     def settle(self, scope: TaskScope, returned: Any) -> Any:
-        """Wait for the queries in what the task's function has returned."""
+        """Wait for the queries that the task's function has returned."""
         context = get_current_context()
         queries: dict[str, DirectQuery] = {}
         results: dict[str, Result] = {}
@@ -249,7 +249,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
         return _finish(context, named, wait.results)
 
     def _wait(self, scope: TaskScope, wait: Wait, queries: Mapping[str, DirectQuery]) -> None:
-        """Add the results of the queries to the wait, after a deferral if need be."""
+        """Wait for the queries, and add their results to `wait`; defer if they take long."""
         clients = {
             name: client for name, each in queries.items() if (client := get_recording_client(each))
         }
@@ -260,7 +260,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
         seconds = {"seconds": deferral.IN_WORKER_SECONDS} if self.defers else {}
         found = wait_until_ended(
             scope,
-            # On the cluster's own connection, if this worker has one.
+            # Over this worker's own connection, if it has one.
             {**queries, **scope.queries.get_open(queries)},
             resubmit=resubmit,
             **seconds,
@@ -276,16 +276,11 @@ class QueryTask(DecoratedOperator, PythonOperator):
 
 
 class _StoppedAtOnce(Exception):
-    """A cluster was stopped under a query as it was submitted; the task submits it anew."""
+    """The cluster was stopped during the submission; the task submits the query anew."""
 
 
 def _refuse(queries: Sequence[DirectQuery]) -> NoReturn:
-    """Cancel queries that were not submitted on a context of `use_cluster`.
-
-    Raises
-    ------
-    QueryRefusedError
-    """
+    """Refuse queries that are not on record; cancel those submitted without `use_cluster`."""
     ids = ", ".join(map(get_query_id, queries))
     if all(map(get_recording_client, queries)):
         raise QueryRefusedError(
@@ -322,7 +317,7 @@ def _reconnect(scope: TaskScope, name: str) -> DirectQuery:
 
 
 def _finish(context: Context, named: Any, results: Mapping[str, Result]) -> Any:
-    """Put results where the task has returned queries, and into its outlets' events."""
+    """Replace the queries in the return value by results, and add results to outlet events."""
 
     def put(part: str, value: Any) -> Any:
         return getattr(results[value[QUERY]], part) if _is_name(value) else value
@@ -339,7 +334,7 @@ def _finish(context: Context, named: Any, results: Mapping[str, Result]) -> Any:
 
 
 def map_queries(function: Callable[[Any], Any], value: Any) -> Any:
-    """Return the value with each of its parts replaced: of lists and dicts, or the value itself."""
+    """Apply the function to each item of nested lists and dicts, or to the value itself."""
     if isinstance(value, Mapping) and not _is_name(value):
         return {key: map_queries(function, each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -371,7 +366,7 @@ def _find_page(scope: TaskScope, names: Iterable[str]) -> str:
 
 
 def _get_outlet_events(context: Context) -> list[dict[str, Any]]:
-    """Return what the function has told of its outlets: a deferral would lose it."""
+    """Return the outlet events that the function has set; a deferral would lose them."""
     events: Any = context["outlet_events"]
     return [
         {

@@ -1,4 +1,4 @@
-"""The triggers by their former path, which tasks name that were deferred before an upgrade."""
+"""Former path of the triggers, for tasks that were deferred before an upgrade."""
 
 from typing import Any
 

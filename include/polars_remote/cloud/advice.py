@@ -1,4 +1,4 @@
-"""Advice on errors of queries that the storage has caused."""
+"""Advice on a query's storage errors."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 from collections.abc import Collection
 
 BUCKET = re.compile(r"\b(?!https?:)[a-z][a-z0-9+.-]*://[^/\s'\"]+(?=/)")
-"""An error also names the storage's own address, as http or https."""
+"""Bucket URI in an error. An http or https address is the storage service's own."""
 
 
 def add_advice(error: Exception, upstream: Collection[str] = ()) -> None:
-    """Add a note that says what to do, if the error is one that is known.
+    """Add a note with advice, if the error is known.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ def _find_advice(error: Exception, upstream: Collection[str]) -> str | None:
             return f"The bucket {bucket} does not exist: correct the URI, or create it"
         if "redirect" in text:
             return (
-                f"The bucket {bucket} is in another region than the cluster looks in: use one in "
+                f"The bucket {bucket} is not in the cluster's region: use a bucket in "
                 "the region of the workspace, or give scans and sinks "
                 'storage_options={"aws_region": ...}'
             )

@@ -41,7 +41,7 @@ COMPARED_AS_WRITTEN = {
     "env_vars",
     "idle_timeout_mins",
 }
-"""Options that the client keeps as the code gives them."""
+"""Options that the client does not normalize."""
 
 
 def not_found_error() -> type[Exception]:
@@ -76,11 +76,11 @@ def get_manifest_name(ctx: ComputeContext) -> str | None:
 
 def was_available(ctx: ComputeContext) -> bool:
     """Return whether the cluster accepted queries when its status was last read."""
-    return ctx._last_known_status.is_started()  # "available" counts one that starts
+    return ctx._last_known_status.is_started()  # is_available() also counts STARTING
 
 
 def forget_cluster(ctx: ComputeContext) -> None:
-    """Allow the next start: the client refuses one after a cluster has failed or stopped."""
+    """Allow the next start: the client refuses to start after a cluster has failed or stopped."""
     from polars_cloud import ComputeContextStatus
 
     ctx._compute_id = ctx._direct_client = None
@@ -119,14 +119,14 @@ def get_spec(ctx: ComputeContext) -> dict[str, Any]:
         name: getattr(ctx, attribute) for name, attribute in SPEC.items() if hasattr(ctx, attribute)
     }
     spec["log_level"] = spec["log_level"].as_str()
-    if name := get_manifest_name(ctx):  # of which the context keeps no requirements
+    if name := get_manifest_name(ctx):  # the context keeps no requirements of it
         manifest = API_CLIENT.get_compute_cluster_manifest(ctx.workspace.id, name)
         spec["requirements"] = manifest.requirements_txt
     return spec
 
 
 def get_changes(ctx: ComputeContext, options: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the options that differ from the context's: by name, the old and the new value.
+    """Return the old and new value of each option that differs from the context's, by name.
 
     The options are in `COMPARED_AS_WRITTEN`.
     """
@@ -167,16 +167,16 @@ class QueryClient(Protocol):
 
 
 def send_queries_through(client: QueryClient, ctx: ComputeContext) -> None:
-    """Make the context send its queries, by whichever route, through the client given.
+    """Make the context send all its queries through this client.
 
     With polars-cloud 0.12, each route of a query on a direct context ends in `do_query`: sinks,
-    `execute`, `show`, `explain`, `spawn` and `RemoteEngine`. `ctx.start()` does nothing any more:
-    whoever implements `do_query` starts the cluster.
+    `execute`, `show`, `explain`, `spawn` and `RemoteEngine`. `ctx.start()` does nothing then: the
+    client's `do_query` starts the cluster.
     """
     ctx.__class__ = _redirected_context()
     ctx._redirected_to = client  # type: ignore[attr-defined]
     if not ctx._last_known_status.is_available():
-        forget_cluster(ctx)  # the client sends no query if it knows of a stop
+        forget_cluster(ctx)  # the client sends no query after a stop
 
 
 _default = ContextVar["ComputeContext | None"]("default", default=None)
@@ -186,7 +186,7 @@ _default = ContextVar["ComputeContext | None"]("default", default=None)
 def default_context(ctx: ComputeContext) -> Iterator[None]:
     """Let queries of the body that name no context, as in `lf.remote()`, use this one.
 
-    The client's own default is one for all threads and coroutines.
+    All threads and coroutines share the client's own default.
     """
     token = _default.set(ctx)
     try:
@@ -199,7 +199,7 @@ def default_context(ctx: ComputeContext) -> Iterator[None]:
 def refuse_queries_without_context() -> None:
     """Refuse queries of this process that name no context, outside of `default_context`.
 
-    The client would start a cluster for each that nobody stops.
+    For each, the client would start a cluster that nobody stops.
     """
     from polars_cloud import ComputeContext, set_compute_context
 
@@ -243,7 +243,7 @@ def _redirected_context() -> type[ComputeContext]:
             return status
 
         def register(self, name: str) -> None:
-            """Refuse: the cluster would be started by a name that is not on record."""
+            """Refuse: the cluster would start under a name that is not on record."""
             raise ClusterRefusedError(
                 f"The manifest {name} was not registered on a context of use_cluster: call "
                 "ensure_manifest"
@@ -252,12 +252,12 @@ def _redirected_context() -> type[ComputeContext]:
         def unregister(self) -> None:
             """Refuse: the first query starts the cluster by its manifest."""
             raise ClusterRefusedError(
-                f"The manifest {self._name} was not removed, because use_cluster uses it: do so "
-                "after the block, on a context of your own"
+                f"The manifest {self._name} was not removed, because use_cluster uses it: remove "
+                "it after the block, on a context of your own"
             )
 
         def _forget_stop(self) -> None:
-            """Let the next query pass: the client sends none if it knows of the stop."""
+            """Forget the stop: the client would not send the next query."""
             self._last_known_status = ComputeContextStatus.UNINITIALIZED
 
         def _get_direct_client(self) -> Any:
@@ -319,7 +319,7 @@ def connect_query(query_id: str, ctx: ComputeContext) -> DirectQuery:
 
 
 def get_stages(query: DirectQuery) -> tuple[int, int | None]:
-    """Return how many of a query's stages are done, and of how many if that is known yet."""
+    """Return the number of finished stages, and the total if it is known."""
     details = query._client.get_query_details(query._query_id)
     return len(details.finished_stages), details.total_num_stages
 
@@ -327,8 +327,8 @@ def get_stages(query: DirectQuery) -> tuple[int, int | None]:
 def connect_queries(ctx: ComputeContext) -> Callable[[str], DirectQuery]:
     """Return a function that connects to the cluster's queries with the current login.
 
-    The client has one login per process. These queries keep theirs, whoever logs in later, until
-    it expires.
+    The client has one login per process. These queries keep their login until it expires, even if
+    another account logs in.
     """
     from polars_cloud import ClientOptions, DirectQuery, TLSOptions
     from polars_cloud.constants import API_CLIENT

@@ -1,4 +1,4 @@
-"""Keep a manifest registered as the code says, for the worker's versions of Polars and Python."""
+"""Register manifests as the code describes them, for the worker's Polars and Python."""
 
 from __future__ import annotations
 
@@ -34,10 +34,9 @@ def register_manifest(
 ) -> ComputeContext:
     """Register the manifest if it is absent, and anew if its options have changed.
 
-    A manifest pins Polars and Python to the patch, and the client refuses one that does not match.
-    A cluster that is in use keeps its size until its users have left; a live cluster of other
-    versions runs on, without a name, until its idle timeout. An option that the code leaves out
-    stays as it was registered.
+    A manifest pins the patch versions of Polars and Python, and the client refuses a mismatch. A
+    cluster keeps its size while it is in use. A live cluster of other versions runs on without a
+    manifest until its idle timeout. An option that the code omits keeps its registered value.
 
     Parameters
     ----------
@@ -49,7 +48,7 @@ def register_manifest(
     Returns
     -------
     polars_cloud.ComputeContext
-        By the manifest's name.
+        Context of the manifest.
 
     Raises
     ------
@@ -111,10 +110,10 @@ def find_manifest(session: CloudSession, name: str) -> ComputeContext | None:
 def _find_changes(session: CloudSession, registered: ComputeContext, cluster: Cluster) -> str:
     options = {key: value for key, value in cluster.items() if key != "name"}
     if not options.keys() <= COMPARED_AS_WRITTEN:
-        # The client normalizes the others, and refuses those that it does not know.
+        # The client normalizes the other options, and refuses unknown ones.
         unnamed = _unnamed(session, cluster)
         old, new = (session.call(get_spec, ctx) for ctx in (registered, unnamed))
-        # What the code leaves open is for Polars Cloud to fill in.
+        # Polars Cloud fills in options that the code omits.
         changes = {key: (old[key], new[key]) for key in new if new[key] and old[key] != new[key]}
     else:
         changes = get_changes(registered, options)
@@ -127,10 +126,10 @@ def _register(session: CloudSession, wanted: ComputeContext, name: str) -> Compu
         try:
             session.call(wanted.register, name)
         except ValueError as error:
-            # It may be there: registered by another task, or by this one when the reply was lost.
+            # It may exist: another task registered it, or this task did and the reply was lost.
             if found := find_manifest(session, name):
                 return found
-            # Or it was there, and another task that changes it as well has just removed it.
+            # Or it existed, and another task that changes it has just removed it.
             refusal = error
         else:
             logger.info("Registered manifest %s", name)

@@ -1,4 +1,4 @@
-"""Read from a serialized plan where its query writes."""
+"""Read a query's destinations from its serialized plan."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Plan(NamedTuple):
     destinations
         URIs that its sinks name. Empty for a temporary result.
     digest
-        Of the plan's bytes, which are equal in each process for the same code, except where a
-        Python `set` went in.
+        Digest of the plan's bytes. The same code gives the same bytes in each process, unless the
+        plan contains a Python `set`.
     has_location
-        Whether a successful query tells where its result is: not with `sink_batches` or `explain`.
+        Whether a successful query has a `location`; False for `sink_batches` and `explain`.
     """
 
     destinations: tuple[str, ...]
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
 
 
 def read_plan(plan: bytes) -> Plan:
-    """Take the sinks from a plan that Polars 2.0 serialized.
+    """Read the sinks of a plan that Polars 2.0 serialized.
 
     A plan is a header and a MessagePack document: the root's index, the data of in-memory frames,
     and last the nodes. Only the root and the nodes are decoded.

@@ -1,4 +1,4 @@
-"""Find a submitted query again, and cancel it."""
+"""Find and cancel submitted queries."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def end_query(session: CloudSession, query: DirectQuery) -> None:
                 return
             if is_canceled:
                 raise
-        query.cancel()  # quiet about every error
+        query.cancel()  # raises no error
         is_canceled = True
         if not query.get_status().is_done():
             raise TimeoutError("it is still running")

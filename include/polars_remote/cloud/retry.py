@@ -39,7 +39,7 @@ TRANSIENT_TEXT = re.compile(
     r"Error calling gRPC endpoint, (" + "|".join(TRANSIENT_GRPC) + r"),"
     r"|Error setting up gRPC connection"
     r"|Error calling REST endpoint: error sending request"
-    # The token endpoint: no answer, or one of a gateway that stands in front of it.
+    # The token endpoint: no answer, or a gateway's answer.
     r"|Error getting access token"
     r"|Error parsing access token JSON: (?!.*missing field `access_token`)"
 )
@@ -62,7 +62,7 @@ def retry(function: Callable[[], T], *, call_timeout: float | None = OUTAGE_SECO
     Parameters
     ----------
     function
-        May be carried out more than once.
+        Function that may run more than once.
     call_timeout
         Seconds after which a call without a reply is abandoned; None: never.
 
@@ -101,7 +101,7 @@ def retry(function: Callable[[], T], *, call_timeout: float | None = OUTAGE_SECO
     retrying = Retrying(
         retry=retry_if_exception(is_transient),
         stop=lambda _: time.monotonic() >= ends,
-        # The last try comes at the very end: no outage within the budget is too long.
+        # The last attempt is at the very end, so an outage may last for the whole budget.
         wait=lambda state: max(min(pause(state), ends - time.monotonic()), 0.0),
         before_sleep=log_outage,
         reraise=True,
@@ -111,7 +111,7 @@ def retry(function: Callable[[], T], *, call_timeout: float | None = OUTAGE_SECO
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Limit the calls in the body to this many seconds, all together."""
+    """Limit the calls in the body to this many seconds in total."""
     token = _deadline.set(time.monotonic() + seconds)
     try:
         yield
@@ -126,7 +126,7 @@ def time_left(seconds: float) -> float:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Return whether the call is worth a retry. The client tells so in texts only, not in types."""
+    """Return whether to retry the call. Only the error's text shows it, not its type."""
     if isinstance(error, TimeoutError | ConnectionError):
         return True
     text = str(error)
@@ -166,8 +166,8 @@ def in_thread(function: Callable[[], T], timeout: float | None = None) -> T:
 def start_thread(function: Callable[[], T]) -> Future[T]:
     """Run the function in a daemon thread; its result arrives in the future."""
     future = Future[T]()
-    future.set_running_or_notify_cancel()  # whoever gives it up cannot cancel it any more
-    context = copy_context()  # tells Airflow whose log it is
+    future.set_running_or_notify_cancel()  # an abandoned call cannot be canceled
+    context = copy_context()  # Airflow finds the task's log by it
 
     def run() -> None:
         try:

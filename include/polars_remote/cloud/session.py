@@ -26,10 +26,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 EMULATOR = "polars-cloud-emulator"
-"""Client ID of the emulator's account: never sent to the real service, nor a real one to it."""
+"""Client ID of the emulator's account. It is never sent to the real service. A real client ID is
+never sent to the emulator."""
 
-# The client has one exception type for every failed login: only the text tells a refusal from an
-# outage.
+# The client has one exception type for every failed login. Only the text shows whether it was a
+# refusal or an outage.
 REFUSED_LOGIN = "missing field `access_token`"
 LOGGED_OUT = "The request does not have valid authentication credentials"
 
@@ -50,7 +51,7 @@ class CloudSession:
         self._workspace: Workspace | None = None
 
     def log_in(self) -> None:
-        """Log in now. Otherwise the first call does.
+        """Log in now instead of at the first call.
 
         Raises
         ------
@@ -163,7 +164,7 @@ _login = _Login()
 def log_in(conn_id: str) -> Exception | None:
     """Log in with the Connection; return the error for the caller to raise.
 
-    The frames in here hold the secret, and an exception that is raised in one shows its locals.
+    Return it, because a traceback shows local variables, and these frames hold the secret.
     """
     connection = find_connection(conn_id)
     if isinstance(connection, Exception):

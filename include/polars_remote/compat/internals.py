@@ -9,7 +9,7 @@ from airflow.sdk.exceptions import AirflowRuntimeError, ErrorType
 from airflow.sdk.execution_time import comms, task_runner
 
 TASK_ENDS = {"success", "failed", "skipped", "upstream_failed", "removed"}
-"""States in which a task neither runs nor is going to."""
+"""States of a task that has ended."""
 
 
 def has_supervisor() -> bool:
@@ -20,7 +20,7 @@ def has_supervisor() -> bool:
 def read_variable(key: str) -> Any:
     """Return a Variable's value from JSON, or None if there is none.
 
-    `Variable.get` gives the default as well where Airflow does not answer.
+    `Variable.get` returns its default even if Airflow does not answer.
 
     Raises
     ------

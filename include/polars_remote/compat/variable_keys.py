@@ -1,10 +1,10 @@
-"""Find the record's Variables by their keys, also where Airflow cannot list Variables.
+"""Find the record's Variables by their keys, even if Airflow cannot list Variables.
 
-Before 3.3 it cannot: there, lists of keys are Variables, too. Tasks share most lists, and Airflow
-has no way to write a Variable only if nobody else has. Each writer looks again a little later, and
-repeats what another one has undone. Two that write at the same moment may still lose a key: a
-cluster is then taken for unused between two queries, and `clean_up` does not find what a killed
-task has left. The list of a task's tries is its own.
+Before Airflow 3.3, the keys are kept in lists, which are Variables, too. Tasks share most lists,
+and Airflow has no conditional write. So each writer reads the list again a little later, and
+repeats its change if another writer has undone it. Two simultaneous writers may still lose a key. A
+cluster may then seem unused between two queries, and `clean_up` may miss an orphan. Only the list
+of a task's tries is not shared.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ LISTS = "polars_cloud/keys"
 """Prefix of the keys of the lists."""
 
 SHARDS = 8
-"""Over which a shared list is spread, so that writers seldom meet."""
+"""Number of parts of a shared list, so that writers seldom collide."""
 
 
 def find(prefix: str, run: str = "") -> list[str]:
-    """The keys that begin with the prefix; of one run, if it is given.
+    """Return the keys that begin with the prefix; of one run, if it is given.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def find(prefix: str, run: str = "") -> list[str]:
 
 
 def add(key: str) -> None:
-    """Make a key known, before its Variable is written."""
+    """Add a key to its lists, before its Variable is written."""
     if not LISTS_VARIABLES:
         for name in _lists_of(key):
             while key not in (known := _read(name)):
@@ -52,7 +52,7 @@ def add(key: str) -> None:
 
 
 def remove(key: str) -> None:
-    """Counterpart of `add`, after the Variable was deleted."""
+    """Remove a key from its lists, after its Variable was deleted."""
     if not LISTS_VARIABLES:
         for name in _lists_of(key):
             while key in (known := _read(name)):
@@ -65,7 +65,7 @@ def remove(key: str) -> None:
 
 
 def _lists_of(key: str) -> list[str]:
-    """The lists that a key stands in: its run's, and its task's or its manifest's."""
+    """Return the lists that hold a key: its run's, and its task's or its manifest's."""
     shard = int(hashlib.sha256(key.encode()).hexdigest(), 16) % SHARDS
     match key.split("/"):
         case [_, "task", run, task, _]:
@@ -95,5 +95,5 @@ def _read(name: str) -> list[str]:
 
 
 def _let_others_write(began: float) -> None:
-    """Wait for longer than another writer takes from its look to its write."""
+    """Wait longer than another writer takes from its read to its write."""
     time.sleep((time.monotonic() - began) * random.uniform(2, 3))

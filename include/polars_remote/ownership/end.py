@@ -1,8 +1,8 @@
-"""The one way to end what a task has started.
+"""End the queries and cluster uses of tasks.
 
-An entry of the record whose owner has ended, by Airflow's word, is ended by whoever sees it first:
-the task itself, its next try, a teardown, a trigger, a DAG's callback, the next user of the same
-cluster, or the sweep. The result of a task never depends on it.
+An entry on record is an orphan when its owner has ended, according to Airflow. Whoever sees an
+orphan first ends it: the next try, a teardown, a trigger, a DAG's callback, the next user of the
+same cluster, or the sweep. A task's result never depends on this.
 """
 
 from __future__ import annotations
@@ -58,25 +58,26 @@ class Left(NamedTuple):
 
 
 def clean_up(context: Context | None = None) -> None:
-    """End what ended tasks have left: the `on_failure_callback` and `on_success_callback` of a DAG.
+    """End orphans: use it as `on_failure_callback` and `on_success_callback` of a DAG.
 
     A run that exceeds its `dagrun_timeout` skips its teardown, and a worker that is killed at a
-    task's last try leaves its query behind. Tasks that were cleared since are active again, and
-    keep their queries.
+    task's last try leaves an orphan. Tasks that were cleared since are active, and keep their
+    queries.
 
-    Airflow calls back once, in the DAG processor, and kills the call after
-    `dag_file_processor_timeout`, which a list of callbacks shares: put `clean_up` first.
+    Airflow calls it once, in the DAG processor, and kills the call after
+    `dag_file_processor_timeout`. A list of callbacks shares this time, so put `clean_up` first.
 
     Parameters
     ----------
     context
-        Of the run. Without it, of all runs, as in the DAG `end_orphans`; this needs Airflow 3.3.
+        Airflow's context, to end orphans of its run. Without it, orphans of all runs are ended, as
+        in the DAG `end_orphans`; this needs Airflow 3.3.
     """
     if not has_supervisor():
-        return  # `dag.test()` kills no task, and nobody answers for Airflow
+        return  # `dag.test()` kills no task, and has no supervisor to ask
     if context is None:
         if not LISTS_VARIABLES:
-            logger.warning("Nothing is ended: this Airflow cannot list Variables, as 3.3 can")
+            logger.warning("No orphan is ended: only Airflow 3.3 and newer can list Variables")
         left = end_orphans()
     else:
         seconds = conf.getfloat("dag_processor", "dag_file_processor_timeout") - PARSE_SECONDS
@@ -86,20 +87,20 @@ def clean_up(context: Context | None = None) -> None:
 
 
 def end_orphans(run: str = "", *, besides: Collection[str] = ()) -> list[Left]:
-    """End each entry whose owner has ended, and return what is left.
+    """End all orphans, and return those that could not be ended.
 
     Parameters
     ----------
     run
         `Owner.run`; all runs if empty.
     besides
-        Keys of tasks that somebody watches. Their uses of clusters are left alone as well: without
-        them, nobody would stop the cluster when the queries have ended.
+        Keys of watched tasks. Their cluster uses are left alone, too: without them, nobody would
+        stop the cluster when the queries have ended.
     """
     left: list[Left] = []
     watched = {record.get_owner_part(key) for key in besides}
     done: set[str] = set()
-    # Queries first: a cluster on which none runs can be stopped.
+    # Queries first: only a cluster without running queries can be stopped.
     for prefix, of_run, get in (
         (f"{record.TASKS}{run}/" if run else record.TASKS, "", record.get_task),
         (record.CLUSTERS, run, record.get_use),
@@ -116,7 +117,7 @@ def _end_orphan(
     run: str,
     done: set[str],
 ) -> list[Left]:
-    """End the entry if its owner has ended; add the keys of a task's uses of clusters to `done`."""
+    """End the entry if its owner has ended; add a task's remaining cluster uses to `done`."""
     try:
         entry = get(key)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -124,14 +125,14 @@ def _end_orphan(
     if entry is None:
         return []
     try:
-        # The state is asked after the entry was read: an ended owner writes no more.
+        # Ask for the state after reading the entry: an owner that has ended writes no more.
         if entry.owner.is_active():
             if run:
                 logger.info("%s is active: nothing of it is ended", entry.owner)
             return []
     except Exception as error:
         return [Left("the entry", entry.owner, str(error))]
-    logger.info("Ending what %s has left", entry.owner)
+    logger.info("Ending orphans of %s", entry.owner)
     session = CloudSession(entry.conn_id)
     if isinstance(entry, ClusterUse):
         return end_use(session, entry)
@@ -141,7 +142,7 @@ def _end_orphan(
 
 
 def end_task_entry(key: str) -> list[Left]:
-    """End what a deferred task has started, unless a later try owns it."""
+    """End the queries and cluster uses of a deferred task, unless a later try owns them."""
     task = record.get_task(key)
     if task is None:
         return []
@@ -160,9 +161,9 @@ def end_task(
     given_up: Collection[str] = (),
     find: FindQuery | None = None,
 ) -> list[Left]:
-    """Cancel a task's queries, give up its clusters, and erase its entry; never raises.
+    """Cancel a task's queries, end its cluster uses, and erase its entry; never raises.
 
-    What could not be ended stays on record, and is returned.
+    Queries and uses that could not be ended stay on record, and are returned.
 
     Parameters
     ----------
@@ -171,7 +172,7 @@ def end_task(
     given_up
         Names of queries and keys of uses that could not be ended a moment ago.
     find
-        Connects to a query; by the ids on record unless given.
+        Function that connects to a query; by default, by the ids on record.
     """
     queries = {name: each for name, each in task.queries.items() if name not in ended}
     to_end = {name: each for name, each in queries.items() if name not in given_up}
@@ -214,7 +215,7 @@ def end_queries(
     queries: Mapping[str, QueryRecord],
     find: FindQuery | None = None,
 ) -> dict[str, Left]:
-    """Cancel the queries, several at a time, and return what is left by name; never raises."""
+    """Cancel the queries concurrently, and return the failures by name; never raises."""
     if not queries:
         return {}
 
@@ -237,7 +238,7 @@ def end_queries(
 
 def find_recorded(session: CloudSession, name: str, query: QueryRecord) -> DirectQuery | None:
     """Connect to a query on record, or return None if its cluster is gone or does not know it."""
-    # Releases before the second wrote no destination: it was the name.
+    # Older releases wrote no destination: the name was the destination.
     destination = query.destination or ("" if name.startswith("temporary result") else name)
     return find_query(session, query.cluster_id, query.query_id, destination, query.known)
 
@@ -247,14 +248,14 @@ def end_use(
 ) -> list[Left]:
     """End a use of a cluster; the last user stops it. Never raises.
 
-    Of two who end their use at the same time, each looks again when it is off the record: one of
-    them is the last. If the stop fails, the use is put on record again. The uses of owners that
-    have ended go off the record when the cluster has been stopped for them.
+    Two users may end at the same time. Each erases its use, then checks again for other users; the
+    later one finds none and stops the cluster. If the stop fails, the use is recorded again.
+    Orphaned uses are erased after the stop.
 
     Parameters
     ----------
     ctx
-        Of the cluster, if its id is known.
+        Context of the cluster, if its id is known.
     """
     others = _Others(session, use)
     is_erased = False
@@ -278,7 +279,7 @@ def end_use(
 
 
 def has_other_users(session: CloudSession, use: ClusterUse) -> bool:
-    """Return whether another active task uses the cluster; end the queries of ended tasks on it."""
+    """Return whether another active task uses the cluster; cancel orphans on the cluster."""
     return _Others(session, use).are_active()
 
 
@@ -289,17 +290,17 @@ class _Others:
         self._session = session
         self._use = use
         self.want_stop = use.stops
-        """Whether this user, or one that has ended without doing so, stops the cluster."""
+        """Whether this user, or one of the users that have ended, is to stop the cluster."""
         self._ended = set[str]()
 
     def are_active(self) -> bool:
-        """Return whether any is active; end the queries of those that have ended."""
+        """Return whether another user is active; cancel the queries of users that have ended."""
         for key in record.find_keys(record.cluster_prefix(self._use.manifest)):
             if key == self._use.key or not (other := record.get_use(key)):
                 continue
             if other.owner.is_active():
                 return True
-            # Another Connection's is left to the sweep, as this process has one login at a time.
+            # The sweep ends uses of other Connections: this process has one login at a time.
             if other.conn_id == self._session.conn_id and self._end_tasks(other):
                 self.want_stop |= other.stops
                 self._ended.add(key)
@@ -323,7 +324,7 @@ class _Others:
             task = record.get_task(key)
             if task is None or task.owner.is_active():
                 continue
-            logger.info("Ending what %s has left", task.owner)
+            logger.info("Ending orphans of %s", task.owner)
             left = end_queries(self._session, task.owner, task.queries)
             log_left(left.values())
             all_ended &= not left
@@ -340,7 +341,7 @@ def _stop(session: CloudSession, use: ClusterUse, ctx: ComputeContext | None) ->
     """Stop the cluster unless a query runs on it; return False if another user has come."""
     manifest = use.manifest
     status = session.call(ctx.get_status) if ctx else None
-    # One that has stopped may have a successor, which another user has started.
+    # After a stop, another user may have started a new cluster of the manifest.
     if status is None or not status.is_available():
         try:
             ctx = find_manifest(session, manifest)
@@ -354,14 +355,16 @@ def _stop(session: CloudSession, use: ClusterUse, ctx: ComputeContext | None) ->
     deadline = time.monotonic() + time_left(WIND_UP_SECONDS)
     while status.name == "RUNNING":
         if time.monotonic() > deadline:
-            logger.info("Cluster %s runs on: it has a query of somebody else", get_cluster_id(ctx))
+            logger.info(
+                "Cluster %s runs on: a query of somebody else is running", get_cluster_id(ctx)
+            )
             return True
         time.sleep(0.2)
         status = session.call(ctx.get_status)
     if not status.is_available():
         logger.info("Cluster of manifest %s is not running: nothing to stop", manifest)
         return True
-    # Asked again: somebody may have come while the cluster became idle.
+    # Check again: another user may have come while the cluster became idle.
     if has_other_users(session, use):
         return False
     session.call(ctx.stop)
@@ -370,6 +373,6 @@ def _stop(session: CloudSession, use: ClusterUse, ctx: ComputeContext | None) ->
 
 
 def log_left(left: Iterable[Left]) -> None:
-    """Warn of what could not be ended."""
+    """Log a warning for each failure."""
     for each in left:
         logger.warning("%s. It stays on record, for the next try, clean_up or the sweep", each)

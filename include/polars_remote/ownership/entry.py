@@ -1,4 +1,4 @@
-"""The entry of a try on record, and whether the try still owns it."""
+"""Entry of a try on record, and whether the try still owns the entry."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from .record import TaskRecord
 logger = logging.getLogger(__name__)
 
 OWNER_SECONDS = 5.0
-"""Seconds for which a try counts as the latest without asking: Airflow starts the next one after a
-frozen worker's heartbeats have been missing for far longer."""
+"""Seconds for which a try counts as the latest without asking Airflow. A frozen worker's heartbeats
+must be missing for much longer before Airflow starts the next try."""
 
 
 class TaskEntry:
     """Entry of a try on record.
 
-    It outlives a worker that is killed: the next try adopts it. A try whose entry was adopted owns
-    nothing any more, and leaves everything alone.
+    If the worker is killed, the next try adopts the entry. The earlier try then owns nothing, and
+    leaves everything alone.
 
     Attributes
     ----------
     key
-        Of the entry. Those of a task's tries are in the tries' order, as ids are version 7 UUIDs.
+        Key of the entry. Keys sort in the order of the tries, because ids are version 7 UUIDs.
     record
-        The entry as it is to be stored.
+        Content of the entry.
     is_stored
-        Whether there is an entry.
+        Whether the entry was written.
     lock
         Held while the record is changed.
     """
@@ -41,14 +41,14 @@ class TaskEntry:
         self.is_stored = False
         self.lock = threading.RLock()
         self._owner_at = time.time()
-        """When this try was known to be the latest."""
+        """When this try was last known to be the latest."""
 
     def save(self) -> None:
         self.is_stored = True
         record.put(self.key, self.record)
 
     def is_owned(self) -> bool:
-        """Return whether no later try has adopted the entry; a frozen worker does not know."""
+        """Return whether this try is the latest; asks Airflow at most every `OWNER_SECONDS`."""
         if time.time() - self._owner_at > OWNER_SECONDS:
             asked_at = time.time()
             keys = record.find_keys(record.task_key(self.record.owner))
@@ -58,13 +58,7 @@ class TaskEntry:
         return True
 
     def check_owned(self) -> None:
-        """Refuse to start what a later try would not know of.
-
-        Raises
-        ------
-        TakenOverError
-            A later try owns the task's queries.
-        """
+        """Raise `TakenOverError` if a later try owns the task's queries."""
         if not self.is_owned():
             raise TakenOverError("A later try of this task owns its queries: nothing is started")
 
@@ -79,13 +73,13 @@ class TaskEntry:
         return False
 
     def restore(self) -> None:
-        """Take up what this try has recorded before it was deferred."""
+        """Load the entry that this try wrote before it was deferred."""
         if stored := record.get_task(self.key):
             self.is_stored = True
             self.record = stored
 
     def adopt_earlier_tries(self) -> None:
-        """Adopt what earlier tries have recorded."""
+        """Adopt the entries of earlier tries."""
         mine = self.record
         for key in sorted(record.find_keys(record.task_key(mine.owner))):
             if key < self.key and (earlier := record.get_task(key)):

@@ -1,4 +1,4 @@
-"""Tell a task that a user has ended from a worker that is shut down."""
+"""Distinguish a task that a user has ended from a worker that is shutting down."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ANSWER_SECONDS = 1.5
 """Share of GRACE_SECONDS for asking Airflow about the task's state."""
 
 ENDED_BY_USER = {"failed", "success", "skipped", "restarting", "upstream_failed", "removed"}
-"""States of a running task that a user has marked or cleared, or whose run is out of time."""
+"""States of a task that was marked or cleared while it ran, or whose run timed out."""
 
 
 class TaskKilled(SystemExit):
@@ -32,10 +32,10 @@ class TaskKilled(SystemExit):
 
 
 def is_ended_by_user(owner: Owner) -> bool:
-    """Return whether a user, or the end of the run's time, has ended the task.
+    """Return whether a user or the run's time-out has ended the task.
 
-    SIGTERM comes for a user's click, and as well when a worker is shut down or has lost Airflow's
-    API server. Only Airflow knows, and where it does not answer the queries run on.
+    Airflow sends SIGTERM after a user's click, and also when a worker shuts down or loses the API
+    server. Only the task's state shows which. If Airflow does not answer, the queries run on.
     """
     try:
         states = in_thread(
@@ -60,7 +60,7 @@ def is_ended_by_user(owner: Owner) -> bool:
 
 @contextmanager
 def grace(error: BaseException | None) -> Iterator[None]:
-    """Keep the calls in the body within the time that Airflow leaves after this error."""
+    """If the error is a kill, limit the calls in the body to the time before SIGKILL."""
     if isinstance(error, TaskKilled):
         with time_limit(error.deadline - time.monotonic()):
             yield

@@ -21,7 +21,7 @@ def get_labels() -> list[str]:
 
 
 def shorten(label: str) -> str:
-    """Cut a label that is too long, and keep it apart from others that begin alike."""
+    """Cut a label that is too long, and append a digest to keep it unique."""
     text = label.encode()
     if len(text) <= LONGEST:
         return label

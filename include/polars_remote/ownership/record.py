@@ -1,12 +1,12 @@
 """The record: which query and which cluster belongs to which task.
 
-An entry is an Airflow Variable. Only Variables are seen by each task of each DAG and by the DAG
-processor, outlive a worker that is killed, and can be listed. An entry exists while a query or a
-cluster is in use, and has a single writer: the task that its key names. Keys are digests: they may
-have 250 characters, and a name in them could be taken for a secret's, whose value is masked.
+An entry is an Airflow Variable. All tasks and the DAG processor can read and list Variables, and a
+Variable outlives a killed worker. An entry exists while a query or a cluster is in use. Its single
+writer is the task that its key names. Keys consist of digests: a key has at most 250 characters,
+and Airflow masks the value of a key that looks like the name of a secret.
 
-`task_state_store` and `ResumableJobMixin`, which is built on it, show an entry to its own task
-alone: neither another user of a cluster nor a callback could read it.
+`task_state_store`, and `ResumableJobMixin` on top of it, show an entry to its own task only. Other
+users of a cluster and callbacks could not read it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TASKS, CLUSTERS = f"{PREFIX}/task/", f"{PREFIX}/cluster/"
 
 
 class Owner(NamedTuple):
-    """A task of a run; for a shared cluster the run as a whole, by the task that starts it."""
+    """A task of a run. For a shared cluster: the whole run, by its task `start_cluster`."""
 
     dag_id: str
     run_id: str
@@ -59,7 +59,7 @@ class Owner(NamedTuple):
         return digest(self.task_id, self.map_index, self.whole_run)
 
     def is_active(self) -> bool:
-        """Return whether the owner has not ended, by Airflow's word."""
+        """Return whether the owner has not ended, according to Airflow."""
         task_id = None if self.whole_run else self.task_id
         states = in_thread(
             lambda: get_task_states(self.dag_id, self.run_id, task_id, self.map_index)
@@ -69,10 +69,10 @@ class Owner(NamedTuple):
 
 @dataclass
 class Stored:
-    """A part of an entry, as a dict in JSON.
+    """Part of an entry, as a dict in JSON.
 
-    Releases share the record during an upgrade. What another release has written is kept: fields
-    that this one does not know are in `unknown`, and a field's stored name never changes.
+    During an upgrade, two releases share the record. Fields that this release does not know are
+    kept in `unknown`. A field's stored name never changes.
     """
 
     STORED_AS: ClassVar[dict[str, str]] = {}
@@ -103,17 +103,17 @@ class QueryRecord(Stored):
     Attributes
     ----------
     cluster_id, manifest
-        Where it runs.
+        Cluster that runs the query, and its manifest.
     known
-        Ids of the queries with its destination that the cluster had before.
+        Ids of earlier queries on the cluster with the same destination.
     try_number
-        The try that submitted it.
+        Try that submitted the query.
     destination
-        URI that it writes to; empty if it has none, or several.
+        URI that the query writes to; empty if there is none, or if there are several.
     has_location
-        Whether it tells where its result is once it has succeeded.
+        Whether the query has a `location` once it has succeeded.
     query_id, page, submitted_at
-        Known once it was submitted; the time in seconds since the epoch.
+        Set after the submission; the time is in seconds since the epoch.
     """
 
     cluster_id: str
@@ -127,7 +127,7 @@ class QueryRecord(Stored):
     submitted_at: float | None = None
 
     def dump(self) -> dict[str, Any]:
-        """Leave out what is not known yet: releases before the second take each field as known."""
+        """Omit fields without a value: older releases take each stored field as set."""
         return {key: value for key, value in super().dump().items() if value not in (None, "")}
 
 
@@ -141,7 +141,7 @@ class Result(Stored):
 
 @dataclass
 class Wait(Stored):
-    """State of a deferred task, for the time when it is resumed.
+    """State that a deferred task is resumed with.
 
     Attributes
     ----------
@@ -150,10 +150,10 @@ class Wait(Stored):
     cluster
         Id of the cluster that is starting.
     returned, outlet_events
-        What the task's function returned, with names in the place of queries, and told of its
-        outlets; serialized as for an XCom.
+        Return value of the task's function, with names in place of queries, and its outlet events;
+        both serialized as for an XCom.
     results
-        Of the queries that have ended, by name.
+        Results of the queries that have ended, by name.
     """
 
     since: float
@@ -180,9 +180,9 @@ class TaskRecord(Stored):
     clear_number
         How often the run had been cleared when the try began.
     is_stale
-        The task has failed or was cleared: its queries are ended, not resumed.
+        The task has failed or was cleared: its queries are canceled, not resumed.
     queries
-        By name: the destination, or a temporary result's digest.
+        Queries by name. The name is the destination, or a temporary result's digest.
     cluster_uses
         Keys of the entries about clusters that the task uses.
     waits_for
@@ -248,7 +248,7 @@ def task_key(owner: Owner, ti_id: object = "") -> str:
 
 
 def cluster_prefix(manifest: str) -> str:
-    """Return what the keys of all uses of the manifest's cluster begin with."""
+    """Return the prefix of the keys of all uses of the manifest's cluster."""
     return f"{CLUSTERS}{digest(manifest)}/"
 
 
@@ -310,7 +310,7 @@ _turn = threading.Lock()
 
 
 def _in_turn(function: Callable[[], T]) -> T:
-    """Call in a thread, after what an earlier caller was interrupted in has been carried out."""
+    """Call in a thread, after an earlier call has finished whose caller was interrupted."""
 
     def call() -> T:
         with _turn:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SCOPE = "polars_remote_scope"
-"""Key of the scope in Airflow's context of the try, where each of its threads finds it."""
+"""Key of the scope in Airflow's task context, which all threads of the task share."""
 
 
 class TaskClusters:
@@ -51,12 +51,7 @@ class TaskClusters:
         """Keys of uses that could not be ended."""
 
     def check_open(self, manifest: str) -> None:
-        """Refuse to use a cluster after the task has ended.
-
-        Raises
-        ------
-        QueryRefusedError
-        """
+        """Raise `QueryRefusedError` if the task has ended."""
         if self._queries.is_closed:
             raise QueryRefusedError(
                 f"The cluster of manifest {manifest} is not used, because its task has ended: "
@@ -65,7 +60,7 @@ class TaskClusters:
 
     @contextmanager
     def turn(self, manifest: str) -> Iterator[None]:
-        """Let threads of the task open and close blocks of one manifest one after the other."""
+        """Serialize the opening and closing of a manifest's blocks by threads of the task."""
         with self._entry.lock:
             turn = self._turns[manifest]
         with turn:
@@ -91,7 +86,7 @@ class TaskClusters:
                 self._entry.record.cluster_uses.append(use.key)
             self._entry.save()
             if earlier := self._uses.get(use.manifest):
-                use.stops |= earlier.stops  # an outer block's
+                use.stops |= earlier.stops  # of an outer block
             self._uses[use.manifest] = use
         record.put(use.key, use)
 
@@ -108,7 +103,7 @@ class TaskClusters:
         names: Collection[str],
         error: BaseException | None = None,
     ) -> None:
-        """End a block that uses a cluster; after an error, with its queries of these names."""
+        """End a block that uses a cluster; after an error, cancel the named queries first."""
         with grace(error):
             can_end = self._entry.can_be_ended()
             if error and can_end:
@@ -151,7 +146,7 @@ class TaskScope:
     session
         Calls Polars Cloud.
     entry, queries, clusters
-        What it has recorded, its queries, and the clusters that it uses.
+        Entry, queries and clusters of the try.
     """
 
     def __init__(self, conn_id: str) -> None:
@@ -177,7 +172,7 @@ class TaskScope:
 
     @property
     def record(self) -> TaskRecord:
-        """The entry as it is to be stored."""
+        """Content of the entry."""
         return self.entry.record
 
     @property
@@ -186,7 +181,7 @@ class TaskScope:
         return hasattr(self.task, "defers")
 
     def begin(self) -> None:
-        """Log in, and end what earlier tries have left if the task was cleared or has failed.
+        """Log in, and cancel earlier tries' queries if the task was cleared or has failed.
 
         Raises
         ------
@@ -198,7 +193,7 @@ class TaskScope:
         self.session.log_in()
         refuse_queries_without_context()
         if self.record.is_stale:
-            logger.info("The task was cleared, or has failed: it submits everything anew")
+            logger.info("The task was cleared, or has failed: it submits its queries anew")
             left = end_queries(self.session, self.record.owner, self.record.queries)
             if left:
                 self.queries.given_up.update(left)
@@ -209,20 +204,20 @@ class TaskScope:
             self.entry.save()
 
     def settle(self, returned: Any) -> Any:
-        """Return the task's value: a `@query_task` waits for the queries in what was returned."""
+        """Return the task's value; a `@query_task` first waits for the queries in it."""
         settle = getattr(self.task, "settle", None)
         return settle(self, returned) if settle else returned
 
     def defer(self, waits_for: Wait, deferral: TaskDeferred) -> NoReturn:
-        """Leave the worker, and everything as it is, until the deferral's trigger fires."""
+        """Save the entry and defer the task. Its queries and clusters keep running."""
         self.record.waits_for = waits_for
         self.entry.save()
         raise deferral
 
     def is_finished_by(self, error: BaseException) -> bool:
-        """Return whether the task itself has ended, and not just the worker that runs this try.
+        """Return whether the error ends the task, and not only this worker's part of it.
 
-        A task that is deferred goes on elsewhere.
+        A deferral does not end the task.
         """
         # A coroutine sees the kill as a cancellation.
         if not isinstance(error, TaskKilled) and not self._is_killed:
@@ -233,7 +228,7 @@ class TaskScope:
         return self._is_ended_by_user
 
     def close(self, error: BaseException | None = None) -> None:
-        """End what is left, and log what could not be ended; never raises."""
+        """End the task's queries and cluster uses, and log failures; never raises."""
         self.leave()
         if not self.entry.is_stored:
             return
@@ -253,49 +248,39 @@ class TaskScope:
             self.entry.is_stored = bool(left or given_up)
 
     def leave(self) -> None:
-        """Submit nothing any more, and leave everything to the next try or the trigger."""
+        """Refuse further queries, and leave the rest to the next try or the trigger."""
         with self.entry.lock:
             self.queries.is_closed = True
 
     def mark_left(self) -> None:
-        """Note that the task goes on elsewhere."""
+        """Note that the task is deferred, or continues in its next try."""
         self._is_left = True
 
     def on_kill(self) -> None:
-        """Unwind the task: by itself Airflow's SIGTERM runs no `finally` of a `@task`.
-
-        Raises
-        ------
-        TaskKilled
-        """
+        """Raise `TaskKilled`: Airflow's SIGTERM alone runs no `finally` block of a `@task`."""
         # Airflow calls this for a time-out as well, which needs no second exception.
         if isinstance(sys.exc_info()[1], AirflowTaskTimeout):
             return
         error = TaskKilled()
         self._is_killed = True
-        # Killed while it is being deferred: no trigger is there yet to end what it has started.
+        # Killed while it is being deferred: there is no trigger yet that could end its queries.
         if self.queries.is_closed and self.record.waits_for and self.is_finished_by(error):
             self.close(error)
         raise error
 
     def check_killed(self) -> None:
-        """Raise once the task was killed: Airflow's signals reach the main thread alone.
-
-        Raises
-        ------
-        TaskKilled
-        """
+        """Raise `TaskKilled` if the task was killed: signals reach only the main thread."""
         if self._is_killed:
             raise TaskKilled
 
 
 @contextmanager
 def task_scope(conn_id: str) -> Iterator[TaskScope]:
-    """End with the body whatever it starts, unless the next try is to resume it."""
+    """End the body's queries and cluster uses after the body, unless the next try resumes them."""
     scope = TaskScope(conn_id)
     context = cast("dict[str, Any]", get_current_context())
     context[SCOPE] = scope
-    # On the task itself: when SIGTERM comes while it is being deferred, its context is gone.
+    # On the task itself: during a deferral the context is already gone when SIGTERM comes.
     scope.task.on_kill = scope.on_kill
     try:
         if is_resumed(get_current_context()):
@@ -329,14 +314,14 @@ def find_scope() -> TaskScope | None:
 
 
 def has_begun(conn_id: str) -> bool:
-    """Return whether the task that is running has a scope, which it shares with all its functions.
+    """Return whether the running task has a scope, which all its functions share.
 
-    A scope of its own would replace the record of that one.
+    A second scope would overwrite the first one's entry.
 
     Raises
     ------
     LoginRefusedError
-        The scope is another Connection's.
+        The scope is logged in with another Connection.
     """
     scope = find_scope()
     if scope is None or scope.queries.is_closed:

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 class TaskQueries:
     """The queries of a try, by name.
 
-    The name of a query is its destination. One with no destination, or with several, is named by
-    its plan and its turn, so that a try whose code has changed does not resume another plan's.
+    The name of a query is its destination. A query with no destination, or with several, is named
+    by its plan's digest and a number. A try whose code has changed then does not resume it.
 
     Attributes
     ----------
     ended
-        Names of those of which the task knows how they ended.
+        Names of queries of which the task knows how they ended.
     given_up
-        Names of those that could not be canceled.
+        Names of queries that could not be canceled.
     is_closed
         Set when the task has ended: nothing is submitted any more.
     """
@@ -37,7 +37,7 @@ class TaskQueries:
         self._session = session
         self._try_number = try_number
         self._reserved: dict[str, str] = {}
-        """By destination and by name: name of the query that has it."""
+        """Names of queries, by destination and by name."""
         self._open: dict[str, DirectQuery] = {}
         self.ended: set[str] = set()
         self.given_up: set[str] = set()
@@ -49,7 +49,7 @@ class TaskQueries:
         Raises
         ------
         QueryRefusedError
-            The task has ended, or writes to a destination already.
+            The task has ended, or another of its queries writes to the destination.
         """
         with self._entry.lock:
             if self.is_closed:
@@ -84,7 +84,7 @@ class TaskQueries:
         return self._entry.record.queries.get(name)
 
     def find_resumable(self, name: str) -> DirectQuery | None:
-        """Connect to an earlier try's query, unless there is none or it will never succeed."""
+        """Return an earlier try's query if it runs or has succeeded, or else None."""
         earlier = self.get_record(name)
         if earlier is None:
             return None
@@ -95,7 +95,7 @@ class TaskQueries:
         return query
 
     def put(self, name: str, query: QueryRecord, found: DirectQuery | None = None) -> None:
-        """Record a query that this try is about to submit or, if found, has submitted or resumed.
+        """Record a query before its submission, or with `found` after it was submitted or resumed.
 
         Raises
         ------
@@ -109,7 +109,7 @@ class TaskQueries:
             else:
                 self._open[name] = found
             self._entry.record.queries[name] = query
-            self.ended.discard(name)  # by the query of an earlier try
+            self.ended.discard(name)  # an earlier query of this name may have ended
             self._entry.save()
 
     def find_name(self, query_id: str) -> str | None:
@@ -132,7 +132,7 @@ class TaskQueries:
                 self._entry.save()
 
     def get_unended(self, names: Collection[str] | None = None) -> list[str]:
-        """Return the names of this worker's queries, all or of those given, that may still run."""
+        """Return the names of this worker's queries, or of those given, that may still run."""
         return [
             name
             for name in list(self._entry.record.queries)
@@ -140,20 +140,20 @@ class TaskQueries:
         ]
 
     def get_open(self, names: Iterable[str]) -> dict[str, DirectQuery]:
-        """Return those of the queries that this worker is connected to, by name."""
+        """Return the named queries that this worker is connected to."""
         return {name: self._open[name] for name in names if name in self._open}
 
     def check_awaited(
         self, names: Collection[str] | None = None, *, besides: Collection[str] = ()
     ) -> None:
-        """Refuse to forget a query that this try has submitted.
+        """Raise if nobody has waited for a query of this try.
 
         Parameters
         ----------
         names
             Check only queries with these names.
         besides
-            Names of queries that are going to be awaited.
+            Names of queries that will be awaited.
 
         Raises
         ------
@@ -163,17 +163,17 @@ class TaskQueries:
         if forgotten := [name for name in self.get_unended(names) if name not in besides]:
             raise QueryNotAwaitedError(
                 f"Nobody has waited for the query for {', '.join(forgotten)}, which is canceled "
-                "unless it has ended: call its await_result, return it from a @query_task, or let "
-                "it run on with detach"
+                "unless it has ended: call its await_result inside the use_cluster block, return "
+                "it from a @query_task, or let it run on with detach"
             )
 
     def uses_cluster(self, manifest: str) -> bool:
-        """Return whether one on the manifest's cluster may still run, this worker's or not."""
+        """Return whether a query of the task may still run on the manifest's cluster."""
         queries = list(self._entry.record.queries.items())
         return any(each.manifest == manifest for name, each in queries if name not in self.ended)
 
     def end(self, names: Collection[str]) -> None:
-        """Cancel those of the queries that have not ended, once; never raises."""
+        """Cancel the named queries that have not ended, once; never raises."""
         record = self._entry.record
         to_end = (set(names) & record.queries.keys()) - self.ended - self.given_up
         queries = {name: record.queries[name] for name in to_end}
@@ -185,14 +185,15 @@ class TaskQueries:
         log_left(left.values())
 
     def end_adopted(self, *, besides: Collection[str] = ()) -> None:
-        """Cancel queries of earlier tries that this one has not resumed: its own may wait behind.
+        """Cancel earlier tries' queries that this try does not resume.
 
-        Their code has changed, or names another destination.
+        Such queries remain after the code or a destination has changed. This try's queries may wait
+        behind them.
 
         Parameters
         ----------
         besides
-            Names of queries that are waited for.
+            Names of queries that are awaited.
         """
         with self._entry.lock:
             adopted = self._entry.record.queries.keys() - self._open.keys() - self._reserved.keys()

@@ -1,4 +1,4 @@
-"""Give the worker slot back while a task waits: a trigger takes over the wait."""
+"""Defer a waiting task: free its worker slot and let a trigger wait."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 IN_WORKER_SECONDS = 3.0
-"""For the first seconds the worker itself waits: what ends sooner needs no second start."""
+"""Seconds for which the worker itself waits. A query that ends sooner needs no deferral."""
 
 SHORTEST_RESUME_DELAY, LONGEST_RESUME_DELAY = 6.0, 12.0
 """Seconds until a trigger may fire, scaled by the task's start-up time. If a trigger fires before
@@ -27,15 +27,15 @@ the scheduler has seen the worker exit, Airflow treats the task as killed (apach
 #71580)."""
 
 SHORTEST_TRIGGER_TIMEOUT, LONGEST_TRIGGER_TIMEOUT = 300.0, 1800.0
-"""Seconds after which a trigger resumes the task in any case, as long as it has waited so far.
-Without a triggerer, Airflow itself resumes the task a little later."""
+"""Trigger time-out in seconds: as long as the task has waited so far, within these limits. The
+trigger then resumes the task in any case. Without a triggerer, Airflow does so a little later."""
 
 MARGIN_SECONDS = 60.0
 """Seconds between the trigger's time-out and Airflow's."""
 
 
 def defer_until_started(scope: TaskScope, cluster_id: str, *, after: float) -> None:
-    """Defer the task, if it can be, until the cluster is running; its function then runs anew.
+    """Defer a `@query_task` until the cluster is running; its function then runs again.
 
     Parameters
     ----------
@@ -78,12 +78,12 @@ def defer_until_ended(scope: TaskScope, names: Iterable[str], waits_for: Wait) -
 
 
 def check_deadline(scope: TaskScope) -> None:
-    """Keep the task's `execution_timeout`, which Airflow counts anew after each deferral.
+    """Enforce the task's `execution_timeout`: Airflow restarts it after each deferral.
 
     Raises
     ------
     AirflowTaskTimeout
-        It is over.
+        The `execution_timeout` is over.
     """
     if scope.record.deadline is not None and time.time() >= scope.record.deadline:
         raise AirflowTaskTimeout(
@@ -113,8 +113,8 @@ def _defer(scope: TaskScope, waits_for: Wait, trigger: PolarsCloudTrigger) -> No
     deferral = TaskDeferred(
         trigger=trigger,
         method_name="resume",
-        # For a record that somebody deletes. A trigger that fails replaces these.
-        # As text: Airflow serializes them, and refuses what is serialized already.
+        # A copy, in case somebody deletes the record. A failed trigger replaces these arguments. As
+        # text: Airflow refuses to serialize a value that is serialized already.
         kwargs={"waits_for": json.dumps(waits_for.dump()), "conn_id": scope.record.conn_id},
         timeout=timedelta(seconds=seconds),
     )

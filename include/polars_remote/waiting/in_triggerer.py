@@ -1,8 +1,8 @@
 """Poll queries and clusters from the triggerer, where many tasks wait in one process.
 
 Each poll is a single call in a thread, so that the triggerer's event loop is never blocked. The
-client's login is process-wide: a cluster's queries are polled with a login of their own, and the
-other calls take turns.
+client has one login per process. Queries are polled with a login of their cluster's own; all other
+calls take turns.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class WatchedCluster:
             try:
                 return await self._call(query_id, function)
             except Exception as error:
-                if is_logged_out(error):  # as a login is after a while
+                if is_logged_out(error):  # logins expire
                     return await self._call(query_id, function)
                 raise
 
@@ -111,14 +111,14 @@ class Watch:
         self.watched: set[str] = set()
         self._clusters = WeakValueDictionary[tuple[str, str], WatchedCluster]()
         self._logged: set[tuple[str, Owner | None]] = set()
-        # In a context of its own: its log is nobody's task's. It goes on when no task waits, for
-        # the tasks that did not wait here.
+        # In a context of its own, to keep its lines out of the tasks' logs. The sweep goes on when
+        # no task waits: tasks that did not wait here leave orphans, too.
         self._sweep = asyncio.get_running_loop().create_task(
             self._keep_sweeping(), context=Context()
         )
 
     def get_cluster(self, conn_id: str, cluster_id: str) -> WatchedCluster:
-        """Return the cluster's connection, shared for as long as anybody uses it."""
+        """Return the cluster's connection, which all current users share."""
         key = (conn_id, cluster_id)
         if (cluster := self._clusters.get(key)) is None:
             cluster = self._clusters[key] = WatchedCluster(conn_id, cluster_id)
@@ -151,9 +151,10 @@ def _get_watch() -> Watch:
 
 @contextmanager
 def watching_task(task_key: str) -> Iterator[None]:
-    """Watch a deferred task, and sweep what ended tasks have left that nobody watches.
+    """Watch a deferred task, and start the orphan sweep.
 
-    Airflow tells a trigger that its task has ended, unless that was before a triggerer ran it.
+    If the task ends before a triggerer runs its trigger, Airflow does not call `on_kill`. The sweep
+    ends such orphans.
     """
     watch = _get_watch()
     watch.watched.add(task_key)
@@ -168,8 +169,8 @@ async def watch_queries(
 ) -> AsyncIterator[tuple[dict[str, Any], bool]]:
     """Yield the results of the queries so far, and whether to resume the task.
 
-    That is when all have succeeded, and when waiting on is in vain here: one has failed or was
-    canceled, an outage lasts too long, a cluster has stopped.
+    Resume when all queries have succeeded, one has failed or was canceled, a cluster has stopped,
+    or an outage lasts too long.
     """
     watch = _get_watch()
     clusters = {
@@ -202,7 +203,7 @@ async def watch_queries(
 async def _poll(
     cluster: WatchedCluster, query: dict[str, Any], should_log: bool
 ) -> dict[str, Any] | None:
-    """Return a query's result, or None while it has none; raise `QueryLostError` if it will not."""
+    """Return the query's result, or None while it runs; raise `QueryLostError` if it has none."""
     query_id = query["query_id"]
     status = await cluster.call(query_id, lambda each: each.get_status())
     if not status.is_done():
@@ -218,7 +219,7 @@ async def _poll(
 async def watch_cluster(
     conn_id: str, cluster_id: str
 ) -> AsyncIterator[tuple[dict[str, Any], bool]]:
-    """Yield whether to resume the task, and why the cluster did not start if it did not."""
+    """Yield why the cluster failed to start, if it did, and whether to resume the task."""
     session = CloudSession(conn_id)
 
     def poll() -> tuple[str, str]:
@@ -248,9 +249,9 @@ class Outage:
         self._since: float | None = None
 
     def exceeds_budget(self, error: BaseException) -> bool:
-        """Return whether to resume the task, now that a poll has failed with this error."""
-        # Without a login, as where the client is missing, nothing can be polled from here: the
-        # trigger fails, and its task waits in its worker, which may be better off.
+        """Return whether to resume the task because of a poll's error."""
+        # Without a login the triggerer cannot poll, for example because the client is missing here.
+        # The trigger fails, and the task waits in its worker.
         if not isinstance(error, Exception) or isinstance(error, AirflowFailException):
             raise error
         if not is_transient(error) and not is_logged_out(error):
@@ -286,10 +287,10 @@ async def cancel_queries(conn_id: str, queries: list[dict[str, Any]]) -> None:
 
 
 async def end_task(task_key: str) -> None:
-    """End what a deferred task has started."""
+    """End the queries and cluster uses of a deferred task."""
 
     def end() -> list[Left]:
-        # Airflow gives up waiting for it then.
+        # Airflow stops waiting after this time.
         seconds = conf.getfloat("triggerer", "on_kill_timeout", fallback=30.0)
         with time_limit(seconds - 1.0):
             return end_task_entry(task_key)

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 5.0
-"""Worker poll interval in seconds: at first, and for a query that has been running for a while."""
+"""First and longest poll interval of the worker in seconds."""
 
 Resubmit = Callable[[str], "DirectQuery | None"]
-"""Submits a query anew that its cluster's stop has ended; None if that is not the cause."""
+"""Function that submits a query anew if its cluster was stopped, or else returns None."""
 
 
 def wait_until_ended(
@@ -39,7 +39,7 @@ def wait_until_ended(
     seconds: float = math.inf,
     resubmit: Resubmit = lambda name: None,
 ) -> dict[str, QueryResult]:
-    """Wait until all queries have ended, one has not succeeded, or these seconds are over.
+    """Wait until all queries have succeeded, one ends without success, or the seconds are over.
 
     Polls in Python, where Airflow's time-outs and signals reach the task.
 
@@ -84,13 +84,13 @@ def wait_until_ended(
                     logger.info("Query %s: %s", get_query_id(query), text)
             if time.time() - since > deferral.IN_WORKER_SECONDS:
                 scope.queries.end_adopted(besides=queries)
-            # After a poll: a query that has ended already is not waited for elsewhere.
+            # After the poll, so that a task whose queries have ended is not deferred.
             if time.monotonic() >= ends:
                 return results
 
 
 def _wait_for(news: threading.Event, scope: TaskScope, seconds: float) -> bool:
-    """Wait for news in a thread that may have to see for itself that the task is to end."""
+    """Wait for news; check for a kill or a time-out, which a thread gets no signal for."""
     ends = time.monotonic() + seconds
     while True:
         scope.check_killed()
@@ -103,19 +103,19 @@ def _wait_for(news: threading.Event, scope: TaskScope, seconds: float) -> bool:
 
 
 def get_result(scope: TaskScope, query: DirectQuery) -> QueryResult:
-    """Return the result of a query that has ended, in whichever way."""
+    """Return the result of a query that has ended, whatever its status."""
     return scope.session.call(lambda: query.await_result(raise_on_failure=False))
 
 
 def check_result(scope: TaskScope, name: str, query: DirectQuery, result: QueryResult) -> None:
-    """Log how the query ended, and refuse an end without a result; a failure is not raised.
+    """Log how the query ended. Raise if it has no result, but not a failed query's own error.
 
     Raises
     ------
     QueryCanceledError
-        Somebody canceled it.
+        Somebody canceled the query.
     QueryLostError
-        It succeeded without saying where its result is, or failed without saying why.
+        The query succeeded without a location, or failed without an error.
     """
     query_id = get_query_id(query)
     scope.queries.mark_ended(query_id)
@@ -149,7 +149,7 @@ def log_result(
 def refuse_forgotten(
     scope: TaskScope, names: Collection[str] | None = None, *, besides: Collection[str] = ()
 ) -> None:
-    """Refuse to forget a query, with its own exception if it fails within some seconds.
+    """Raise if nobody awaits a query: its own error if it fails within some seconds.
 
     Raises
     ------
@@ -169,9 +169,9 @@ def refuse_forgotten(
 def _held(
     queries: Mapping[str, DirectQuery],
 ) -> Iterator[tuple[dict[str, QueryResult], threading.Event]]:
-    """Hold a call for each query that is answered when it ends: most need no poll at all.
+    """Keep one call open per query, which is answered when the query ends.
 
-    A call that is held for hours is cut at times, so that polls go on beside it.
+    Most queries then need no poll. Long calls are sometimes cut, so polls go on.
     """
     held: dict[str, QueryResult] = {}
     news, is_over = threading.Event(), threading.Event()
@@ -184,7 +184,7 @@ def _held(
                     held[name] = result
                     break
             except Exception:
-                pass  # the next poll tells whether it matters
+                pass  # the next poll shows whether it matters
             is_over.wait(LONGEST_PAUSE)
         news.set()
 

@@ -28,14 +28,14 @@ def get_pause(age: float) -> float:
 
 
 class Progress:
-    """Decides when a wait is old enough for another line in the log."""
+    """Decide when to log progress."""
 
     def __init__(self, since: float) -> None:
         self._since = since
         self._next = self._after(time.time() - since)
 
     def should_log(self) -> bool:
-        """Return whether it is time for a line; at most once for each of them."""
+        """Return whether to log now; True at most once per interval."""
         age = time.time() - self._since
         if age < self._next:
             return False
@@ -52,7 +52,7 @@ class Progress:
 
 
 def describe_progress(query: DirectQuery, status: QueryStatus, age: float) -> str:
-    """Return a query's status, its stages if the cluster tells them, and its age."""
+    """Return a query's status, its stages if known, and its age."""
     stages = ""
     with suppress(RuntimeError):  # the cluster's observatory may be out of reach
         done, of_all = get_stages(query)

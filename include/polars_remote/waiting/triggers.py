@@ -1,6 +1,6 @@
 """Triggers that wait for a query or a cluster. The triggerer imports this module.
 
-Workers import it, too, to defer a task: what only the triggerer needs is imported where it is used.
+Workers import it to defer a task. Imports that only the triggerer needs are local.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 
 class PolarsCloudTrigger(BaseTrigger):
-    """Polls Polars Cloud until there is news for the task. It ends nothing unless the task ends.
+    """Poll Polars Cloud until there is news for the task.
 
     Parameters
     ----------
@@ -25,7 +25,7 @@ class PolarsCloudTrigger(BaseTrigger):
     task_key
         Key of the entry about the task.
     not_before, resume_at, deadline
-        When the trigger may fire, when it fires in any case, and when the task is out of time and
+        Earliest time to fire, latest time to fire, and end of the task's `execution_timeout`, when
         its queries are canceled; in seconds since the epoch.
     """
 
@@ -56,8 +56,8 @@ class PolarsCloudTrigger(BaseTrigger):
         }
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
-        """Fire once: with all news, or with what there is of it when the task has to be resumed."""
-        # In a thread, as Polars takes long enough to hold up every other trigger.
+        """Fire once, with the news so far."""
+        # In a thread: importing Polars would block every other trigger.
         await asyncio.to_thread(importlib.import_module, ".in_triggerer", __package__)
         from .in_triggerer import watching_task
 
@@ -73,26 +73,26 @@ class PolarsCloudTrigger(BaseTrigger):
         yield TriggerEvent(news)  # type: ignore[no-untyped-call]
 
     async def on_kill(self) -> None:
-        """End what the task has started: a user has marked or cleared it, or its run is over."""
+        """End the task's queries and cluster uses: it was marked or cleared, or its run is over."""
         from .in_triggerer import end_task
 
         await end_task(self.task_key)
 
     @abstractmethod
     def poll(self) -> AsyncIterator[tuple[dict[str, Any], bool]]:
-        """Yield again and again the news for the task, and whether to resume it now."""
+        """Yield after each poll the news for the task, and whether to resume it."""
 
     async def cancel(self) -> None:
-        """Cancel what the task must not wait for any longer; the task itself does the rest."""
+        """Cancel the queries of a task that is out of time. The task itself does the rest."""
 
 
 class QueryTrigger(PolarsCloudTrigger):
-    """Waits until each of a task's queries has succeeded, or one has not.
+    """Wait until all queries of a task have succeeded, or one ends without success.
 
     Parameters
     ----------
     queries
-        Of each its `destination`, `query_id`, `cluster_id`, `page` and `submitted_at`.
+        `destination`, `query_id`, `cluster_id`, `page` and `submitted_at` of each query.
     """
 
     def __init__(self, *, queries: list[dict[str, Any]], **times: Any) -> None:
@@ -115,7 +115,7 @@ class QueryTrigger(PolarsCloudTrigger):
 
 
 class ClusterTrigger(PolarsCloudTrigger):
-    """Waits until a cluster is running, or has failed to start."""
+    """Wait until a cluster is running or has failed to start."""
 
     def __init__(self, *, cluster_id: str, **times: Any) -> None:
         super().__init__(**times)
