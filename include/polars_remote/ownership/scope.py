@@ -229,7 +229,8 @@ class TaskScope:
 
     def close(self, error: BaseException | None = None) -> None:
         """End the task's queries and cluster uses, and log failures; never raises."""
-        self.leave()
+        with self.entry.lock:
+            self.queries.is_closed = True
         if not self.entry.is_stored:
             return
         with grace(error):
@@ -250,11 +251,7 @@ class TaskScope:
     def leave(self) -> None:
         """Refuse further queries, and leave the rest to the next try or the trigger."""
         with self.entry.lock:
-            self.queries.is_closed = True
-
-    def mark_left(self) -> None:
-        """Note that the task is deferred, or continues in its next try."""
-        self._is_left = True
+            self.queries.is_closed = self._is_left = True
 
     def on_kill(self) -> None:
         """Raise `TaskKilled`: Airflow's SIGTERM alone runs no `finally` block of a `@task`."""
@@ -297,7 +294,6 @@ def task_scope(conn_id: str) -> Iterator[TaskScope]:
             scope.close(error)
         else:
             scope.leave()
-            scope.mark_left()
         raise
     else:
         scope.close()
