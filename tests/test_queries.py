@@ -72,6 +72,13 @@ BUILTIN_ERRORS = [FileNotFoundError, MemoryError, OSError, PermissionError, Type
 
 
 @pytest.fixture(autouse=True)
+def local_engine() -> Iterator[None]:
+    """A worker that is killed inside `pl.Config` never sets the engine of this process back."""
+    yield
+    pl.Config.set_engine_affinity(None)
+
+
+@pytest.fixture(autouse=True)
 def told(caplog: pytest.LogCaptureFixture) -> None:
     """The log tells what it tells in Airflow."""
     caplog.set_level("INFO", "include")
