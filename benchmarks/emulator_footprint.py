@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import boto3
 import psutil
 
+from polars_cloud_emulator.model.workspace import DATA_BUCKET
 from polars_cloud_emulator.testing import RunningEmulator, running_emulator
-from polars_cloud_emulator.workspace import DATA_BUCKET
 
 if TYPE_CHECKING:
     from polars_cloud import ComputeContext, DirectQuery, ProxyQuery

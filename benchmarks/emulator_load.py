@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 
+from polars_cloud_emulator.model.workspace import DATA_BUCKET
 from polars_cloud_emulator.testing import RunningEmulator, running_emulator
-from polars_cloud_emulator.workspace import DATA_BUCKET
 
 INPUT_MB = 100
 QUERIES, BATCH = 5_000, 250

@@ -12,8 +12,8 @@ from typing import Any
 from rich.table import Column, Table
 
 from local_airflow import PATTERNS, ROOT, airflow_output_in, use_airflow, use_emulator
+from polars_cloud_emulator.model.workspace import DATA_BUCKET, TEMPORARY_BUCKET
 from polars_cloud_emulator.testing import RunningEmulator, running_emulator
-from polars_cloud_emulator.workspace import DATA_BUCKET, TEMPORARY_BUCKET
 
 AIRFLOW_HOME = ROOT / ".airflow"
 LOG = AIRFLOW_HOME / "demo.log"

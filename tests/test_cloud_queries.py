@@ -18,8 +18,8 @@ from include.polars_remote.cloud.queries import (
     get_page,
 )
 from include.polars_remote.cloud.session import CloudSession
+from polars_cloud_emulator.model.workspace import WORKSPACE_ID
 from polars_cloud_emulator.testing import RunningEmulator, eventually
-from polars_cloud_emulator.workspace import WORKSPACE_ID
 from tests.observed import calls, query_statuses
 
 FILE = "s3://your-bucket/results/one.parquet"
@@ -213,7 +213,8 @@ def test_a_cancel_that_never_arrives_is_an_error(
     session: CloudSession, query: Any, emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
 ) -> None:
     emulator.add_fault("CancelQuery", "connection_reset", times=1_000)
-    with pytest.raises(TimeoutError, match="still running"):
+    # The client sends calls over one connection: the status call can meet the reset, too.
+    with pytest.raises((TimeoutError, RuntimeError), match=r"still running|transport error"):
         end_query(session, query)
     eventually(lambda: query_statuses(emulator) == ["InProgress"])
     assert "Canceled" not in caplog.text

@@ -8,10 +8,10 @@ import threading
 from pathlib import Path
 
 from polars_cloud_emulator.env_file import write_env_file
-from polars_cloud_emulator.kept_state import UnreadableState
-from polars_cloud_emulator.object_store import UnusableEnvironment
-from polars_cloud_emulator.realism import CONVENIENT, REALISTIC
+from polars_cloud_emulator.model.realism import CONVENIENT, REALISTIC
 from polars_cloud_emulator.server import Emulator
+from polars_cloud_emulator.storage.kept_state import UnreadableState
+from polars_cloud_emulator.storage.object_store import UnusableEnvironment
 
 DEFAULT_PORT_BASE = 7410
 PARENT_CHECK_SECONDS = 0.5

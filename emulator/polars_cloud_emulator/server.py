@@ -22,27 +22,27 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from polars_cloud_emulator.access_tokens import CLIENT_ID, AccessTokens
-from polars_cloud_emulator.admin import Admin
-from polars_cloud_emulator.client_check import ClientCheck
 from polars_cloud_emulator.clock import Clock
-from polars_cloud_emulator.compute import TICK, Compute
-from polars_cloud_emulator.compute_plane import ComputePlane
-from polars_cloud_emulator.connections import Connection
-from polars_cloud_emulator.control_plane import ControlPlane
-from polars_cloud_emulator.errors import UnknownCall
-from polars_cloud_emulator.fault_middleware import FaultMiddleware
-from polars_cloud_emulator.faults import Faults
-from polars_cloud_emulator.grpc_transport import refusal_in_kind
-from polars_cloud_emulator.journal import Journal, JournalMiddleware
-from polars_cloud_emulator.kept_plans import KeptPlans
-from polars_cloud_emulator.kept_state import CommitMiddleware, KeptState
-from polars_cloud_emulator.object_store import ObjectStore, OutsideObjectStore
-from polars_cloud_emulator.pages import Pages
-from polars_cloud_emulator.realism import CONVENIENT, Realism
-from polars_cloud_emulator.state import State
-from polars_cloud_emulator.state_directory import StateDirectory
-from polars_cloud_emulator.workspace import ORGANIZATION_ID, WORKSPACE_ID
+from polars_cloud_emulator.faults.middleware import FaultMiddleware
+from polars_cloud_emulator.faults.pending import Faults
+from polars_cloud_emulator.model.errors import UnknownCall
+from polars_cloud_emulator.model.realism import CONVENIENT, Realism
+from polars_cloud_emulator.model.state import State
+from polars_cloud_emulator.model.workspace import ORGANIZATION_ID, WORKSPACE_ID
+from polars_cloud_emulator.planes.admin import Admin
+from polars_cloud_emulator.planes.compute_plane import ComputePlane
+from polars_cloud_emulator.planes.control_plane import ControlPlane
+from polars_cloud_emulator.planes.pages import Pages
+from polars_cloud_emulator.protocol.access_tokens import CLIENT_ID, AccessTokens
+from polars_cloud_emulator.protocol.client_check import ClientCheck
+from polars_cloud_emulator.protocol.connections import Connection
+from polars_cloud_emulator.protocol.grpc_transport import refusal_in_kind
+from polars_cloud_emulator.protocol.journal import Journal, JournalMiddleware
+from polars_cloud_emulator.storage.kept_plans import KeptPlans
+from polars_cloud_emulator.storage.kept_state import CommitMiddleware, KeptState
+from polars_cloud_emulator.storage.object_store import ObjectStore, OutsideObjectStore
+from polars_cloud_emulator.storage.state_directory import StateDirectory
+from polars_cloud_emulator.workers.compute import TICK, Compute
 
 START_TIMEOUT = 60.0
 """Seconds until a start is given up."""

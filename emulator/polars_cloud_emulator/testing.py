@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from polars_cloud_emulator.env_file import read_env_file
-from polars_cloud_emulator.isolated_python import python, without_path
-from polars_cloud_emulator.journal import ADMIN_PREFIX
-from polars_cloud_emulator.workspace import WORKSPACE_ID
+from polars_cloud_emulator.model.workspace import WORKSPACE_ID
+from polars_cloud_emulator.protocol.journal import ADMIN_PREFIX
+from polars_cloud_emulator.workers.isolated_python import python, without_path
 
 T = TypeVar("T")
 

@@ -27,7 +27,7 @@ from emulator.tests.raw_calls import (
     call_grpc,
     rest_client,
 )
-from polars_cloud_emulator.kept_objects import KeptObjects
+from polars_cloud_emulator.storage.kept_objects import KeptObjects
 
 BUCKET = "your-bucket"
 KILLS = 6

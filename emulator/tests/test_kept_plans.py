@@ -5,8 +5,8 @@ from uuid import uuid4
 
 import pytest
 
-from polars_cloud_emulator.errors import CannotKeep
-from polars_cloud_emulator.kept_plans import MAX_KEPT_PLAN, KeptPlans
+from polars_cloud_emulator.model.errors import CannotKeep
+from polars_cloud_emulator.storage.kept_plans import MAX_KEPT_PLAN, KeptPlans
 
 
 @pytest.fixture

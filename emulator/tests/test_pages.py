@@ -12,8 +12,8 @@ import pytest
 
 from emulator.tests.blocking_query import BlockingQuery
 from emulator.tests.raw_calls import CLUSTER, WORKSPACE
+from polars_cloud_emulator.model.workspace import ORGANIZATION_ID, WORKSPACE_ID
 from polars_cloud_emulator.testing import RunningEmulator, eventually
-from polars_cloud_emulator.workspace import ORGANIZATION_ID, WORKSPACE_ID
 
 StartCluster = Callable[..., Any]
 

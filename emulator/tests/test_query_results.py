@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from polars_cloud_emulator.kept_plans import MAX_KEPT_PLAN
+from polars_cloud_emulator.storage.kept_plans import MAX_KEPT_PLAN
 from polars_cloud_emulator.testing import RunningEmulator
 from tests.buckets import create_bucket_elsewhere, create_bucket_of_others
 

@@ -7,7 +7,7 @@ import boto3
 import pytest
 
 from emulator.tests.raw_calls import CLUSTER, WORKSPACE, rest_client
-from polars_cloud_emulator.realism import REALISTIC
+from polars_cloud_emulator.model.realism import REALISTIC
 from polars_cloud_emulator.testing import RunningEmulator, eventually, running_emulator
 
 QUERY = """

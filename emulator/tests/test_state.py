@@ -9,10 +9,8 @@ from uuid import UUID, uuid4
 import pytest
 
 from polars_cloud_emulator.clock import Clock
-from polars_cloud_emulator.errors import Conflict, InvalidRequest, NotFound, WrongState
-from polars_cloud_emulator.journal import MAX_ENTRIES, Journal
-from polars_cloud_emulator.kept_state import KeptState
-from polars_cloud_emulator.state import (
+from polars_cloud_emulator.model.errors import Conflict, InvalidRequest, NotFound, WrongState
+from polars_cloud_emulator.model.state import (
     MAX_ENDED_QUERIES,
     MAX_STOPPED_CLUSTERS,
     Cluster,
@@ -26,6 +24,8 @@ from polars_cloud_emulator.state import (
     TerminationReason,
     Version,
 )
+from polars_cloud_emulator.protocol.journal import MAX_ENTRIES, Journal
+from polars_cloud_emulator.storage.kept_state import KeptState
 
 OUTCOME = Outcome(destinations=["s3://x"], file_type="parquet", n_rows=1, head=None)
 MINUTE = timedelta(minutes=1)

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from polars_cloud_emulator.timeline import GAP, Axis, Interval, Span, total_seconds
+from polars_cloud_emulator.planes.timeline import GAP, Axis, Interval, Span, total_seconds
 
 NOON = datetime(2026, 6, 1, 12, tzinfo=UTC)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from polars_cloud_emulator.isolated_python import worker_environment
-from polars_cloud_emulator.worker_handle import Worker
+from polars_cloud_emulator.workers.handle import Worker
+from polars_cloud_emulator.workers.isolated_python import worker_environment
 
 
 def test_process_that_is_killed_as_it_becomes_ready_is_not_handed_out(tmp_path: Path) -> None:

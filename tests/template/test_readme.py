@@ -14,7 +14,7 @@ from include.polars_remote import errors
 from include.polars_remote.compat.versions import AirflowFailException
 from include.shop import PLACEHOLDER
 from local_airflow import ROOT
-from polars_cloud_emulator.client_check import CLIENT_VERSION
+from polars_cloud_emulator.protocol.client_check import CLIENT_VERSION
 from polars_cloud_emulator.testing import RunningEmulator
 from tests.failures.table import table
 from tests.test_versions import AIRFLOW, minor, pythons

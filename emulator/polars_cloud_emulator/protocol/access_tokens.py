@@ -7,7 +7,7 @@ from uuid import UUID
 import jwt
 
 from polars_cloud_emulator.clock import Clock
-from polars_cloud_emulator.errors import Conflict, Unauthenticated
+from polars_cloud_emulator.model.errors import Conflict, Unauthenticated
 
 CLIENT_ID = "polars-cloud-emulator"
 ACCOUNT_ID = UUID("5e41ce00-acc0-4000-8000-000000000001")

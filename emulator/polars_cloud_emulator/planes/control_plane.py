@@ -11,29 +11,26 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from polars_cloud_emulator.access_tokens import ACCOUNT_ID, AccessTokens
-from polars_cloud_emulator.client_check import ClientCheck
-from polars_cloud_emulator.compute import Compute
-from polars_cloud_emulator.errors import (
+from polars_cloud_emulator.model.errors import (
     EmulatorError,
     InvalidRequest,
     NotFound,
     PermissionDenied,
     Unauthenticated,
 )
-from polars_cloud_emulator.grpc_transport import grpc_route
-from polars_cloud_emulator.kept_plans import KeptPlans
-from polars_cloud_emulator.messages import (
-    ProxyQueryResultAnswer,
-    ProxySubmitRequest,
-    QueryReference,
+from polars_cloud_emulator.model.state import (
+    ClusterSpec,
+    Manifest,
+    State,
+    TerminationReason,
 )
-from polars_cloud_emulator.query_messages import (
+from polars_cloud_emulator.model.workspace import ORGANIZATION_ID, WORKSPACE, WORKSPACE_ID
+from polars_cloud_emulator.planes.query_messages import (
     parse_id,
     query_result,
     submitted,
 )
-from polars_cloud_emulator.rest_answers import (
+from polars_cloud_emulator.planes.rest_answers import (
     Model,
     cluster_answer,
     manifest_answer,
@@ -42,14 +39,17 @@ from polars_cloud_emulator.rest_answers import (
     query_answer,
     workspace_answer,
 )
-from polars_cloud_emulator.rest_transport import decode_body, json_response, refusal
-from polars_cloud_emulator.state import (
-    ClusterSpec,
-    Manifest,
-    State,
-    TerminationReason,
+from polars_cloud_emulator.protocol.access_tokens import ACCOUNT_ID, AccessTokens
+from polars_cloud_emulator.protocol.client_check import ClientCheck
+from polars_cloud_emulator.protocol.grpc_transport import grpc_route
+from polars_cloud_emulator.protocol.messages import (
+    ProxyQueryResultAnswer,
+    ProxySubmitRequest,
+    QueryReference,
 )
-from polars_cloud_emulator.workspace import ORGANIZATION_ID, WORKSPACE, WORKSPACE_ID
+from polars_cloud_emulator.protocol.rest_transport import decode_body, json_response, refusal
+from polars_cloud_emulator.storage.kept_plans import KeptPlans
+from polars_cloud_emulator.workers.compute import Compute
 
 SERVICE = "/polars_cloud.control_plane.client.v1.ClientService"
 FILE_TYPE_NAMES = {"parquet": "Parquet", "ipc": "IPC", "csv": "Csv", "ndjson": "NDJSON", None: None}

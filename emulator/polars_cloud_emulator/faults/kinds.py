@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 
 import msgspec
 
-from polars_cloud_emulator.errors import GrpcStatus
+from polars_cloud_emulator.model.errors import GrpcStatus
 
 REST_CALLS = r"\w+ .+"
 GRPC_CALLS = r"\w+"

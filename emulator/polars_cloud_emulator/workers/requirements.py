@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from polars_cloud_emulator.errors import InvalidRequest
+from polars_cloud_emulator.model.errors import InvalidRequest
 
 
 def importable_modules(requirements_txt: str | None) -> set[str]:

@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import polars as pl
 
-from polars_cloud_emulator import written_rows
-from polars_cloud_emulator.errors import InvalidRequest
+from polars_cloud_emulator.model.errors import InvalidRequest
+from polars_cloud_emulator.workers import written_rows
 
 HEADER_LENGTH = len(b"DSL_VERSION") + 2 + 2 + 64
 DATA_KEY = msgspec.msgpack.encode("dataframes")

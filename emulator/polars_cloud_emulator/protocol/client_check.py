@@ -5,8 +5,8 @@ import os
 import polars as pl
 from starlette.datastructures import Headers
 
-from polars_cloud_emulator.access_tokens import AccessTokens
-from polars_cloud_emulator.errors import WrongState
+from polars_cloud_emulator.model.errors import WrongState
+from polars_cloud_emulator.protocol.access_tokens import AccessTokens
 
 CLIENT_VERSION = "0.12"
 SWITCH = "EMULATOR_ANY_CLIENT"

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-SEARCH_PATH = Path(__file__).resolve().parents[1]
+SEARCH_PATH = Path(__file__).resolve().parents[2]
 START = (
     "import runpy, sys; sys.path.append(sys.argv.pop(1)); "
     "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"

@@ -20,8 +20,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from polars_cloud_emulator.errors import CannotKeep, EmulatorError, GrpcStatus, InvalidRequest
-from polars_cloud_emulator.rest_transport import refusal
+from polars_cloud_emulator.model.errors import CannotKeep, EmulatorError, GrpcStatus, InvalidRequest
+from polars_cloud_emulator.protocol.rest_transport import refusal
 
 CONTENT_TYPE = "application/grpc"
 LARGE = 1_000_000

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from uuid import UUID
 
-from polars_cloud_emulator.errors import CannotKeep
+from polars_cloud_emulator.model.errors import CannotKeep
 
 MAX_KEPT_PLAN = 50_000
 """Bytes of an ended query's plan."""

@@ -9,9 +9,9 @@ import msgspec
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
-from polars_cloud_emulator.access_tokens import AccessTokens
-from polars_cloud_emulator.errors import InvalidRequest
-from polars_cloud_emulator.fault_kinds import AnyFault, CredentialsRevoked, Fault
+from polars_cloud_emulator.faults.kinds import AnyFault, CredentialsRevoked, Fault
+from polars_cloud_emulator.model.errors import InvalidRequest
+from polars_cloud_emulator.protocol.access_tokens import AccessTokens
 
 
 class Faults:

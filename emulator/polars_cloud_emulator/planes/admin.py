@@ -9,14 +9,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from polars_cloud_emulator.access_tokens import AccessTokens
 from polars_cloud_emulator.clock import Clock
-from polars_cloud_emulator.compute import Compute
-from polars_cloud_emulator.errors import EmulatorError, InvalidRequest
-from polars_cloud_emulator.faults import Faults
-from polars_cloud_emulator.journal import ADMIN_PREFIX, Journal
-from polars_cloud_emulator.rest_transport import decode_body, json_response, refusal
-from polars_cloud_emulator.state import Cluster, Query, State
+from polars_cloud_emulator.faults.pending import Faults
+from polars_cloud_emulator.model.errors import EmulatorError, InvalidRequest
+from polars_cloud_emulator.model.state import Cluster, Query, State
+from polars_cloud_emulator.protocol.access_tokens import AccessTokens
+from polars_cloud_emulator.protocol.journal import ADMIN_PREFIX, Journal
+from polars_cloud_emulator.protocol.rest_transport import decode_body, json_response, refusal
+from polars_cloud_emulator.workers.compute import Compute
 
 
 class Advance(msgspec.Struct, forbid_unknown_fields=True):

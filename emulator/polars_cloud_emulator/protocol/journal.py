@@ -9,9 +9,9 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from polars_cloud_emulator.access_tokens import AccessTokens
 from polars_cloud_emulator.clock import Clock
-from polars_cloud_emulator.errors import Unauthenticated, UnknownCall
+from polars_cloud_emulator.model.errors import Unauthenticated, UnknownCall
+from polars_cloud_emulator.protocol.access_tokens import AccessTokens
 
 MAX_ENTRIES = 2_000
 ADMIN_PREFIX = "/_emulator/"

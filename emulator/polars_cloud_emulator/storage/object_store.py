@@ -22,8 +22,8 @@ from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
 
 from polars_cloud_emulator import sample_data
-from polars_cloud_emulator.kept_objects import KeptObjects
-from polars_cloud_emulator.workspace import DATA_BUCKET, TEMPORARY_BUCKET
+from polars_cloud_emulator.model.workspace import DATA_BUCKET, TEMPORARY_BUCKET
+from polars_cloud_emulator.storage.kept_objects import KeptObjects
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment

@@ -6,12 +6,12 @@ from uuid import UUID
 
 from starlette.requests import Request
 
-from polars_cloud_emulator.access_tokens import ACCOUNT_ID
-from polars_cloud_emulator.instance_types import instance_types
-from polars_cloud_emulator.query_messages import ENGINE_NAMES, QUERY_TYPE_NAMES
-from polars_cloud_emulator.rest_transport import positive_parameter
-from polars_cloud_emulator.state import Cluster, ClusterSpec, Manifest, Query
-from polars_cloud_emulator.workspace import ORGANIZATION_ID, WORKSPACE, WORKSPACE_ID
+from polars_cloud_emulator.model.instance_types import instance_types
+from polars_cloud_emulator.model.state import Cluster, ClusterSpec, Manifest, Query
+from polars_cloud_emulator.model.workspace import ORGANIZATION_ID, WORKSPACE, WORKSPACE_ID
+from polars_cloud_emulator.planes.query_messages import ENGINE_NAMES, QUERY_TYPE_NAMES
+from polars_cloud_emulator.protocol.access_tokens import ACCOUNT_ID
+from polars_cloud_emulator.protocol.rest_transport import positive_parameter
 
 EPOCH = "2026-01-01T00:00:00Z"
 

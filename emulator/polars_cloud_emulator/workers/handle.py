@@ -11,8 +11,8 @@ from typing import NoReturn
 
 import msgspec
 
-from polars_cloud_emulator.isolated_python import python
-from polars_cloud_emulator.jobs import Answer, Job
+from polars_cloud_emulator.model.jobs import Answer, Job
+from polars_cloud_emulator.workers.isolated_python import python
 
 
 class WorkerDied(Exception):
@@ -85,7 +85,7 @@ class Worker:
         try:
             while True:
                 self._process = process = await asyncio.create_subprocess_exec(
-                    *python("polars_cloud_emulator.worker_main", *self._modules),
+                    *python("polars_cloud_emulator.workers.main", *self._modules),
                     stdin=PIPE,
                     stdout=PIPE,
                     env=self._environment,

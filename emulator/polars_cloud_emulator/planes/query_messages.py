@@ -6,10 +6,9 @@ from uuid import UUID, uuid4
 
 import msgspec
 
-from polars_cloud_emulator import plan
-from polars_cloud_emulator.errors import EmulatorError, InvalidRequest
-from polars_cloud_emulator.kept_plans import KeptPlans
-from polars_cloud_emulator.messages import (
+from polars_cloud_emulator.model.errors import EmulatorError, InvalidRequest
+from polars_cloud_emulator.model.state import Query, QueryStatus, State
+from polars_cloud_emulator.protocol.messages import (
     Destination,
     DirectSubmitRequest,
     Engine,
@@ -22,7 +21,8 @@ from polars_cloud_emulator.messages import (
     QueryResult,
     StatusCode,
 )
-from polars_cloud_emulator.state import Query, QueryStatus, State
+from polars_cloud_emulator.storage.kept_plans import KeptPlans
+from polars_cloud_emulator.workers import plan
 
 STATUS_CODES = {
     QueryStatus.SCHEDULED: StatusCode.SCHEDULED,

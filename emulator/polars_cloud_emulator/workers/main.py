@@ -18,10 +18,10 @@ from typing import BinaryIO
 import msgspec
 import polars as pl
 
-from polars_cloud_emulator import plan as query_plan
-from polars_cloud_emulator import written_rows
-from polars_cloud_emulator.declared_imports import DeclaredImports
-from polars_cloud_emulator.jobs import Answer, Failure, Job, Outcome, Success
+from polars_cloud_emulator.model.jobs import Answer, Failure, Job, Outcome, Success
+from polars_cloud_emulator.workers import plan as query_plan
+from polars_cloud_emulator.workers import written_rows
+from polars_cloud_emulator.workers.declared_imports import DeclaredImports
 
 OPTIMIZATION_BITS = {
     "projection_pushdown": 0,

@@ -11,9 +11,9 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from polars_cloud_emulator.errors import CannotKeep
-from polars_cloud_emulator.grpc_transport import refusal_in_kind
-from polars_cloud_emulator.state import Cluster, Manifest, Query, Snapshot, State
+from polars_cloud_emulator.model.errors import CannotKeep
+from polars_cloud_emulator.model.state import Cluster, Manifest, Query, Snapshot, State
+from polars_cloud_emulator.protocol.grpc_transport import refusal_in_kind
 
 
 class UnreadableState(Exception):

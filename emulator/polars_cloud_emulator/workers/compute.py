@@ -10,8 +10,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from polars_cloud_emulator.clock import Clock
-from polars_cloud_emulator.errors import InvalidRequest
-from polars_cloud_emulator.fault_kinds import (
+from polars_cloud_emulator.faults.kinds import (
     ClusterLost,
     QueryFails,
     QueryFault,
@@ -23,13 +22,14 @@ from polars_cloud_emulator.fault_kinds import (
     StartupTakes,
     WorkerKilled,
 )
-from polars_cloud_emulator.isolated_python import worker_environment
-from polars_cloud_emulator.jobs import Answer, Failure, Job, Success
-from polars_cloud_emulator.kept_plans import KeptPlans
-from polars_cloud_emulator.realism import Realism
-from polars_cloud_emulator.requirements import importable_modules
-from polars_cloud_emulator.state import Cluster, Query, State, TerminationReason
-from polars_cloud_emulator.worker_handle import Worker, WorkerDied, hang, kill, run
+from polars_cloud_emulator.model.errors import InvalidRequest
+from polars_cloud_emulator.model.jobs import Answer, Failure, Job, Success
+from polars_cloud_emulator.model.realism import Realism
+from polars_cloud_emulator.model.state import Cluster, Query, State, TerminationReason
+from polars_cloud_emulator.storage.kept_plans import KeptPlans
+from polars_cloud_emulator.workers.handle import Worker, WorkerDied, hang, kill, run
+from polars_cloud_emulator.workers.isolated_python import worker_environment
+from polars_cloud_emulator.workers.requirements import importable_modules
 
 TICK = timedelta(milliseconds=50)
 """How often the clock is looked at for start-ups and idle timeouts."""

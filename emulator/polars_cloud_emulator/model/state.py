@@ -13,9 +13,9 @@ from uuid import UUID, uuid4
 import msgspec
 
 from polars_cloud_emulator.clock import Clock
-from polars_cloud_emulator.errors import Conflict, InvalidRequest, NotFound, WrongState
-from polars_cloud_emulator.instance_types import instance_types
-from polars_cloud_emulator.jobs import Outcome
+from polars_cloud_emulator.model.errors import Conflict, InvalidRequest, NotFound, WrongState
+from polars_cloud_emulator.model.instance_types import instance_types
+from polars_cloud_emulator.model.jobs import Outcome
 
 DEFAULT_IDLE_TIMEOUT_MINS = 60
 MINIMUM_IDLE_TIMEOUT_MINS = 10

@@ -10,13 +10,25 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from polars_cloud_emulator.access_tokens import AccessTokens
-from polars_cloud_emulator.client_check import CLIENT_VERSION, ClientCheck
-from polars_cloud_emulator.compute import Compute
-from polars_cloud_emulator.errors import DeadlineExceeded, EmulatorError, NotFound, Unavailable
-from polars_cloud_emulator.grpc_transport import grpc_route, seconds_left
-from polars_cloud_emulator.kept_plans import KeptPlans
-from polars_cloud_emulator.messages import (
+from polars_cloud_emulator.model.errors import (
+    DeadlineExceeded,
+    EmulatorError,
+    NotFound,
+    Unavailable,
+)
+from polars_cloud_emulator.model.state import State
+from polars_cloud_emulator.planes.query_messages import (
+    ENGINE_NAMES,
+    QUERY_TYPE_NAMES,
+    STATUS_CODES,
+    parse_id,
+    query_result,
+    submitted,
+)
+from polars_cloud_emulator.protocol.access_tokens import AccessTokens
+from polars_cloud_emulator.protocol.client_check import CLIENT_VERSION, ClientCheck
+from polars_cloud_emulator.protocol.grpc_transport import grpc_route, seconds_left
+from polars_cloud_emulator.protocol.messages import (
     ComputeVersions,
     ComputeVersionsAnswer,
     DirectQueryResultAnswer,
@@ -26,16 +38,9 @@ from polars_cloud_emulator.messages import (
     QueryReference,
     QueryStatusAnswer,
 )
-from polars_cloud_emulator.query_messages import (
-    ENGINE_NAMES,
-    QUERY_TYPE_NAMES,
-    STATUS_CODES,
-    parse_id,
-    query_result,
-    submitted,
-)
-from polars_cloud_emulator.rest_transport import json_response, refusal
-from polars_cloud_emulator.state import State
+from polars_cloud_emulator.protocol.rest_transport import json_response, refusal
+from polars_cloud_emulator.storage.kept_plans import KeptPlans
+from polars_cloud_emulator.workers.compute import Compute
 
 SERVICE = "/polars_cloud.compute_plane.client.v1.ClientService"
 LONGEST_HOLD = 30.0

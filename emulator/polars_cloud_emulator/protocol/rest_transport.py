@@ -7,7 +7,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from polars_cloud_emulator.errors import EmulatorError, InvalidRequest
+from polars_cloud_emulator.model.errors import EmulatorError, InvalidRequest
 
 T = TypeVar("T")
 

@@ -7,10 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from polars_cloud_emulator.access_tokens import AccessTokens
-from polars_cloud_emulator.connections import Connection
-from polars_cloud_emulator.errors import EmulatorError, GrpcStatus
-from polars_cloud_emulator.fault_kinds import (
+from polars_cloud_emulator.faults.kinds import (
     AnswerLost,
     ConnectionReset,
     CredentialsRevoked,
@@ -22,9 +19,12 @@ from polars_cloud_emulator.fault_kinds import (
     StartupFault,
     TokensExpire,
 )
-from polars_cloud_emulator.faults import Faults
-from polars_cloud_emulator.grpc_transport import GrpcResponse
-from polars_cloud_emulator.rest_transport import refusal
+from polars_cloud_emulator.faults.pending import Faults
+from polars_cloud_emulator.model.errors import EmulatorError, GrpcStatus
+from polars_cloud_emulator.protocol.access_tokens import AccessTokens
+from polars_cloud_emulator.protocol.connections import Connection
+from polars_cloud_emulator.protocol.grpc_transport import GrpcResponse
+from polars_cloud_emulator.protocol.rest_transport import refusal
 
 
 class FaultMiddleware:

@@ -13,11 +13,8 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from polars_cloud_emulator.clock import Clock
-from polars_cloud_emulator.errors import NotFound
-from polars_cloud_emulator.journal import ADMIN_PREFIX, PORTAL_PREFIX
-from polars_cloud_emulator.kept_plans import KeptPlans
-from polars_cloud_emulator.plan_text import explain
-from polars_cloud_emulator.state import (
+from polars_cloud_emulator.model.errors import NotFound
+from polars_cloud_emulator.model.state import (
     Cluster,
     ClusterStatus,
     Query,
@@ -25,7 +22,10 @@ from polars_cloud_emulator.state import (
     State,
     TerminationReason,
 )
-from polars_cloud_emulator.timeline import Axis, Interval, Span, total_seconds
+from polars_cloud_emulator.planes.timeline import Axis, Interval, Span, total_seconds
+from polars_cloud_emulator.protocol.journal import ADMIN_PREFIX, PORTAL_PREFIX
+from polars_cloud_emulator.storage.kept_plans import KeptPlans
+from polars_cloud_emulator.workers.plan_text import explain
 
 FOLDER = Path(__file__).parent
 CLUSTERS = 50

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
-from polars_cloud_emulator.isolated_python import python
+from polars_cloud_emulator.workers.isolated_python import python
 
 TIMEOUT = 20.0
 """Seconds until an explanation is given up: a scan may wait for its files."""
@@ -28,7 +28,7 @@ async def explain(plan: Path, environment: Mapping[str, str]) -> str:
         What a worker has to reach the object store: Polars looks at the files of a scan.
     """
     process = await asyncio.create_subprocess_exec(
-        *python("polars_cloud_emulator.plan_text", str(plan)),
+        *python("polars_cloud_emulator.workers.plan_text", str(plan)),
         stdin=DEVNULL,
         stdout=PIPE,
         env=environment,

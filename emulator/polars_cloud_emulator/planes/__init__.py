@@ -1,0 +1,1 @@
+"""The routes: control plane, compute plane, admin API, pages."""

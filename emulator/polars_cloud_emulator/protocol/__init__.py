@@ -1,0 +1,1 @@
+"""The client's wire protocol: transports, messages, login, journal."""
