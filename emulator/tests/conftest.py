@@ -16,7 +16,10 @@ import pytest
 from emulator.tests.blocking_query import BlockingQuery
 from emulator.tests.command_line import Served, command
 from emulator.tests.raw_calls import rest_client
+from emulator.tests.states import StoppedClock, new_state, spec
 from polars_cloud_emulator.env_file import read_env_file
+from polars_cloud_emulator.model.clusters import Cluster
+from polars_cloud_emulator.model.state import State
 from polars_cloud_emulator.server import Emulator
 from polars_cloud_emulator.testing import RunningEmulator
 
@@ -37,6 +40,22 @@ pc.authenticate(
 def _bounded_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client would wait for a query for a year."""
     monkeypatch.setenv("POLARS_TIMEOUT_MS", "60000")
+
+
+@pytest.fixture
+def clock() -> StoppedClock:
+    return StoppedClock()
+
+
+@pytest.fixture
+def state(clock: StoppedClock) -> State:
+    """A state without an emulator."""
+    return new_state(clock)
+
+
+@pytest.fixture
+def cluster(state: State) -> Cluster:
+    return state.clusters.start(spec())
 
 
 @pytest.fixture

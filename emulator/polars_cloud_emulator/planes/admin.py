@@ -11,8 +11,10 @@ from starlette.routing import BaseRoute, Route
 
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.faults.pending import Faults
+from polars_cloud_emulator.model.clusters import Cluster
 from polars_cloud_emulator.model.errors import EmulatorError, InvalidRequest
-from polars_cloud_emulator.model.state import Cluster, Query, State
+from polars_cloud_emulator.model.queries import Query
+from polars_cloud_emulator.model.state import State
 from polars_cloud_emulator.protocol.access_tokens import AccessTokens
 from polars_cloud_emulator.protocol.journal import ADMIN_PREFIX, Journal
 from polars_cloud_emulator.protocol.rest_transport import decode_body, json_response, refusal
@@ -72,9 +74,9 @@ class Admin:
     async def get_state(self, request: Request) -> Response:
         return json_response(
             {
-                "manifests": sorted(self._state.manifests),
-                "clusters": [self._cluster(c) for c in self._state.clusters.values()],
-                "queries": [self._query(q) for q in self._state.queries.values()],
+                "manifests": sorted(self._state.manifests.by_name),
+                "clusters": [self._cluster(c) for c in self._state.clusters.by_id.values()],
+                "queries": [self._query(q) for q in self._state.queries.by_id.values()],
                 "faults": self._faults.pending,
                 "unmatched": self._journal.unmatched,
             }
@@ -125,7 +127,7 @@ class Admin:
             "requested_at": cluster.requested_at,
             "stopped_at": cluster.stopped_at,
             "termination_reason": cluster.termination_reason,
-            "billed_seconds": self._state.billed_seconds(cluster),
+            "billed_seconds": self._state.clusters.billed_seconds(cluster),
             "worker_pids": self._compute.worker_pids(cluster.id),
         }
 
@@ -142,7 +144,7 @@ class Admin:
             "submitted_at": query.submitted_at,
             "started_at": query.started_at,
             "ended_at": query.ended_at,
-            "seconds": self._state.query_seconds(query),
+            "seconds": self._state.queries.seconds(query),
             "cancels": query.cancels,
             "error": query.error,
             "output_location": query.output_location,

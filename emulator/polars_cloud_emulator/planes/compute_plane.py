@@ -91,12 +91,12 @@ class ComputePlane:
     async def get_query_status(self, message: QueryReference, request: Request) -> BaseMessage:
         self._check_client(request.headers)
         return QueryStatusAnswer(
-            STATUS_CODES[self._state.find_query(parse_id(message.query)).status]
+            STATUS_CODES[self._state.queries.find(parse_id(message.query)).status]
         )
 
     async def get_query_result(self, message: QueryReference, request: Request) -> BaseMessage:
         self._check_client(request.headers)
-        query = self._state.find_query(parse_id(message.query))
+        query = self._state.queries.find(parse_id(message.query))
         # Past its own deadline the client reports a broken call in place of a time-out.
         asked = seconds_left(request) or LONGEST_HOLD * 2
         deadline = asked - min(asked / 2, ANSWER_SECONDS)
@@ -133,7 +133,7 @@ class ComputePlane:
     async def get_query_details(self, request: Request) -> Response:
         try:
             self._access_tokens.check(request.headers.get("authorization"))
-            query = self._state.find_query(request.path_params["query_id"])
+            query = self._state.queries.find(request.path_params["query_id"])
         except EmulatorError as error:
             return refusal(error)
         details: dict[str, Any] = {
@@ -157,7 +157,7 @@ class ComputePlane:
             "total_num_stages": 1,
             "in_progress_stages": [] if query.ended_at else [0],
             "finished_stages": [0] if query.outcome else [],
-            "total_node_time_ns": int(self._state.query_seconds(query) * 1e9),
+            "total_node_time_ns": int(self._state.queries.seconds(query) * 1e9),
             "engine": ENGINE_NAMES[query.engine],
             "query_type": QUERY_TYPE_NAMES[query.distributed],
             "output_rows": query.outcome.n_rows if query.outcome else None,

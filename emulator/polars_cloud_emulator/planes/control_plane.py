@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from polars_cloud_emulator.model.clusters import TerminationReason
 from polars_cloud_emulator.model.errors import (
     EmulatorError,
     InvalidRequest,
@@ -18,12 +19,9 @@ from polars_cloud_emulator.model.errors import (
     PermissionDenied,
     Unauthenticated,
 )
-from polars_cloud_emulator.model.state import (
-    ClusterSpec,
-    Manifest,
-    State,
-    TerminationReason,
-)
+from polars_cloud_emulator.model.manifests import Manifest
+from polars_cloud_emulator.model.specs import ClusterSpec
+from polars_cloud_emulator.model.state import State
 from polars_cloud_emulator.model.workspace import ORGANIZATION_ID, WORKSPACE, WORKSPACE_ID
 from polars_cloud_emulator.planes.query_messages import (
     parse_id,
@@ -216,18 +214,18 @@ class ControlPlane:
     # Clusters
 
     async def start_cluster(self, request: Request) -> Model:
-        cluster = self._state.start_cluster(await decode_body(request, ClusterSpec))
+        cluster = self._state.clusters.start(await decode_body(request, ClusterSpec))
         self._compute.launch(cluster, request.scope["fault"])
         return cluster_answer(cluster)
 
     async def list_clusters(self, request: Request) -> Model:
         wanted = request.query_params.get("status")
-        clusters = self._state.clusters.values()
+        clusters = self._state.clusters.by_id.values()
         listed = [c for c in clusters if wanted is None or c.status in wanted.split(",")]
         return page_of([cluster_answer(cluster) for cluster in listed], request)
 
     async def get_cluster(self, request: Request) -> Model:
-        return cluster_answer(self._state.find_cluster(request.path_params["cluster_id"]))
+        return cluster_answer(self._state.clusters.find(request.path_params["cluster_id"]))
 
     async def stop_cluster(self, request: Request) -> None:
         await self._compute.stop(
@@ -235,7 +233,7 @@ class ControlPlane:
         )
 
     async def get_public_info(self, request: Request) -> Model:
-        cluster = self._state.find_cluster(request.path_params["cluster_id"])
+        cluster = self._state.clusters.find(request.path_params["cluster_id"])
         endpoint = {
             "address": self._compute_plane_address,
             # The only thing that tells clusters apart on the one port of the compute plane.
@@ -256,13 +254,13 @@ class ControlPlane:
         spec = msgspec.convert(
             {field: getattr(body, field) for field in ClusterSpec.__struct_fields__}, ClusterSpec
         )
-        return self._manifest(self._state.register_manifest(body.name, spec))
+        return self._manifest(self._state.manifests.register(body.name, spec))
 
     async def unregister_manifest(self, request: Request) -> None:
         self._state.unregister_manifest(request.query_params.get("name", ""))
 
     async def find_manifest(self, request: Request) -> Model:
-        return self._manifest(self._state.find_manifest(request.query_params.get("name", "")))
+        return self._manifest(self._state.manifests.find(request.query_params.get("name", "")))
 
     async def start_manifest(self, request: Request) -> Model:
         cluster = self._state.start_manifest((await decode_body(request, StartManifest)).name)
@@ -270,13 +268,15 @@ class ControlPlane:
         return cluster_answer(cluster)
 
     def _manifest(self, manifest: Manifest) -> Model:
-        live = self._state.live_cluster_of(manifest.name)
+        live = self._state.clusters.live_of(manifest.name)
         return manifest_answer(manifest, live.id if live else None)
 
     # Queries
 
     async def list_queries(self, request: Request) -> Model:
-        models = [query_answer(q) | {"active_share_count": 0} for q in self._state.queries.values()]
+        models = [
+            query_answer(q) | {"active_share_count": 0} for q in self._state.queries.by_id.values()
+        ]
         field, _, direction = request.query_params.get("order", "request_time,asc").partition(",")
         if field not in ORDERS or direction not in {"asc", "desc"}:
             raise InvalidRequest(
@@ -286,7 +286,7 @@ class ControlPlane:
         return page_of(models, request)
 
     async def get_query(self, request: Request) -> Model:
-        query = self._state.find_query(request.path_params["query_id"])
+        query = self._state.queries.find(request.path_params["query_id"])
         result = query_result(query)
         model = query_answer(query)
         if query.has_ended:
@@ -314,7 +314,9 @@ class ControlPlane:
 
     async def get_query_result(self, message: QueryReference, request: Request) -> BaseMessage:
         self._check_client(request.headers)
-        return ProxyQueryResultAnswer(query_result(self._state.find_query(parse_id(message.query))))
+        return ProxyQueryResultAnswer(
+            query_result(self._state.queries.find(parse_id(message.query)))
+        )
 
 
 async def _refuse(words: str, request: Request) -> None:

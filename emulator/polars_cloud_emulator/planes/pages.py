@@ -13,15 +13,10 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from polars_cloud_emulator.clock import Clock
+from polars_cloud_emulator.model.clusters import Cluster, ClusterStatus, TerminationReason
 from polars_cloud_emulator.model.errors import NotFound
-from polars_cloud_emulator.model.state import (
-    Cluster,
-    ClusterStatus,
-    Query,
-    QueryStatus,
-    State,
-    TerminationReason,
-)
+from polars_cloud_emulator.model.queries import Query, QueryStatus
+from polars_cloud_emulator.model.state import State
 from polars_cloud_emulator.planes.timeline import Axis, Interval, Span, total_seconds
 from polars_cloud_emulator.protocol.journal import ADMIN_PREFIX, PORTAL_PREFIX
 from polars_cloud_emulator.storage.kept_plans import KeptPlans
@@ -131,7 +126,7 @@ class Pages:
     async def get_timeline(self, request: Request) -> Response:
         dag = request.query_params.get("dag", "")
         manifest = request.query_params.get("manifest", "")
-        clusters = list(self._state.clusters.values())
+        clusters = list(self._state.clusters.by_id.values())
         chosen = [
             cluster
             for cluster in clusters
@@ -156,7 +151,7 @@ class Pages:
 
     async def get_cluster(self, request: Request) -> Response:
         try:
-            cluster = self._state.find_cluster(request.path_params["cluster"])
+            cluster = self._state.clusters.find(request.path_params["cluster"])
         except NotFound as error:
             return self._missing(error)
         axis = Axis([self._life(cluster)])
@@ -164,8 +159,8 @@ class Pages:
 
     async def get_query(self, request: Request) -> Response:
         try:
-            query = self._state.find_query(request.path_params["query"])
-            cluster = self._state.find_cluster(query.cluster_id)
+            query = self._state.queries.find(request.path_params["query"])
+            cluster = self._state.clusters.find(query.cluster_id)
         except NotFound as error:
             return self._missing(error)
         plan = "The plan was too large to be kept."
@@ -198,7 +193,7 @@ class Pages:
             axis.span(life),
             lanes,
             len(queries) - len(lanes),
-            self._state.billed_seconds(cluster),
+            self._state.clusters.billed_seconds(cluster),
             total_seconds(self._ran(q) for q in queries if q.started_at),
         )
 
@@ -220,7 +215,7 @@ class Pages:
         return Interval(query.started_at or end, end)
 
     def _queries(self, cluster: Cluster) -> Sequence[Query]:
-        return [q for q in self._state.queries.values() if q.cluster_id == cluster.id]
+        return [q for q in self._state.queries.by_id.values() if q.cluster_id == cluster.id]
 
     def _dags(self, cluster: Cluster) -> set[str]:
         labels = (_labels(query) for query in self._queries(cluster))

@@ -7,7 +7,8 @@ from uuid import UUID, uuid4
 import msgspec
 
 from polars_cloud_emulator.model.errors import EmulatorError, InvalidRequest
-from polars_cloud_emulator.model.state import Query, QueryStatus, State
+from polars_cloud_emulator.model.queries import Query, QueryStatus
+from polars_cloud_emulator.model.state import State
 from polars_cloud_emulator.protocol.messages import (
     Destination,
     DirectSubmitRequest,

@@ -6,8 +6,11 @@ from uuid import UUID
 
 from starlette.requests import Request
 
+from polars_cloud_emulator.model.clusters import Cluster
 from polars_cloud_emulator.model.instance_types import instance_types
-from polars_cloud_emulator.model.state import Cluster, ClusterSpec, Manifest, Query
+from polars_cloud_emulator.model.manifests import Manifest
+from polars_cloud_emulator.model.queries import Query
+from polars_cloud_emulator.model.specs import ClusterSpec
 from polars_cloud_emulator.model.workspace import ORGANIZATION_ID, WORKSPACE, WORKSPACE_ID
 from polars_cloud_emulator.planes.query_messages import ENGINE_NAMES, QUERY_TYPE_NAMES
 from polars_cloud_emulator.protocol.access_tokens import ACCOUNT_ID

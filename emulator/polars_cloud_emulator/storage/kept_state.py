@@ -11,8 +11,11 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from polars_cloud_emulator.model.clusters import Cluster
 from polars_cloud_emulator.model.errors import CannotKeep
-from polars_cloud_emulator.model.state import Cluster, Manifest, Query, Snapshot, State
+from polars_cloud_emulator.model.manifests import Manifest
+from polars_cloud_emulator.model.queries import Query
+from polars_cloud_emulator.model.state import Snapshot, State
 from polars_cloud_emulator.protocol.grpc_transport import refusal_in_kind
 
 
@@ -76,12 +79,12 @@ class KeptState:
             It cannot be written, as on a full disk.
         """
         everything: dict[str, Mapping[Any, msgspec.Struct]] = {
-            "manifest": state.manifests,
-            "cluster": state.clusters,
-            "query": state.queries,
+            "manifest": state.manifests.by_name,
+            "cluster": state.clusters.by_id,
+            "query": state.queries.by_id,
         }
         # Thousands of queries have ended, and each call would compare them all.
-        comparable = everything | {"query": state.unsettled}
+        comparable = everything | {"query": state.queries.unsettled}
         changed = [
             (kind, key, each, fields)
             for kind, objects in comparable.items()
@@ -114,7 +117,7 @@ class KeptState:
                 del self._kept[kind][key]
             for kind, key, _, fields in changed:
                 self._kept[kind][key] = fields
-        state.settle()
+        state.queries.settle()
 
     def close(self) -> None:
         self._file.close()

@@ -22,10 +22,12 @@ from polars_cloud_emulator.faults.kinds import (
     StartupTakes,
     WorkerKilled,
 )
+from polars_cloud_emulator.model.clusters import Cluster, TerminationReason
 from polars_cloud_emulator.model.errors import InvalidRequest
 from polars_cloud_emulator.model.jobs import Answer, Failure, Job, Success
+from polars_cloud_emulator.model.queries import Query
 from polars_cloud_emulator.model.realism import Realism
-from polars_cloud_emulator.model.state import Cluster, Query, State, TerminationReason
+from polars_cloud_emulator.model.state import State
 from polars_cloud_emulator.storage.kept_plans import KeptPlans
 from polars_cloud_emulator.workers.handle import Worker, WorkerDied, hang, kill, run
 from polars_cloud_emulator.workers.isolated_python import worker_environment
@@ -103,7 +105,7 @@ class Compute:
                     self._fail_to_start(cluster, message)
                     return
                 case StartupTakes(seconds=seconds):
-                    self._state.postpone(cluster, timedelta(seconds=seconds))
+                    self._state.clusters.postpone(cluster, timedelta(seconds=seconds))
             try:
                 modules = importable_modules(cluster.spec.requirements_txt)
             except InvalidRequest as error:
@@ -121,22 +123,22 @@ class Compute:
 
     def _fail_to_start(self, cluster: Cluster, reason: str) -> None:
         self._state.begin_stop(cluster, TerminationReason.FAILED, reason)
-        self._state.end_stop(cluster)
+        self._state.clusters.end_stop(cluster)
 
     async def stop(
         self, cluster_id: UUID, reason: TerminationReason, message: str | None = None
     ) -> None:
-        cluster = self._state.find_cluster(cluster_id)
+        cluster = self._state.clusters.find(cluster_id)
         if self._state.begin_stop(cluster, reason, message):
             self._announce_ends()
             await self._end_workers(cluster_id)
-            self._state.end_stop(cluster)
+            self._state.clusters.end_stop(cluster)
 
     def queue(self, query: Query, fault: QueryFault | None = None) -> None:
         """Let a submitted query run when its turn comes."""
         self._ended[query.id] = asyncio.Event()
         if isinstance(fault, QueryWaits):
-            self._state.hold_back(query, timedelta(seconds=fault.seconds))
+            self._state.queries.hold_back(query, timedelta(seconds=fault.seconds))
         elif fault is not None:
             self._faults[query.id] = fault
         self._start_queries(query.cluster_id)
@@ -147,15 +149,15 @@ class Compute:
         if query_id in self._leases:
             self._leases[query_id].workers[0].kill()
         else:
-            self._start_queries(self._state.find_query(query_id).cluster_id)
+            self._start_queries(self._state.queries.find(query_id).cluster_id)
 
     async def delete_result(self, query_id: UUID) -> None:
         """Delete what the query left, unless it has a destination of its own."""
-        await asyncio.to_thread(self._delete_result, self._state.find_query(query_id).id)
+        await asyncio.to_thread(self._delete_result, self._state.queries.find(query_id).id)
 
     async def wait_for_end(self, query_id: UUID, timeout: float) -> bool:
         """Whether the query ended within ``timeout`` seconds."""
-        query = self._state.find_query(query_id)
+        query = self._state.queries.find(query_id)
         if not query.has_ended:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ended[query_id].wait(), timeout)
@@ -168,27 +170,30 @@ class Compute:
 
     def resume(self) -> None:
         """Take up the clusters and queries of a restored state."""
-        self._plans.delete_all_but(self._state.queries)
-        for cluster in self._state.clusters.values():
+        self._plans.delete_all_but(self._state.queries.by_id)
+        for cluster in self._state.clusters.by_id.values():
             if cluster.is_live:
                 self.launch(cluster)
-        for query in self._state.queries.values():
+        for query in self._state.queries.by_id.values():
             if not query.has_ended:
                 self.queue(query)
 
     async def watch_clock(self) -> None:
         """Start-ups, waits and idle timeouts, until canceled."""
         while True:
-            for cluster_id in (*self._state.become_ready(), *self._state.end_waits()):
+            for cluster_id in (
+                *self._state.clusters.become_ready(),
+                *self._state.queries.end_waits(),
+            ):
                 self._start_queries(cluster_id)
-            for cluster_id in self._state.idle_too_long():
+            for cluster_id in self._state.clusters.idle_too_long():
                 await self.stop(cluster_id, TerminationReason.STOPPED_INACTIVE, "idle timeout")
             forgotten = self._state.forget_oldest()
             for query_id in forgotten:
                 self._plans.delete(query_id)
             for query_id in (*forgotten, *self._expire_results()):
                 await asyncio.to_thread(self._delete_result, query_id)
-            if self._state.is_starting():
+            if self._state.clusters.is_starting():
                 self._clock.pass_over(TICK * (self._realism.speed - 1))
             await asyncio.sleep(TICK.total_seconds())
 
@@ -219,7 +224,7 @@ class Compute:
         """Queries whose results have become too old."""
         if self._realism.result_life is None:
             return set()
-        old = self._state.ended_before(self._clock.now() - self._realism.result_life)
+        old = self._state.queries.ended_before(self._clock.now() - self._realism.result_life)
         expired = {*old} - self._expired
         self._expired |= expired
         return expired
@@ -278,7 +283,7 @@ class Compute:
             case WorkerKilled():
                 kill(process)
             case QueryTakes(seconds=seconds):
-                while self._state.query_seconds(query) < seconds and not query.has_ended:
+                while self._state.queries.seconds(query) < seconds and not query.has_ended:
                     await asyncio.sleep(TICK.total_seconds())
                 return await run(process, job)
             case QueryHangs():
@@ -286,6 +291,6 @@ class Compute:
         return await hang(process)
 
     def _announce_ends(self) -> None:
-        for query_id in [q for q in self._ended if self._state.queries[q].has_ended]:
+        for query_id in [q for q in self._ended if self._state.queries.by_id[q].has_ended]:
             self._ended.pop(query_id).set()
             self._plans.delete_large(query_id)

@@ -1,0 +1,39 @@
+"""Manifests: registered names, each with what its cluster is to be."""
+
+from uuid import UUID, uuid4
+
+import msgspec
+
+from polars_cloud_emulator.model.errors import Conflict, InvalidRequest, NotFound
+from polars_cloud_emulator.model.specs import ClusterSpec, check_spec
+
+
+class Manifest(msgspec.Struct):
+    name: str
+    spec: ClusterSpec
+    id: UUID
+
+
+class Manifests:
+    """The manifests of a workspace, each under a name of its own."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, Manifest] = {}
+
+    def register(self, name: str, spec: ClusterSpec) -> Manifest:
+        if not name or set(name) & set("&#%+"):
+            raise InvalidRequest(
+                f"'{name}' cannot name a manifest: the client asks for it in a URL, where "
+                "'&', '#', '%' and '+' mean something else"
+            )
+        if name in self.by_name:
+            raise Conflict(f"manifest '{name}' exists; unregister it to register it anew")
+        check_spec(spec)
+        self.by_name[name] = Manifest(name, spec, uuid4())
+        return self.by_name[name]
+
+    def find(self, name: str) -> Manifest:
+        try:
+            return self.by_name[name]
+        except KeyError:
+            raise NotFound(f"manifest '{name}' does not exist; register it first") from None

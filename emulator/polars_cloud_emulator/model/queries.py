@@ -1,0 +1,148 @@
+"""Queries: from their submission to their end, and how long ended ones are remembered."""
+
+from collections import deque
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Literal
+from uuid import UUID
+
+import msgspec
+
+from polars_cloud_emulator.clock import Clock
+from polars_cloud_emulator.model.errors import NotFound
+from polars_cloud_emulator.model.jobs import Outcome
+
+MAX_ENDED_QUERIES = 1_000
+
+
+class QueryStatus(StrEnum):
+    SCHEDULED = "Scheduled"
+    IN_PROGRESS = "InProgress"
+    SUCCESS = "Success"
+    FAILED = "Failed"
+    CANCELED = "Canceled"
+
+
+class Query(msgspec.Struct, kw_only=True):
+    id: UUID
+    cluster_id: UUID
+    distributed: bool
+    min_workers: int | None = None
+    max_workers: int | None = None
+    engine: Literal["streaming", "in-memory"]
+    optimization_flags: int | None
+    priority: int
+    labels: list[str]
+    user: str | None
+    submitted_at: datetime
+    waits_until: datetime | None = None
+    """When its turn may come, at the earliest."""
+    output_location: str | None = None
+    """Of the plan's sink; None for a temporary result."""
+    status: QueryStatus = QueryStatus.SCHEDULED
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    outcome: Outcome | None = None
+    error: str | None = None
+    """``Type: message`` of a failed query."""
+    cancels: int = 0
+    """How often it was to be canceled, in time or not."""
+
+    @property
+    def has_ended(self) -> bool:
+        return self.ended_at is not None
+
+
+class Queries:
+    """The queries of a workspace, in the order of their submission."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.by_id: dict[UUID, Query] = {}
+        self.unsettled: dict[UUID, Query] = {}
+        """Queries that may differ from what was last kept: all that have not ended, and some."""
+        self._oldest_end_first: deque[UUID] = deque()
+
+    def add(self, query: Query) -> None:
+        self.by_id[query.id] = self.unsettled[query.id] = query
+
+    def find(self, query_id: UUID) -> Query:
+        try:
+            return self.by_id[query_id]
+        except KeyError:
+            raise NotFound(f"query {query_id} does not exist") from None
+
+    def active_on(self, cluster_id: UUID) -> Iterator[Query]:
+        """Queries of the cluster that have not ended."""
+        return (
+            q for q in self.unsettled.values() if q.cluster_id == cluster_id and not q.has_ended
+        )
+
+    def next_on(self, cluster_id: UUID) -> Query | None:
+        """The query whose turn it is: higher priority first, then first come first served."""
+        waiting = [
+            q
+            for q in self.active_on(cluster_id)
+            if q.status is QueryStatus.SCHEDULED and q.waits_until is None
+        ]
+        return max(waiting, key=lambda q: q.priority, default=None)
+
+    def hold_back(self, query: Query, wait: timedelta) -> None:
+        """Let a query that was just submitted wait for so long before its turn may come."""
+        query.waits_until = query.submitted_at + wait
+
+    def end_waits(self) -> set[UUID]:
+        """Clusters that have a query whose turn may come from now on."""
+        now = self._clock.now()
+        waited = [q for q in self.unsettled.values() if q.waits_until and q.waits_until <= now]
+        for query in waited:
+            query.waits_until = None
+        return {query.cluster_id for query in waited}
+
+    def begin(self, query: Query) -> None:
+        query.status = QueryStatus.IN_PROGRESS
+        query.started_at = self._clock.now()
+
+    def end(self, query: Query, status: QueryStatus) -> datetime:
+        """End the query now; the moment."""
+        query.status = status
+        query.ended_at = now = self._clock.now()
+        self._oldest_end_first.append(query.id)
+        return now
+
+    def seconds(self, query: Query) -> float:
+        """How long the query has been running, queueing left out."""
+        if query.started_at is None:
+            return 0.0
+        return ((query.ended_at or self._clock.now()) - query.started_at).total_seconds()
+
+    def ended_before(self, moment: datetime) -> list[UUID]:
+        """Queries that had ended by then."""
+        return [q.id for q in self.by_id.values() if q.ended_at and q.ended_at <= moment]
+
+    def settle(self) -> None:
+        """Note that all is kept as it is now."""
+        self.unsettled = {
+            id_: query for id_, query in self.unsettled.items() if not query.has_ended
+        }
+
+    def forget_oldest(self) -> list[UUID]:
+        """Drop ended queries above the cap; the dropped queries' ids."""
+        excess = len(self._oldest_end_first) - MAX_ENDED_QUERIES
+        dropped = [self._oldest_end_first.popleft() for _ in range(excess)]
+        for query_id in dropped:
+            del self.by_id[query_id]
+            self.unsettled.pop(query_id, None)
+        return dropped
+
+    def restore(self, by_id: dict[UUID, Query]) -> None:
+        """Go on with the queries of a stopped emulator: what ran waits for its turn again."""
+        self.by_id = by_id
+        self.unsettled = dict(by_id)
+        ends = {q.id: q.ended_at for q in by_id.values() if q.ended_at}
+        self._oldest_end_first = deque(sorted(ends, key=ends.__getitem__))
+        for query in by_id.values():
+            if query.status is QueryStatus.IN_PROGRESS:
+                query.status = QueryStatus.SCHEDULED
+                query.started_at = None

@@ -1,0 +1,60 @@
+"""What of the state is kept, and what a restart makes of it."""
+
+from pathlib import Path
+
+from emulator.tests.states import OUTCOME, StoppedClock, new_state, submit
+from polars_cloud_emulator.model.clusters import Cluster
+from polars_cloud_emulator.model.queries import MAX_ENDED_QUERIES, QueryStatus
+from polars_cloud_emulator.model.state import State
+from polars_cloud_emulator.storage.kept_state import KeptState
+
+
+def test_restart_runs_again_what_was_running(
+    state: State, clock: StoppedClock, cluster: Cluster, tmp_path: Path
+) -> None:
+    ended, running, _queued = (submit(state, cluster.id) for _ in range(3))
+    state.start_next(cluster.id, 2)
+    state.succeed(ended, OUTCOME)
+    state.start_next(cluster.id, 2)
+    kept = KeptState(tmp_path / "state.sqlite")
+    kept.commit(state)
+
+    after = new_state(clock)
+    after.restore(KeptState(tmp_path / "state.sqlite").load())
+    statuses = [query.status for query in after.queries.by_id.values()]
+    assert statuses == [QueryStatus.SUCCESS, QueryStatus.SCHEDULED, QueryStatus.SCHEDULED]
+    again = after.start_next(cluster.id, 2)
+    assert again is not None
+    assert again.id == running.id
+    assert after.queries.find(ended.id).outcome == OUTCOME
+
+
+def test_only_what_can_have_changed_is_compared_when_the_state_is_kept(
+    state: State, cluster: Cluster, tmp_path: Path
+) -> None:
+    ended, unfinished = submit(state, cluster.id), submit(state, cluster.id)
+    kept = KeptState(tmp_path / "state.sqlite")
+    kept.commit(state)
+    state.cancel(ended.id)
+    kept.commit(state)
+    assert [*state.queries.unsettled] == [unfinished.id]
+
+    state.cancel(ended.id)
+    assert {*state.queries.unsettled} == {unfinished.id, ended.id}, "it was canceled once more"
+    kept.commit(state)
+    state.cancel(unfinished.id)
+    kept.commit(state)
+    assert not state.queries.unsettled
+    assert KeptState(tmp_path / "state.sqlite").load().queries == state.queries.by_id
+
+
+def test_query_that_is_forgotten_is_kept_no_longer(
+    state: State, cluster: Cluster, tmp_path: Path
+) -> None:
+    kept = KeptState(tmp_path / "state.sqlite")
+    for _ in range(MAX_ENDED_QUERIES + 1):
+        state.cancel(submit(state, cluster.id).id)
+    kept.commit(state)
+    state.forget_oldest()
+    kept.commit(state)
+    assert KeptState(tmp_path / "state.sqlite").load().queries == state.queries.by_id
