@@ -18,6 +18,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from emulator.tests.command_line import Served
+from emulator.tests.disks import full_disk
 from emulator.tests.raw_calls import (
     CLUSTER,
     CONTROL_PLANE,
@@ -228,14 +229,32 @@ def test_clients_of_one_key_read_what_one_of_them_wrote(s3: Any) -> None:
         list(clients.map(write, contents))
 
 
-def test_object_that_the_disk_does_not_take_is_refused(restart: Restart, tmp_path: Path) -> None:
-    s3 = s3_client(restart())
-    folder = tmp_path / "state" / "buckets"
-    # A folder in the way stands for a disk that is full.
-    (folder / BUCKET / "=x" / "in the way").mkdir(parents=True)
-    with pytest.raises(ClientError, match="The emulator cannot keep this object"):
-        s3.put_object(Bucket=BUCKET, Key="x", Body=b"after")
-    assert not list(folder.glob("part"))
+def test_write_that_the_disk_does_not_take_changes_no_object(restart: Restart) -> None:
+    served = restart()
+    s3 = s3_client(served)
+    old, new, other = ({"Bucket": BUCKET, "Key": key} for key in ("old", "new", "other"))
+    s3.put_object(**old, Body=b"before", Metadata={"of": "mine"})
+    s3.put_object(**other, Body=b"other")
+    upload = old | {"UploadId": s3.create_multipart_upload(**old)["UploadId"]}
+    part = s3.upload_part(**upload, PartNumber=1, Body=b"after")
+    parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
+    writes: list[Callable[[], object]] = [
+        lambda: s3.put_object(**new, Body=b"after"),
+        lambda: s3.put_object(**old, Body=b"after"),
+        lambda: s3.copy_object(**old, CopySource=other),
+        lambda: s3.complete_multipart_upload(**upload, MultipartUpload=parts),
+    ]
+    with full_disk(served.pid):
+        for write in writes:
+            with pytest.raises(ClientError, match="The emulator cannot keep this object"):
+                write()
+            got = s3.get_object(**old)
+            assert (got["Body"].read(), got["Metadata"]) == (b"before", {"of": "mine"})
+            with pytest.raises(ClientError, match="NoSuchKey"):
+                s3.get_object(**new)
+    s3.complete_multipart_upload(**upload, MultipartUpload=parts)
+    assert s3.get_object(**old)["Body"].read() == b"after"
+    assert served.stop() == (0, "", "")
 
 
 def test_call_whose_outcome_cannot_be_kept_is_refused(restart: Restart, tmp_path: Path) -> None:

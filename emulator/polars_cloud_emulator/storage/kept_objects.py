@@ -1,24 +1,30 @@
-"""The objects of the store on disk: kept before a write is answered, and read from there.
+"""The objects of the store on disk: kept before moto has them, and read from there.
 
 moto answers everything else. It reads an object whole for each part of it that somebody asks for,
 and forgets all of them with its process.
 """
 
+import contextlib
 import io
 import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 from moto.core.models import DEFAULT_ACCOUNT_ID
-from moto.s3.models import s3_backends
+from moto.s3.exceptions import S3ClientError
+from moto.s3.models import FakeKey, s3_backends
+from moto.s3.utils import _VersionedKeyStore
 from werkzeug.exceptions import RequestedRangeNotSatisfiable
 from werkzeug.utils import send_file
 from werkzeug.wrappers import Request, Response
 from werkzeug.wsgi import FileWrapper
+
+from polars_cloud_emulator.model.errors import CannotKeep
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -27,6 +33,8 @@ LONGEST_NAME = 200
 """Characters of a file's or folder's name."""
 PLAIN_READ = {"x-id"}
 """Parameters of a read that change nothing."""
+EPOCH = datetime(1970, 1, 1)
+"""Of moto's times, which are in UTC and do not say so."""
 
 
 class KeptObjects:
@@ -43,30 +51,58 @@ class KeptObjects:
     def __init__(self, folder: Path, buckets: Iterable[str], region: str) -> None:
         self._folder = folder
         self._buckets = set(buckets)
+        self._region = region
         self._turn = threading.Lock()
+        self._refused: OSError | None = None
+        """Why the disk did not take what is being written."""
         for bucket in self._buckets:
             (folder / bucket).mkdir(parents=True, exist_ok=True)
             if bucket not in _moto().buckets:  # of an emulator that this process ran before
                 _moto().create_bucket(bucket, region)
+            _moto().buckets[bucket].keys = _KeysOnDisk(self, bucket)
+            _moto().buckets[bucket].multiparts = {}  # none of which ends by being taken out
 
-    def each(self) -> Iterator[tuple[str, str, Path]]:
-        """Bucket, key and file of every object."""
+    def load(self) -> None:
+        """Let moto know the objects on disk."""
         for bucket in self._buckets:
             root = self._folder / bucket
-            for path in root.rglob("*"):
-                if path.is_file():
-                    name = "".join(part.rstrip("+") for part in path.relative_to(root).parts)
-                    yield bucket, unquote(name[1:]), path
+            for path in [path for path in root.rglob("*") if path.is_file()]:
+                name = "".join(part.rstrip("+") for part in path.relative_to(root).parts)
+                key = unquote(name[1:])
+                found = FakeKey(key, path.read_bytes(), DEFAULT_ACCOUNT_ID, self._region)
+                found.bucket_name = bucket
+                found.last_modified = EPOCH + timedelta(
+                    microseconds=path.stat().st_mtime_ns // 1000
+                )
+                _moto().buckets[bucket].keys.setlist(key, [found])
 
     def put(self, bucket: str, key: str, content: bytes) -> None:
+        """Write an object.
+
+        Raises
+        ------
+        CannotKeep
+            As on a full disk.
+        """
         with self._turn:
-            _moto().put_object(bucket, key, content)
-            self._keep(bucket, key)
+            try:
+                _moto().put_object(bucket, key, content)
+            except _Refused as refused:
+                raise CannotKeep(refused.cause) from None
 
     def delete(self, bucket: str, key: str) -> None:
+        """Delete an object.
+
+        Raises
+        ------
+        CannotKeep
+            As on a disk that is mounted read-only.
+        """
         with self._turn:
-            _moto().delete_object(bucket, key)
-            self._keep(bucket, key)
+            try:
+                _moto().delete_object(bucket, key)
+            except _Refused as refused:
+                raise CannotKeep(refused.cause) from None
 
     def kept(self, moto: "WSGIApplication") -> "WSGIApplication":
         """moto's application, with these buckets on disk."""
@@ -88,7 +124,7 @@ class KeptObjects:
             # One at a time: moto closes an object that is replaced while others read it.
             with self._turn:
                 if request.method in {"PUT", "POST", "DELETE"}:
-                    return self._write(environ, start_response, moto, bucket, key)
+                    return self._write(environ, start_response, moto, bucket)
                 return list(moto(environ, start_response))
 
         return application
@@ -132,8 +168,10 @@ class KeptObjects:
         start_response: "StartResponse",
         moto: "WSGIApplication",
         bucket: str,
-        key: str,
     ) -> Iterable[bytes]:
+        uploads = _moto().buckets[bucket].multiparts
+        before = dict(uploads)
+        self._refused = None
         answered: list[tuple[Any, ...]] = []
 
         def wait(*arguments: Any) -> Callable[[bytes], object]:
@@ -141,44 +179,106 @@ class KeptObjects:
             return lambda _: None
 
         body = list(moto(environ, wait))
-        try:
-            # Without a key many are deleted at once.
-            for each in [key] if key else [k for b, k, _ in self.each() if b == bucket]:
-                self._keep(bucket, each)
-        except OSError as error:
+        # moto forgets the parts of an object before it has the whole.
+        ended = [upload for upload in before if upload not in uploads]
+        if self._refused is not None:
+            uploads |= {upload: before[upload] for upload in ended}
             refusal = Response(
                 "<Error><Code>InternalError</Code><Message>The emulator cannot keep this object: "
-                f"{error.strerror}.</Message></Error>",
+                f"{self._refused.strerror}.</Message></Error>",
                 status=500,
                 content_type="application/xml",
             )
             return refusal(environ, start_response)
+        for upload in ended:
+            before[upload].dispose()
         start_response(*answered[-1])
         return body
 
-    def _keep(self, bucket: str, key: str) -> None:
-        found = _moto().get_object(bucket, key)
+    def keep(self, bucket: str, key: str, found: FakeKey) -> None:
+        """Bring the file of an object up to date.
+
+        Raises
+        ------
+        _Refused
+            It cannot be written, as on a full disk; the file is as it was.
+        """
         path = self._path(bucket, key)
-        if found is None:
-            path.unlink(missing_ok=True)
-            return
-        if _is_up_to_date(path, found):
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
         # Beside the buckets: what is not whole is no object.
         part = self._folder / "part"
+        with self._refusing():
+            if _is_up_to_date(path, found):
+                return
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part.write_bytes(found.value)
+                os.utime(part, ns=(_written_at(found),) * 2)
+                part.replace(path)
+            except OSError:
+                found.multipart = None  # else its end would be that of the uploaded parts
+                raise
+            finally:
+                part.unlink(missing_ok=True)
+
+    def forget(self, bucket: str, key: str) -> None:
+        """Delete the file of an object, if there is one.
+
+        Raises
+        ------
+        _Refused
+            It cannot be deleted.
+        """
+        with self._refusing():
+            self._path(bucket, key).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
         try:
-            part.write_bytes(found.value)
-            os.utime(part, ns=(_written_at(found),) * 2)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+            yield
+        except OSError as error:
+            self._refused = error
+            raise _Refused(error) from None
 
     def _path(self, bucket: str, key: str) -> Path:
         # Quoted, no key can leave the folder; marked, no part of one is another's file.
         name = "=" + quote(key, safe="")
         parts = [name[n : n + LONGEST_NAME] for n in range(0, len(name), LONGEST_NAME)]
         return Path(self._folder, bucket, *(f"{part}+" for part in parts[:-1]), parts[-1])
+
+
+class _Refused(S3ClientError):
+    """The disk does not take an object; in the form that moto answers quietly."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class _KeysOnDisk(_VersionedKeyStore):
+    """moto's objects of a bucket, none of which is here before it is on disk."""
+
+    def __init__(self, objects: KeptObjects, bucket: str) -> None:
+        super().__init__()
+        self._objects = objects
+        self._bucket = bucket
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._keep(key, value)
+        super().__setitem__(key, value)
+
+    def setlist(self, key: str, list_: Any) -> None:
+        self._keep(key, list_[-1] if list_ else None)
+        super().setlist(key, list_)
+
+    def pop(self, key: str) -> None:  # type: ignore[override]
+        self._objects.forget(self._bucket, key)
+        super().pop(key)
+
+    def _keep(self, key: str, latest: Any) -> None:
+        if isinstance(latest, FakeKey):
+            self._objects.keep(self._bucket, key, latest)
+        else:  # a mark that it was deleted
+            self._objects.forget(self._bucket, key)
 
 
 def _in_large_parts(file: IO[bytes], size: int) -> FileWrapper:
@@ -198,4 +298,5 @@ def _is_up_to_date(path: Path, found: Any) -> bool:
 
 
 def _written_at(found: Any) -> int:
-    return int(found.last_modified.timestamp() * 1e6) * 1000
+    microseconds: int = (found.last_modified - EPOCH) // timedelta(microseconds=1)
+    return microseconds * 1000

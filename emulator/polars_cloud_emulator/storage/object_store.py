@@ -107,8 +107,7 @@ class ObjectStore:
 
     def load(self) -> None:
         """Let moto know what was kept."""
-        for bucket, key, path in list(self._kept.each()):
-            self._kept.put(bucket, key, path.read_bytes())
+        self._kept.load()
 
     def close(self) -> None:
         self._server.shutdown()
