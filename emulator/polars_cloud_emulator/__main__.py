@@ -3,15 +3,19 @@
 import argparse
 import errno
 import os
+import shlex
 import signal
+import socket
 import threading
 from pathlib import Path
+from typing import NoReturn
 
-from polars_cloud_emulator.env_file import write_env_file
+from polars_cloud_emulator.env_file import NotAnEnvFile, write_env_file
+from polars_cloud_emulator.model.errors import CannotKeep
 from polars_cloud_emulator.model.realism import CONVENIENT, REALISTIC
 from polars_cloud_emulator.server import Emulator
-from polars_cloud_emulator.storage.kept_state import UnreadableState
 from polars_cloud_emulator.storage.object_store import UnusableEnvironment
+from polars_cloud_emulator.storage.state_directory import UnusableStateDirectory
 
 DEFAULT_PORT_BASE = 7410
 PARENT_CHECK_SECONDS = 0.5
@@ -53,6 +57,13 @@ def main() -> None:
         if name.startswith("AWS_") or (own_s3 and name.lower().endswith("_proxy")):
             del os.environ[name]
 
+    def give_up(words: str) -> NoReturn:
+        if options.parent:  # it reads the first line
+            print(words, flush=True)
+        parser.exit(1, f"{parser.prog}: {words}\n")
+
+    # All files of the emulator are this user's alone, and so are those of its workers.
+    os.umask(0o077)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -68,21 +79,27 @@ def main() -> None:
             ready = f"Polars Cloud emulator ready at {emulator.rest_url}"
             if options.env_file is not None:
                 write_env_file(options.env_file, emulator.environment)
-                ready += f"; in another shell: set -a; . {options.env_file}; set +a"
+                env_file = shlex.quote(str(options.env_file.absolute()))
+                ready += f"; in another shell: set -a; . {env_file}; set +a"
             print(ready, flush=True)
             while not stop.wait(PARENT_CHECK_SECONDS if options.parent else None):
                 if os.getppid() != options.parent:
                     break
-    except UnreadableState as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+    except (UnusableStateDirectory, CannotKeep) as error:
+        give_up(str(error))
+    except NotAnEnvFile as error:
+        give_up(f"--env-file: {error}")
     except UnusableEnvironment as error:
-        parser.exit(1, f"{parser.prog}: --object-store environment: {error}\n")
+        give_up(f"--object-store environment: {error}")
     except OverflowError as error:
-        parser.exit(1, f"{parser.prog}: --port-base {options.port_base}: {error}\n")
+        give_up(f"--port-base {options.port_base}: {error}")
     except OSError as error:
-        hint = "; is another emulator running? try --port-base"
-        taken = error.errno == errno.EADDRINUSE
-        parser.exit(1, f"{parser.prog}: {error}{hint if taken else ''}\n")
+        hint = ""
+        if error.errno == errno.EADDRINUSE:
+            hint = "; is another emulator running? try --port-base"
+        elif isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            hint = f"; --host {options.host} has to be a name or an IPv4 address of this machine"
+        give_up(f"{error}{hint}")
 
 
 if __name__ == "__main__":

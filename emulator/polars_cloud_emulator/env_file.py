@@ -4,19 +4,41 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+BEGIN = "POLARS_CLOUD_API_ADDR="
+"""Of every such file."""
+
+
+class NotAnEnvFile(Exception):
+    """Somebody else's file stands where the variables are to be written."""
+
 
 def write_env_file(path: Path, environment: Mapping[str, str]) -> None:
-    """Write the variables, readable by this user alone and quoted for a shell."""
+    """Write the variables, readable by this user alone and quoted for a shell.
+
+    Raises
+    ------
+    NotAnEnvFile
+        With the path.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Writing to a file that is there would keep its mode.
-    path.unlink(missing_ok=True)
-    path.touch(mode=0o600)
-    path.write_text(
-        "".join(f"{name}={shlex.quote(value)}\n" for name, value in environment.items())
-    )
+    if path.exists() and not (path.is_file() and _is_replaceable(path.read_bytes())):
+        raise NotAnEnvFile(
+            f"{path} was not written by the emulator; delete it, or choose another file"
+        )
+    # Beside it, and then in its place: whoever reads it meanwhile reads the old or the new one.
+    part = path.with_name(f"{path.name}.part")
+    part.unlink(missing_ok=True)
+    part.touch(mode=0o600)
+    lines = (f"{name}={shlex.quote(value)}\n" for name, value in environment.items())
+    part.write_text("".join(lines), encoding="utf-8")
+    part.replace(path)
 
 
 def read_env_file(path: Path) -> dict[str, str]:
     """The variables of a file that ``write_env_file`` wrote."""
-    assignments = (line.partition("=") for line in path.read_text().splitlines())
-    return {name: shlex.split(value)[0] for name, _, value in assignments}
+    assignments = (each.partition("=") for each in shlex.split(path.read_text(encoding="utf-8")))
+    return {name: value for name, _, value in assignments}
+
+
+def _is_replaceable(content: bytes) -> bool:
+    return not content or content.startswith(BEGIN.encode())

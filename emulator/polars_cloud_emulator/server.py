@@ -25,7 +25,7 @@ from starlette.routing import Route
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.faults.middleware import FaultMiddleware
 from polars_cloud_emulator.faults.pending import Faults
-from polars_cloud_emulator.model.errors import UnknownCall
+from polars_cloud_emulator.model.errors import CannotKeep, UnknownCall
 from polars_cloud_emulator.model.realism import CONVENIENT, Realism
 from polars_cloud_emulator.model.state import State
 from polars_cloud_emulator.model.workspace import ORGANIZATION_ID, WORKSPACE_ID
@@ -46,6 +46,8 @@ from polars_cloud_emulator.workers.compute import TICK, Compute
 
 START_TIMEOUT = 60.0
 """Seconds until a start is given up."""
+FULL_DISK_PAUSE = timedelta(minutes=1)
+"""Until the sample data of a new day is written again, for which there was no room."""
 
 
 class Emulator:
@@ -77,8 +79,10 @@ class Emulator:
     ------
     OSError
         A port is taken.
-    UnreadableState
-        The state directory holds something else.
+    UnusableStateDirectory
+        The state directory is in use, damaged, another user's or not writable.
+    CannotKeep
+        There is no room for the sample data.
     UnusableEnvironment
         ``outside_s3`` leads to no object store.
     """
@@ -138,7 +142,8 @@ class Emulator:
             state_dir = self._state_dir or Path(
                 resources.enter_context(tempfile.TemporaryDirectory())
             )
-            self._files = StateDirectory(state_dir.resolve())
+            self._files = StateDirectory(state_dir)
+            resources.callback(self._files.close)
             self._kept = KeptState(self._files.state)
             resources.callback(self._kept.close)
             self._snapshot = self._kept.load()
@@ -191,7 +196,9 @@ class Emulator:
     async def _serve(self) -> None:
         authority = self._files.certificate_authority()
         certificate = authority.issue_cert(self._host, "localhost", "*.clusters.polars.test")
-        certificate.private_key_and_cert_chain_pem.write_to_path(self._files.server_certificate)
+        self._files.write(
+            self._files.server_certificate, certificate.private_key_and_cert_chain_pem.bytes()
+        )
         self._state = State(
             self.clock,
             python_version=platform.python_version(),
@@ -247,6 +254,8 @@ class Emulator:
             workspace_id=WORKSPACE_ID,
             organization_id=ORGANIZATION_ID,
         )
+        await asyncio.to_thread(self._object_store.load)
+        self._opened = await self._open_the_shop()
         application = Starlette(
             routes=[
                 *pages.routes(),
@@ -285,13 +294,11 @@ class Emulator:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, application: Starlette) -> AsyncIterator[None]:
-        await asyncio.to_thread(self._object_store.load)
-        opening = await self._open_the_shop()
         self._state.restore(self._snapshot)
         self._compute.resume()
         watches = [
             asyncio.create_task(self._compute.watch_clock()),
-            asyncio.create_task(self._open_the_shop_each_day(opening)),
+            asyncio.create_task(self._open_the_shop_each_day()),
         ]
         self._started.set_result(None)
         yield
@@ -325,11 +332,15 @@ class Emulator:
     def _last_day(self) -> date:
         return self.clock.now().date() + timedelta(days=1)
 
-    async def _open_the_shop_each_day(self, opened: date) -> None:
+    async def _open_the_shop_each_day(self) -> None:
         while True:
-            if self.clock.now().date() != opened:
-                opened = await self._open_the_shop()
-            await asyncio.sleep(TICK.total_seconds())
+            pause = TICK
+            if self.clock.now().date() != self._opened:
+                try:
+                    self._opened = await self._open_the_shop()
+                except CannotKeep:
+                    pause = FULL_DISK_PAUSE
+            await asyncio.sleep(pause.total_seconds())
 
 
 class _EventLoop(asyncio.SelectorEventLoop):

@@ -173,7 +173,7 @@ def running_emulator(
     Raises
     ------
     RuntimeError
-        The emulator did not start.
+        The emulator did not start; with the reason.
     """
     with tempfile.TemporaryDirectory() as scratch:
         env_file = Path(scratch) / "env"
@@ -191,8 +191,10 @@ def running_emulator(
         ) as process:
             try:
                 assert process.stdout is not None
-                if not process.stdout.readline():
-                    raise RuntimeError(f"the emulator ended with exit code {process.wait()}")
+                first_line = process.stdout.readline()
+                if not env_file.exists():
+                    end = first_line.strip() or f"it ended with exit code {process.wait()}"
+                    raise RuntimeError(f"the emulator did not start: {end}")
                 yield RunningEmulator(read_env_file(env_file), process.pid)
             finally:
                 process.terminate()

@@ -17,10 +17,10 @@ from polars_cloud_emulator.model.manifests import Manifest
 from polars_cloud_emulator.model.queries import Query
 from polars_cloud_emulator.model.state import Snapshot, State
 from polars_cloud_emulator.protocol.grpc_transport import refusal_in_kind
+from polars_cloud_emulator.storage.state_directory import UnusableStateDirectory
 
-
-class UnreadableState(Exception):
-    """The file in the state directory is not this emulator's."""
+DAMAGED = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+"""SQLite's codes for a file that is not the emulator's, or is so no more."""
 
 
 class KeptState:
@@ -31,8 +31,8 @@ class KeptState:
 
     Raises
     ------
-    UnreadableState
-        With the file to delete.
+    UnusableStateDirectory
+        The file cannot be opened, is damaged, or another version's.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,7 +42,7 @@ class KeptState:
             "cluster": {},
             "query": {},
         }
-        with self._reading():
+        with self._opening():
             # Opened by the thread that starts the emulator, used by the one that serves it.
             self._file = sqlite3.connect(path, timeout=0, check_same_thread=False)
             self._file.execute("PRAGMA journal_mode = WAL")
@@ -55,7 +55,10 @@ class KeptState:
     def load(self) -> Snapshot:
         """What was kept, in the order in which it came to be."""
         snapshot = Snapshot({}, {}, {})
-        with self._reading():
+        with self._opening():
+            [[problem]] = self._file.execute("PRAGMA integrity_check(1)")
+            if problem != "ok":
+                raise sqlite3.DatabaseError(problem)
             for kind, content in self._file.execute(
                 "SELECT kind, content FROM kept ORDER BY rowid"
             ):
@@ -68,6 +71,9 @@ class KeptState:
                 else:
                     query = msgspec.msgpack.decode(content, type=Query)
                     snapshot.queries[query.id] = query
+            lost = {q.cluster_id for q in snapshot.queries.values()} - snapshot.clusters.keys()
+            if lost:
+                raise sqlite3.DatabaseError(f"cluster {lost.pop()} is missing")
         return snapshot
 
     def commit(self, state: State) -> None:
@@ -123,13 +129,15 @@ class KeptState:
         self._file.close()
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
+    def _opening(self) -> Iterator[None]:
         try:
             yield
         except (sqlite3.DatabaseError, msgspec.DecodeError, TypeError) as error:
-            raise UnreadableState(
-                f"{self._path} is not a state of this emulator ({error}); delete it"
-            ) from None
+            if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) in DAMAGED:
+                problem = f"is damaged, or another version's ({error}); delete it to start anew"
+            else:
+                problem = f"cannot be used: {error}"
+            raise UnusableStateDirectory(f"{self._path} {problem}") from None
 
 
 def _changeable(each: msgspec.Struct) -> tuple[Any, ...]:
