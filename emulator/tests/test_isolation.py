@@ -112,7 +112,7 @@ def test_user_function_imports_what_its_cluster_declares(start_cluster: StartClu
     [
         ("no-such-package==1", "'no-such-package==1' is not met: it is not installed here"),
         ("boto3<1", "'boto3<1' is not met: 1."),
-        ("--index-url x", "the requirement '--index-url x' is not understood"),
+        ("-r more.txt", "'-r more.txt' names what a cluster does not have"),
     ],
 )
 def test_requirement_that_is_not_met_fails_the_cluster_in_words(

@@ -6,13 +6,13 @@ import that from where the emulator itself is installed, and a cluster that need
 
 import functools
 import importlib.metadata
-import re
 from collections.abc import Mapping
 
-from packaging.requirements import InvalidRequirement, Requirement
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from polars_cloud_emulator.model.errors import InvalidRequest
+from polars_cloud_emulator.workers.requirements_file import requirements_in
 
 
 def importable_modules(requirements_txt: str | None) -> set[str]:
@@ -25,7 +25,7 @@ def importable_modules(requirements_txt: str | None) -> set[str]:
     """
     modules: set[str] = set()
     seen: set[str] = set()
-    pending = [_parsed(line) for line in _lines(requirements_txt or "")]
+    pending = requirements_in(requirements_txt or "")
     for requirement in pending:
         _check_installed(requirement)
     while pending:
@@ -41,21 +41,6 @@ def importable_modules(requirements_txt: str | None) -> set[str]:
             continue
         pending += map(Requirement, needed)
     return modules
-
-
-def _lines(requirements_txt: str) -> list[str]:
-    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in requirements_txt.splitlines())
-    return [line for line in lines if line]
-
-
-def _parsed(line: str) -> Requirement:
-    try:
-        return Requirement(line)
-    except InvalidRequirement:
-        raise InvalidRequest(
-            f"the requirement '{line}' is not understood: the emulator takes names and versions, "
-            "a line each"
-        ) from None
 
 
 def _check_installed(requirement: Requirement) -> None:
