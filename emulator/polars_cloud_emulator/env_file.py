@@ -28,7 +28,7 @@ def write_env_file(path: Path, environment: Mapping[str, str]) -> None:
     # Beside it, and then in its place: whoever reads it meanwhile reads the old or the new one.
     part = path.with_name(f"{path.name}.part")
     part.unlink(missing_ok=True)
-    part.touch(mode=0o600)
+    part.touch(mode=0o600, exist_ok=False)  # not one that another user has put there
     lines = (f"{name}={shlex.quote(value)}\n" for name, value in environment.items())
     part.write_text("".join(lines), encoding="utf-8")
     part.replace(path)

@@ -28,7 +28,7 @@ from polars_cloud_emulator.faults.pending import Faults
 from polars_cloud_emulator.model.errors import CannotKeep, UnknownCall
 from polars_cloud_emulator.model.realism import CONVENIENT, Realism
 from polars_cloud_emulator.model.state import State
-from polars_cloud_emulator.model.workspace import ORGANIZATION_ID, WORKSPACE_ID
+from polars_cloud_emulator.model.workspace import CLUSTER_DOMAIN, ORGANIZATION_ID, WORKSPACE_ID
 from polars_cloud_emulator.planes.admin import Admin
 from polars_cloud_emulator.planes.compute_plane import ComputePlane
 from polars_cloud_emulator.planes.control_plane import ControlPlane
@@ -36,8 +36,10 @@ from polars_cloud_emulator.planes.pages import Pages
 from polars_cloud_emulator.protocol.access_tokens import CLIENT_ID, AccessTokens
 from polars_cloud_emulator.protocol.client_check import ClientCheck
 from polars_cloud_emulator.protocol.connections import Connection
+from polars_cloud_emulator.protocol.door import Door
 from polars_cloud_emulator.protocol.grpc_transport import refusal_in_kind
 from polars_cloud_emulator.protocol.journal import Journal, JournalMiddleware
+from polars_cloud_emulator.protocol.request_bodies import RequestBodyMiddleware
 from polars_cloud_emulator.storage.kept_plans import KeptPlans
 from polars_cloud_emulator.storage.kept_state import CommitMiddleware, KeptState
 from polars_cloud_emulator.storage.object_store import ObjectStore, OutsideObjectStore
@@ -195,7 +197,7 @@ class Emulator:
 
     async def _serve(self) -> None:
         authority = self._files.certificate_authority()
-        certificate = authority.issue_cert(self._host, "localhost", "*.clusters.polars.test")
+        certificate = authority.issue_cert(self._host, "localhost", f"*.{CLUSTER_DOMAIN}")
         self._files.write(
             self._files.server_certificate, certificate.private_key_and_cert_chain_pem.bytes()
         )
@@ -267,14 +269,19 @@ class Emulator:
             lifespan=self._lifespan,
         )
         await hypercorn.asyncio.serve(
-            JournalMiddleware(  # type: ignore[arg-type]
-                FaultMiddleware(
-                    CommitMiddleware(application, self._kept, self._state),
-                    self._faults,
-                    self._access_tokens,
-                ),
-                self._journal,
-                self._access_tokens,
+            RequestBodyMiddleware(  # type: ignore[arg-type]
+                Door(
+                    JournalMiddleware(
+                        FaultMiddleware(
+                            CommitMiddleware(application, self._kept, self._state),
+                            self._faults,
+                            self._access_tokens,
+                        ),
+                        self._journal,
+                        self._access_tokens,
+                    ),
+                    self._host,
+                )
             ),
             self._hypercorn_config(),
             shutdown_trigger=self._released,
@@ -364,8 +371,6 @@ _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
 async def _unknown_call(request: Request) -> Response:
-    # An answer before the end of the request makes hypercorn drop the whole connection.
-    await request.body()
     error = UnknownCall(f"the emulator does not know {request.method} {request.url.path}")
     return refusal_in_kind(request, error)
 

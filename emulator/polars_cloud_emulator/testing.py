@@ -1,5 +1,6 @@
 """An emulator for a test suite: in a process of its own, on free ports."""
 
+import base64
 import contextlib
 import functools
 import json
@@ -145,10 +146,16 @@ class RunningEmulator:
         )
 
     def _ask(self, method: str, call: str, body: dict[str, object] | None = None) -> Any:
+        account = [self.environment[f"POLARS_CLOUD_CLIENT_{part}"] for part in ("ID", "SECRET")]
+        credentials = base64.b64encode(":".join(account).encode()).decode()
         return _send(
             urllib.request.Request(
                 f"{self.rest_url}{ADMIN_PREFIX}{call}",
                 data=json.dumps(body).encode() if body else None,
+                headers={
+                    "authorization": f"Basic {credentials}",
+                    "content-type": "application/json",
+                },
                 method=method,
             )
         )

@@ -1,5 +1,6 @@
 """Calls that the real client would never make: other versions, other tokens, other bodies."""
 
+import base64
 import platform
 import ssl
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ CLUSTER = {
 
 VERSIONS = {"x-client-version": "0.12.0", "x-polars-version": pl.__version__}
 WORKSPACE = "/api/v1/workspace/5e41ce00-0000-4000-8000-000000000002"
+TOKEN_PATH = "/realms/Polars/protocol/openid-connect/token"
 COMPUTE_PLANE = "/polars_cloud.compute_plane.client.v1.ClientService"
 CONTROL_PLANE = "/polars_cloud.control_plane.client.v1.ClientService"
 
@@ -40,7 +42,7 @@ def access_token(environment: Mapping[str, str]) -> str:
     user = f"{environment['POLARS_CLOUD_CLIENT_ID']}@sa.cloud.pola.rs"
     form = {"username": user, "password": environment["POLARS_CLOUD_CLIENT_SECRET"]}
     with tls_client(environment) as client:
-        answer = client.post("/realms/Polars/protocol/openid-connect/token", data=form)
+        answer = client.post(TOKEN_PATH, data=form)
     return str(answer.raise_for_status().json()["access_token"])
 
 
@@ -53,12 +55,33 @@ def rest_client(environment: Mapping[str, str]) -> httpx.Client:
     )
 
 
+def basic(environment: Mapping[str, str]) -> str:
+    """The ``authorization`` header with the id and the secret of the service account."""
+    names = ("POLARS_CLOUD_CLIENT_ID", "POLARS_CLOUD_CLIENT_SECRET")
+    account = ":".join(environment[name] for name in names)
+    return f"Basic {base64.b64encode(account.encode()).decode()}"
+
+
+def admin_client(environment: Mapping[str, str]) -> httpx.Client:
+    """A client of the admin API with everything that the emulator asks for."""
+    return httpx.Client(
+        base_url=f"{environment['POLARS_CLOUD_API_ADDR']}/_emulator/",
+        headers={"authorization": basic(environment), "content-type": "application/json"},
+        trust_env=False,
+    )
+
+
 def call_grpc(
-    environment: Mapping[str, str], path: str, headers: Mapping[str, str], message: bytes = b""
+    environment: Mapping[str, str],
+    path: str,
+    headers: Mapping[str, str],
+    message: bytes = b"",
+    host: str | None = None,
 ) -> tuple[grpc.StatusCode, str]:
     """Status and text of the answer to a message sent to ``path`` on the plain port."""
     target = environment["POLARS_CLOUD_API_ADDR"].removeprefix("http://")
-    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+    options = [("grpc.enable_http_proxy", 0), ("grpc.default_authority", host or target)]
+    with grpc.insecure_channel(target, options=options) as channel:
         call: Any = channel.unary_unary(path, bytes, bytes)
         try:
             call(message, metadata=list(headers.items()), timeout=30)

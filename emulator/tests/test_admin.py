@@ -14,7 +14,15 @@ from polars.testing import assert_frame_equal
 
 from emulator.tests.blocking_query import BlockingQuery
 from emulator.tests.processes import none_running
-from emulator.tests.raw_calls import COMPUTE_PLANE, VERSIONS, access_token, call_grpc
+from emulator.tests.raw_calls import (
+    COMPUTE_PLANE,
+    VERSIONS,
+    access_token,
+    admin_client,
+    basic,
+    call_grpc,
+    rest_client,
+)
 from polars_cloud_emulator.testing import RunningEmulator
 
 StartCluster = Callable[..., Any]
@@ -177,3 +185,53 @@ def test_reset_restores_the_sample_data_that_was_changed_and_deletes_what_was_ad
 def test_call_past_the_client_that_is_refused_says_why(emulator: RunningEmulator) -> None:
     with pytest.raises(ValueError, match="manifest 'nobodys' does not exist"):
         emulator.call("POST", "manifest/start", {"name": "nobodys"})
+
+
+CHANGES = [
+    ("POST", "faults", {"operation": "GET user/me", "kind": "tokens_expire"}),
+    ("DELETE", "faults", None),
+    ("POST", "clock", {"advance_seconds": 1}),
+    ("POST", "service-accounts", {"name": "second"}),
+    ("POST", "reset", None),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), CHANGES)
+def test_every_change_needs_the_secret_of_a_service_account(
+    emulator: RunningEmulator, method: str, path: str, body: object
+) -> None:
+    account = emulator.environment
+    wrong = {
+        "": "send the client id and secret of a service account",
+        f"Bearer {access_token(account)}": "send the client id and secret of a service account",
+        "Basic": "unknown client id or wrong client secret",
+        "Basic \xe9": "the client id and secret are not in Base64",
+        basic(account | {"POLARS_CLOUD_CLIENT_SECRET": ""}): "wrong client secret",
+        basic(account | {"POLARS_CLOUD_CLIENT_SECRET": "guessed"}): "wrong client secret",
+        basic(account | {"POLARS_CLOUD_CLIENT_ID": "somebody-else"}): "unknown client id",
+    }
+    with admin_client(account) as admin:
+        for authorization, words in wrong.items():
+            header = {"authorization": authorization.encode("latin-1")}
+            answer = admin.request(method, path, json=body, headers=header)
+            assert answer.status_code == 401
+            assert words in answer.json()["message"]
+        assert admin.request(method, path, json=body).status_code == 200
+
+
+def test_added_account_may_change_the_emulator_while_logins_are_refused(
+    emulator: RunningEmulator,
+) -> None:
+    client_id, secret = emulator.add_service_account("second")
+    emulator.add_fault("GET user/me", "credentials_revoked")
+    with rest_client(emulator.environment) as rest:
+        assert rest.get("/api/v1/user/me").status_code == 401
+    second = {"POLARS_CLOUD_CLIENT_ID": client_id, "POLARS_CLOUD_CLIENT_SECRET": secret}
+    with admin_client(emulator.environment | second) as admin:
+        assert admin.delete("faults").status_code == 200
+    assert access_token(emulator.environment)
+
+
+@pytest.mark.parametrize("path", ["/", "/_emulator/state", "/_emulator/journal"])
+def test_looking_needs_no_login(emulator: RunningEmulator, path: str) -> None:
+    assert httpx.get(f"{emulator.rest_url}{path}", trust_env=False).status_code == 200

@@ -21,6 +21,7 @@ from emulator.tests.raw_calls import (
     VERSIONS,
     WORKSPACE,
     access_token,
+    admin_client,
     call_grpc,
     rest_client,
 )
@@ -469,8 +470,8 @@ def test_call_meets_one_fault_and_the_first_posted_comes_first(
 def test_fault_that_there_is_not_is_refused_with_those_that_there_are(
     emulator: RunningEmulator, fault: object, words: str
 ) -> None:
-    url = f"{emulator.rest_url}/_emulator/faults"
-    answer = httpx.post(url, json=fault, trust_env=False)
+    with admin_client(emulator.environment) as admin:
+        answer = admin.post("faults", json=fault)
     assert answer.status_code == 400
     assert words in answer.json()["message"]
     assert emulator.state()["faults"] == []
@@ -507,6 +508,7 @@ def test_reset_sets_the_clock_right(emulator: RunningEmulator) -> None:
 def test_clock_takes_seconds_forward_alone(
     emulator: RunningEmulator, body: dict[str, float]
 ) -> None:
-    answer = httpx.post(f"{emulator.rest_url}/_emulator/clock", json=body, trust_env=False)
+    with admin_client(emulator.environment) as admin:
+        answer = admin.post("clock", json=body)
     assert answer.status_code == 400
     assert "advance_" in answer.json()["message"]

@@ -16,6 +16,7 @@ import pytest
 from emulator.tests.raw_calls import (
     COMPUTE_PLANE,
     CONTROL_PLANE,
+    TOKEN_PATH,
     VERSIONS,
     access_token,
     call_grpc,
@@ -24,7 +25,6 @@ from emulator.tests.raw_calls import (
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.testing import RunningEmulator, running_emulator
 
-TOKEN_PATH = "/realms/Polars/protocol/openid-connect/token"
 ME = "/api/v1/user/me"
 
 StartEmulator = Callable[..., RunningEmulator]
@@ -113,6 +113,10 @@ def test_token_from_an_emulator_that_is_ahead_tells_the_client_its_own_time(
         (
             "Bearer "
             + jwt.encode({"exp": 2**33}, "another secret, just as long as it needs to be"),
+            "this access token was not issued here",
+        ),
+        (
+            "Bearer " + jwt.encode({"sub": "polars-cloud-emulator"}, None, algorithm="none"),
             "this access token was not issued here",
         ),
     ],

@@ -13,6 +13,7 @@ from emulator.tests.raw_calls import (
     CLUSTER,
     COMPUTE_PLANE,
     CONTROL_PLANE,
+    TOKEN_PATH,
     VERSIONS,
     WORKSPACE,
     access_token,
@@ -22,7 +23,8 @@ from emulator.tests.raw_calls import (
 )
 from polars_cloud_emulator.testing import RunningEmulator
 
-TOKEN_PATH = "/realms/Polars/protocol/openid-connect/token"
+JSON = {"content-type": "application/json"}
+FORM = {"content-type": "application/x-www-form-urlencoded"}
 HEADER = pl.LazyFrame().serialize()[:79]
 
 
@@ -95,14 +97,14 @@ def test_count_that_is_none_is_refused(rest: httpx.Client, name: str, value: str
 )
 @pytest.mark.parametrize("path", ["/compute/start", "/manifest", "/manifest/start"])
 def test_body_that_is_no_json_is_refused(rest: httpx.Client, path: str, body: bytes) -> None:
-    answer = rest.post(f"{WORKSPACE}{path}", content=body)
+    answer = rest.post(f"{WORKSPACE}{path}", content=body, headers=JSON)
     assert answer.status_code == 400
     assert "is not understood" in answer.json()["message"]
 
 
 def test_login_that_is_not_utf8_is_refused(emulator: RunningEmulator) -> None:
     with tls_client(emulator.environment) as client:
-        answer = client.post(TOKEN_PATH, content=b"username=\xff")
+        answer = client.post(TOKEN_PATH, content=b"username=\xff", headers=FORM)
     assert (answer.status_code, answer.json()["error"]) == (400, "invalid_request")
 
 
@@ -114,8 +116,8 @@ def test_malformed_calls_leave_no_traceback(serve: Callable[..., Served]) -> Non
             call_grpc(served.environment, method, headers, message)
     with rest_client(served.environment) as rest:
         rest.get(f"{WORKSPACE}/query", params={"page": "abc"})
-        rest.post(f"{WORKSPACE}/compute/start", content=b'{"x": "\xff"}')
+        rest.post(f"{WORKSPACE}/compute/start", content=b'{"x": "\xff"}', headers=JSON)
         rest.post(f"{WORKSPACE}/compute/start", json=CLUSTER | {"idle_timeout_mins": 10**18})
     with tls_client(served.environment) as client:
-        client.post(TOKEN_PATH, content=b"username=\xff")
+        client.post(TOKEN_PATH, content=b"username=\xff", headers=FORM)
     assert served.stop() == (0, "", "")

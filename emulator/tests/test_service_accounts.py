@@ -15,6 +15,7 @@ from emulator.tests.raw_calls import (
     CONTROL_PLANE,
     VERSIONS,
     access_token,
+    admin_client,
     call_grpc,
     rest_client,
 )
@@ -114,8 +115,8 @@ def test_an_account_that_exists_is_refused(emulator: RunningEmulator) -> None:
 def test_a_name_of_other_letters_is_refused(
     emulator: RunningEmulator, body: dict[str, object]
 ) -> None:
-    url = f"{emulator.rest_url}/_emulator/service-accounts"
-    answer = httpx.post(url, json=body, trust_env=False)
+    with admin_client(emulator.environment) as admin:
+        answer = admin.post("service-accounts", json=body)
     assert answer.status_code == 400
     assert "the body of /_emulator/service-accounts is not understood" in answer.json()["message"]
 
@@ -134,3 +135,6 @@ def test_reset_forgets_added_accounts_and_their_tokens(emulator: RunningEmulator
     with pytest.raises(httpx.HTTPStatusError, match="401"):
         access_token(environment)
     assert emulator.add_service_account("second")[0] == SECOND
+    with rest_client(emulator.environment) as rest:
+        rest.headers["authorization"] = second.headers["authorization"]
+        assert rest.get(ME).status_code == 401

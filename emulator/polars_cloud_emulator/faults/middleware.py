@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Coroutine
 
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -44,8 +43,6 @@ class FaultMiddleware:
         scope["fault"] = fault if isinstance(fault, QueryFault | StartupFault) else None
         match fault:
             case HttpError() | GrpcError():
-                # An answer before the end of the request makes hypercorn drop the connection.
-                await Request(scope, receive).body()
                 await _refusal(fault)(scope, receive, send)
                 return
             case Stall():

@@ -33,7 +33,7 @@ class Faults:
         """
         try:
             fault = msgspec.json.decode(body, type=AnyFault)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             kinds = map(_described, get_args(AnyFault))
             raise InvalidRequest(
                 f"{error}. A fault has operation, kind, nth (1 unless given), times (1 unless "

@@ -75,6 +75,18 @@ class WrongState(EmulatorError):
     grpc_status = GrpcStatus.FAILED_PRECONDITION
 
 
+class TooLarge(EmulatorError):
+    http_status = 413
+    grpc_status = GrpcStatus.RESOURCE_EXHAUSTED
+
+
+class UnsupportedType(EmulatorError):
+    """The content is not of the type that the call takes."""
+
+    http_status = 415
+    grpc_status = GrpcStatus.INVALID_ARGUMENT
+
+
 class UnknownCall(EmulatorError):
     """No retry by the client: it answers 501 and UNIMPLEMENTED at once."""
 

@@ -12,11 +12,12 @@ from starlette.routing import BaseRoute, Route
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.faults.pending import Faults
 from polars_cloud_emulator.model.clusters import Cluster
-from polars_cloud_emulator.model.errors import EmulatorError, InvalidRequest
+from polars_cloud_emulator.model.errors import EmulatorError
 from polars_cloud_emulator.model.queries import Query
 from polars_cloud_emulator.model.state import State
 from polars_cloud_emulator.protocol.access_tokens import AccessTokens
 from polars_cloud_emulator.protocol.journal import ADMIN_PREFIX, Journal
+from polars_cloud_emulator.protocol.request_bodies import read_body
 from polars_cloud_emulator.protocol.rest_transport import decode_body, json_response, refusal
 from polars_cloud_emulator.workers.compute import Compute
 
@@ -30,7 +31,7 @@ class NewAccount(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Admin:
-    """No login: it tells no secret but a new account's, and is on loopback by default.
+    """Anyone may look, since no answer tells a secret; every change needs a service account.
 
     Parameters
     ----------
@@ -57,16 +58,37 @@ class Admin:
         self._reset = reset
 
     def routes(self) -> list[BaseRoute]:
-        return [
-            Route(f"{ADMIN_PREFIX}health", self.get_health),
-            Route(f"{ADMIN_PREFIX}state", self.get_state),
-            Route(f"{ADMIN_PREFIX}journal", self.get_journal),
-            Route(f"{ADMIN_PREFIX}faults", self.post_fault, methods=["POST"]),
-            Route(f"{ADMIN_PREFIX}faults", self.delete_faults, methods=["DELETE"]),
-            Route(f"{ADMIN_PREFIX}clock", self.post_clock, methods=["POST"]),
-            Route(f"{ADMIN_PREFIX}service-accounts", self.post_account, methods=["POST"]),
-            Route(f"{ADMIN_PREFIX}reset", self.post_reset, methods=["POST"]),
+        views = [
+            ("health", self.get_health),
+            ("state", self.get_state),
+            ("journal", self.get_journal),
         ]
+        changes = [
+            ("POST", "faults", self.post_fault),
+            ("DELETE", "faults", self.delete_faults),
+            ("POST", "clock", self.post_clock),
+            ("POST", "service-accounts", self.post_account),
+            ("POST", "reset", self.post_reset),
+        ]
+        return [
+            *(Route(f"{ADMIN_PREFIX}{path}", view) for path, view in views),
+            *(
+                Route(f"{ADMIN_PREFIX}{path}", self._logged_in(change), methods=[method])
+                for method, path, change in changes
+            ),
+        ]
+
+    def _logged_in(
+        self, change: Callable[[Request], Awaitable[object]]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            try:
+                self._access_tokens.check_basic(request.headers.get("authorization"))
+                return json_response(await change(request))
+            except EmulatorError as error:
+                return refusal(error)
+
+        return endpoint
 
     async def get_health(self, request: Request) -> Response:
         return json_response({"status": "ready"})
@@ -85,36 +107,27 @@ class Admin:
     async def get_journal(self, request: Request) -> Response:
         return json_response(list(self._journal.entries))
 
-    async def post_fault(self, request: Request) -> Response:
-        try:
-            self._faults.add(await request.body())
-        except InvalidRequest as error:
-            return refusal(error)
-        return json_response(self._faults.pending)
+    async def post_fault(self, request: Request) -> object:
+        self._faults.add(await read_body(request))
+        return self._faults.pending
 
-    async def delete_faults(self, request: Request) -> Response:
+    async def delete_faults(self, request: Request) -> object:
         self._faults.clear()
-        return json_response(self._faults.pending)
+        return self._faults.pending
 
-    async def post_clock(self, request: Request) -> Response:
-        try:
-            by = await decode_body(request, Advance)
-        except InvalidRequest as error:
-            return refusal(error)
+    async def post_clock(self, request: Request) -> object:
+        by = await decode_body(request, Advance)
         self._clock.advance(timedelta(seconds=by.advance_seconds))
-        return json_response({"now": self._clock.now()})
+        return {"now": self._clock.now()}
 
-    async def post_account(self, request: Request) -> Response:
-        try:
-            account = await decode_body(request, NewAccount)
-            client_id, client_secret = self._access_tokens.add_account(account.name)
-        except EmulatorError as error:
-            return refusal(error)
-        return json_response({"client_id": client_id, "client_secret": client_secret})
+    async def post_account(self, request: Request) -> object:
+        account = await decode_body(request, NewAccount)
+        client_id, client_secret = self._access_tokens.add_account(account.name)
+        return {"client_id": client_id, "client_secret": client_secret}
 
-    async def post_reset(self, request: Request) -> Response:
+    async def post_reset(self, request: Request) -> object:
         await self._reset()
-        return json_response({"status": "ready"})
+        return {"status": "ready"}
 
     def _cluster(self, cluster: Cluster) -> dict[str, Any]:
         return {

@@ -67,18 +67,20 @@ class ComputePlane:
         self._check_client = check_client
 
     def routes(self) -> list[Route]:
+        check = self._check_client
         return [
-            grpc_route(f"{SERVICE}/SubmitQuery", DirectSubmitRequest, self.submit_query),
-            grpc_route(f"{SERVICE}/GetQueryStatus", QueryReference, self.get_query_status),
-            grpc_route(f"{SERVICE}/GetQueryResult", QueryReference, self.get_query_result),
-            grpc_route(f"{SERVICE}/CancelQuery", QueryReference, self.cancel_query),
-            grpc_route(f"{SERVICE}/DeleteQueryResult", QueryReference, self.delete_query_result),
-            grpc_route(f"{SERVICE}/GetComputeVersions", Empty, self.get_compute_versions),
+            grpc_route(f"{SERVICE}/SubmitQuery", check, DirectSubmitRequest, self.submit_query),
+            grpc_route(f"{SERVICE}/GetQueryStatus", check, QueryReference, self.get_query_status),
+            grpc_route(f"{SERVICE}/GetQueryResult", check, QueryReference, self.get_query_result),
+            grpc_route(f"{SERVICE}/CancelQuery", check, QueryReference, self.cancel_query),
+            grpc_route(
+                f"{SERVICE}/DeleteQueryResult", check, QueryReference, self.delete_query_result
+            ),
+            grpc_route(f"{SERVICE}/GetComputeVersions", check, Empty, self.get_compute_versions),
             Route("/api/v1/query/{query_id:uuid}", self.get_query_details),
         ]
 
     async def submit_query(self, message: DirectSubmitRequest, request: Request) -> BaseMessage:
-        self._check_client(request.headers)
         host = request.headers.get("host", "")
         try:
             cluster_id = UUID(host.partition(".")[0])
@@ -89,13 +91,11 @@ class ComputePlane:
         return QueryReference.of(query.id)
 
     async def get_query_status(self, message: QueryReference, request: Request) -> BaseMessage:
-        self._check_client(request.headers)
         return QueryStatusAnswer(
             STATUS_CODES[self._state.queries.find(parse_id(message.query)).status]
         )
 
     async def get_query_result(self, message: QueryReference, request: Request) -> BaseMessage:
-        self._check_client(request.headers)
         query = self._state.queries.find(parse_id(message.query))
         # Past its own deadline the client reports a broken call in place of a time-out.
         asked = seconds_left(request) or LONGEST_HOLD * 2
@@ -111,17 +111,14 @@ class ComputePlane:
         )
 
     async def cancel_query(self, message: QueryReference, request: Request) -> BaseMessage:
-        self._check_client(request.headers)
         self._compute.cancel(parse_id(message.query))
         return Empty()
 
     async def delete_query_result(self, message: QueryReference, request: Request) -> BaseMessage:
-        self._check_client(request.headers)
         await self._compute.delete_result(parse_id(message.query))
         return Empty()
 
     async def get_compute_versions(self, message: Empty, request: Request) -> BaseMessage:
-        self._check_client(request.headers)
         return ComputeVersionsAnswer(
             ComputeVersions(
                 compute_plane=f"emulator for polars_cloud {CLIENT_VERSION}",

@@ -17,12 +17,18 @@ from polars_cloud_emulator.model.errors import (
     InvalidRequest,
     NotFound,
     PermissionDenied,
+    TooLarge,
     Unauthenticated,
 )
 from polars_cloud_emulator.model.manifests import Manifest
 from polars_cloud_emulator.model.specs import ClusterSpec
 from polars_cloud_emulator.model.state import State
-from polars_cloud_emulator.model.workspace import ORGANIZATION_ID, WORKSPACE, WORKSPACE_ID
+from polars_cloud_emulator.model.workspace import (
+    CLUSTER_DOMAIN,
+    ORGANIZATION_ID,
+    WORKSPACE,
+    WORKSPACE_ID,
+)
 from polars_cloud_emulator.planes.query_messages import (
     parse_id,
     query_result,
@@ -37,7 +43,7 @@ from polars_cloud_emulator.planes.rest_answers import (
     query_answer,
     workspace_answer,
 )
-from polars_cloud_emulator.protocol.access_tokens import ACCOUNT_ID, AccessTokens
+from polars_cloud_emulator.protocol.access_tokens import ACCOUNT_ID, TOKEN_PATH, AccessTokens
 from polars_cloud_emulator.protocol.client_check import ClientCheck
 from polars_cloud_emulator.protocol.grpc_transport import grpc_route
 from polars_cloud_emulator.protocol.messages import (
@@ -45,6 +51,7 @@ from polars_cloud_emulator.protocol.messages import (
     ProxySubmitRequest,
     QueryReference,
 )
+from polars_cloud_emulator.protocol.request_bodies import read_body
 from polars_cloud_emulator.protocol.rest_transport import decode_body, json_response, refusal
 from polars_cloud_emulator.storage.kept_plans import KeptPlans
 from polars_cloud_emulator.workers.compute import Compute
@@ -68,6 +75,8 @@ NOT_EMULATED = [
 """Calls of the client that are refused, and why."""
 
 ORDERS = ("request_time", "created_at", "updated_at")
+MAX_FIELDS = 100
+"""Fields of a login's form; the client sends four."""
 
 
 class RegisterManifest(ClusterSpec, kw_only=True):
@@ -134,11 +143,17 @@ class ControlPlane:
             ("POST", query + "/cancel", self.cancel_query),
         ]
         return [
-            # The token endpoint is a fixed path of the identity provider behind the real service.
-            Route("/realms/Polars/protocol/openid-connect/token", self.get_token, methods=["POST"]),
+            Route(TOKEN_PATH, self.get_token, methods=["POST"]),
             *(Route(path, self._checked(call), methods=[method]) for method, path, call in rest),
-            grpc_route(f"{SERVICE}/SubmitQuery", ProxySubmitRequest, self.submit_query),
-            grpc_route(f"{SERVICE}/GetQueryResult", QueryReference, self.get_query_result),
+            grpc_route(
+                f"{SERVICE}/SubmitQuery", self._check_client, ProxySubmitRequest, self.submit_query
+            ),
+            grpc_route(
+                f"{SERVICE}/GetQueryResult",
+                self._check_client,
+                QueryReference,
+                self.get_query_result,
+            ),
         ]
 
     def refusals(self) -> list[Route]:
@@ -167,8 +182,8 @@ class ControlPlane:
 
     async def get_token(self, request: Request) -> Response:
         try:
-            form = dict(parse_qsl((await request.body()).decode()))
-        except ValueError as error:
+            form = dict(parse_qsl((await read_body(request)).decode(), max_num_fields=MAX_FIELDS))
+        except (TooLarge, ValueError) as error:
             refused = {"error": "invalid_request", "error_description": str(error)}
             return json_response(refused, 400)
         user, password = form.get("username", ""), form.get("password", "")
@@ -237,7 +252,7 @@ class ControlPlane:
         endpoint = {
             "address": self._compute_plane_address,
             # The only thing that tells clusters apart on the one port of the compute plane.
-            "tls_server_name": f"{cluster.id}.clusters.polars.test",
+            "tls_server_name": f"{cluster.id}.{CLUSTER_DOMAIN}",
         }
         return {
             "cluster_id": cluster.id,
@@ -305,7 +320,6 @@ class ControlPlane:
         self._compute.cancel(request.path_params["query_id"])
 
     async def submit_query(self, message: ProxySubmitRequest, request: Request) -> BaseMessage:
-        self._check_client(request.headers)
         query = await submitted(
             self._state, self._plans, parse_id(message.compute), message, request.headers
         )
@@ -313,7 +327,6 @@ class ControlPlane:
         return QueryReference.of(query.id)
 
     async def get_query_result(self, message: QueryReference, request: Request) -> BaseMessage:
-        self._check_client(request.headers)
         return ProxyQueryResultAnswer(
             query_result(self._state.queries.find(parse_id(message.query)))
         )

@@ -41,7 +41,8 @@ WORDS = {
 }
 HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'self'",
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'",
     "cache-control": "no-store",
     "referrer-policy": "no-referrer",
 }

@@ -1,5 +1,7 @@
 """The service accounts, and the short-lived access tokens that they are given."""
 
+import base64
+import hashlib
 import secrets
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
@@ -9,6 +11,8 @@ import jwt
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.model.errors import Conflict, Unauthenticated
 
+TOKEN_PATH = "/realms/Polars/protocol/openid-connect/token"
+"""Of the identity provider behind the real service."""
 CLIENT_ID = "polars-cloud-emulator"
 ACCOUNT_ID = UUID("5e41ce00-acc0-4000-8000-000000000001")
 
@@ -62,11 +66,7 @@ class AccessTokens:
         """
         if self.revoked:
             raise Unauthenticated("the client secret is revoked")
-        expected = self._secrets.get(client_id)
-        if expected is None or not secrets.compare_digest(
-            client_secret.encode(), expected.encode()
-        ):
-            raise Unauthenticated("unknown client id or wrong client secret")
+        self._check_secret(client_id, client_secret)
         # The client decodes the payload with the standard alphabet and without padding:
         # ASCII text never needs the two letters in which the alphabets differ.
         claims = {
@@ -76,8 +76,34 @@ class AccessTokens:
             # What counts here.
             "good_until": int((self._clock.now_for_logins() + self._lifetime).timestamp()),
             "generation": self._generation,
+            "secret": _digest(client_secret),
         }
         return jwt.encode(claims, self._signing_key)
+
+    def check_basic(self, authorization: str | None) -> None:
+        """Accept ``Basic <client id and secret>``, also while secrets are revoked.
+
+        Raises
+        ------
+        Unauthenticated
+            There are none, or they are no service account's.
+        """
+        scheme, _, credentials = (authorization or "").partition(" ")
+        if scheme.lower() != "basic":
+            raise Unauthenticated("send the client id and secret of a service account (HTTP Basic)")
+        try:
+            client_id, _, client_secret = base64.b64decode(credentials).decode().partition(":")
+        except ValueError:
+            raise Unauthenticated("the client id and secret are not in Base64") from None
+        self._check_secret(client_id, client_secret)
+
+    def _check_secret(self, client_id: str, client_secret: str) -> None:
+        # Guessing is hopeless: each secret is 256 random bits.
+        expected = self._secrets.get(client_id)
+        if expected is None or not secrets.compare_digest(
+            client_secret.encode(), expected.encode()
+        ):
+            raise Unauthenticated("unknown client id or wrong client secret")
 
     def expire(self) -> None:
         """From now on only tokens of new logins are good."""
@@ -109,6 +135,11 @@ class AccessTokens:
         ):
             raise Unauthenticated("the access token has expired")
         client_id: str = claims["sub"]
-        if client_id not in self._secrets:
+        # An account that was added again under the same name has another secret.
+        if _digest(self._secrets.get(client_id, "")) != claims["secret"]:
             raise Unauthenticated(f"service account '{client_id}' is forgotten")
         return client_id
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()

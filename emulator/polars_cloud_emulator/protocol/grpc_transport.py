@@ -15,6 +15,7 @@ from typing import IO, TypeVar
 from urllib.parse import quote
 
 from pure_protobuf.message import BaseMessage
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -32,12 +33,19 @@ M = TypeVar("M", bound=BaseMessage)
 
 
 def grpc_route(
-    path: str, request_type: type[M], method: Callable[[M, Request], Awaitable[BaseMessage]]
+    path: str,
+    check: Callable[[Headers], None],
+    request_type: type[M],
+    method: Callable[[M, Request], Awaitable[BaseMessage]],
 ) -> Route:
-    """A route that decodes the request, calls the method and encodes what it gives or raises."""
+    """A route that decodes the request, calls the method and encodes what it gives or raises.
+
+    ``check`` sees the headers before any of the message is read.
+    """
 
     async def endpoint(request: Request) -> Response:
         try:
+            check(request.headers)
             answer = await method(await _receive(request_type, request), request)
         except EmulatorError as error:
             return GrpcResponse(error=error)
@@ -88,23 +96,21 @@ class GrpcResponse(Response):
 
 def refusal_in_kind(request: Request, error: EmulatorError) -> Response:
     """A refusal in the form that the caller reads: gRPC's or REST's."""
-    if request.headers.get("content-type", "").startswith(CONTENT_TYPE):
+    is_grpc = request.headers.get("content-type", "").startswith(CONTENT_TYPE)
+    if is_grpc and request.scope["http_version"] == "2":
         return GrpcResponse(error=error)
     return refusal(error)
 
 
 async def _receive(request_type: type[M], request: Request) -> M:
-    parts = request.stream()
     try:
         with tempfile.SpooledTemporaryFile(LARGE) as body:
-            async for part in parts:
+            async for part in request.stream():
                 body.write(part)
             if body.tell() <= LARGE:
                 return _decode(request_type, body)
             return await asyncio.to_thread(_decode, request_type, body)
     except OSError as error:
-        async for _ in parts:  # an answer before the end would cost the client its connection
-            pass
         raise CannotKeep(error) from None
 
 

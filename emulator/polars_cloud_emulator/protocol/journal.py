@@ -6,7 +6,6 @@ from datetime import datetime
 
 import msgspec
 from starlette.datastructures import Headers
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from polars_cloud_emulator.clock import Clock
@@ -68,9 +67,7 @@ class JournalMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not _is_for_people(scope["path"]):
             send = self._recorded(scope, send)
-        # A client that leaves in the middle of its request gets no answer: its entry has no status.
-        with suppress(ClientDisconnect):
-            await self._app(scope, receive, send)
+        await self._app(scope, receive, send)
 
     def _recorded(self, scope: Scope, send: Send) -> Send:
         entry = self._journal.record(scope)

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from polars_cloud_emulator.model.errors import EmulatorError, InvalidRequest
+from polars_cloud_emulator.protocol.request_bodies import read_body
 
 T = TypeVar("T")
 
@@ -43,8 +44,11 @@ async def decode_body(request: Request, model: type[T]) -> T:
     ------
     InvalidRequest
         It is not JSON, or not a ``model``.
+    TooLarge
+        It is too large.
     """
+    body = await read_body(request)
     try:
-        return msgspec.json.decode(await request.body(), type=model)
+        return msgspec.json.decode(body, type=model)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body of {request.url.path} is not understood: {error}") from None

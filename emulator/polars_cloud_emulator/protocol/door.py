@@ -1,0 +1,122 @@
+"""The door in front of every route: it refuses what a web page may have sent.
+
+A page can make its reader's browser send requests to this machine. It cannot choose their ``Host``
+and ``Origin`` headers, and not their content type.
+"""
+
+import re
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from polars_cloud_emulator.model.errors import (
+    EmulatorError,
+    InvalidRequest,
+    PermissionDenied,
+    UnsupportedType,
+)
+from polars_cloud_emulator.model.workspace import CLUSTER_DOMAIN
+from polars_cloud_emulator.protocol import grpc_transport
+from polars_cloud_emulator.protocol.access_tokens import TOKEN_PATH
+from polars_cloud_emulator.protocol.own_hosts import is_own_host
+
+CLUSTER_HOST = re.compile(rf"[0-9a-f-]{{36}}\.{re.escape(CLUSTER_DOMAIN)}(:[0-9]{{1,5}})?")
+GRPC_PATH = re.compile(r"/[\w.]+\.\w+/\w+")
+READING = {"GET", "HEAD", "OPTIONS"}
+"""Methods that change nothing."""
+HEADERS = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+}
+"""Of each answer that a browser may show: no page of another origin can hold or read it."""
+
+
+class Door:
+    """Lets in the calls of programs, and of the emulator's own pages.
+
+    Parameters
+    ----------
+    host
+        Name or address under which clients find the emulator.
+    """
+
+    def __init__(self, app: ASGIApp, host: str) -> None:
+        self._app = app
+        self._host = host
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})
+            return
+        app = self._app
+        if scope["type"] == "http":
+            request = Request(scope)
+            try:
+                self._check_host(request)
+                _check_page(request)
+                _check_content_type(request)
+            except EmulatorError as error:
+                app = grpc_transport.refusal_in_kind(request, error)
+        await app(scope, receive, _with_headers(send))
+
+    def _check_host(self, request: Request) -> None:
+        if not request.scope["path"].startswith("/"):
+            raise InvalidRequest("ask for a path, which begins with /, and name the host in Host")
+        hosts = request.headers.getlist("host")
+        own = (self._host, request.scope["server"][0])
+        if len(hosts) != 1 or not (is_own_host(hosts[0], own) or CLUSTER_HOST.fullmatch(hosts[0])):
+            raise PermissionDenied(
+                f"the host '{', '.join(hosts)}' is not this emulator: call it {self._host} or "
+                "localhost, or start it with --host and the name that you need"
+            )
+
+
+def _check_page(request: Request) -> None:
+    """Refuse what a page of another origin asks for, unless it is a link that opens a page."""
+    own = f"{request.scope['scheme']}://{request.headers['host']}".lower()
+    for origin in request.headers.getlist("origin"):
+        if origin.lower() != own:
+            raise PermissionDenied(
+                f"a page of '{origin}' may not call the emulator: use a program or a page of {own}"
+            )
+    site, mode, destination = (
+        request.headers.get(f"sec-fetch-{name}") for name in ("site", "mode", "dest")
+    )
+    is_link = (request.method, mode, destination) == ("GET", "navigate", "document")
+    if site not in {None, "none", "same-origin"} and not is_link:
+        raise PermissionDenied("a page of another origin may link to the emulator, and no more")
+
+
+def _check_content_type(request: Request) -> None:
+    """Refuse a change whose content type any page may send without asking."""
+    if request.method in READING:
+        return
+    path, headers = request.scope["path"], request.headers
+    expected = "application/json"
+    if path == TOKEN_PATH:
+        expected = "application/x-www-form-urlencoded"
+    elif GRPC_PATH.fullmatch(path):
+        expected = grpc_transport.CONTENT_TYPE
+    given = headers.get("content-type", "").partition(";")[0].strip().lower()
+    # The client sends no content type where it sends no content.
+    is_empty = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
+    has_token = headers.get("authorization", "").startswith("Bearer ")
+    if given != expected and not (not given and is_empty and has_token):
+        raise UnsupportedType(f"send the content type {expected}, not {given or 'none'}")
+    if given == grpc_transport.CONTENT_TYPE and request.scope["http_version"] != "2":
+        raise InvalidRequest("gRPC needs HTTP/2")
+
+
+def _with_headers(send: Send) -> Send:
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(raw=list(message["headers"]))
+            if headers.get("content-type") != grpc_transport.CONTENT_TYPE:
+                headers.update(HEADERS)
+            message["headers"] = headers.raw
+        await send(message)
+
+    return send_with_headers

@@ -1,0 +1,64 @@
+"""Bodies of requests: each is read to its end, and of most of them little is kept."""
+
+from contextlib import suppress
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from polars_cloud_emulator.model.errors import TooLarge
+from polars_cloud_emulator.protocol.connections import Connection
+
+MAX_BODY = 1_000_000
+"""Bytes of JSON or of a form that are accepted; the client sends some thousands."""
+MAX_DROPPED = 1_000_000_000
+"""Bytes that are read and dropped before an answer, until the connection is reset."""
+
+
+class RequestBodyMiddleware:
+    """Reads the rest of each request before its answer.
+
+    An earlier answer makes hypercorn drop the whole connection, with all other calls on it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        more = scope["type"] == "http"
+
+        async def receive_part() -> Message:
+            nonlocal more
+            message = await receive()
+            more = message.get("more_body", False)
+            return message
+
+        async def send_after_body(message: Message) -> None:
+            dropped = 0
+            while more:
+                part = await receive_part()
+                if part["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                before, dropped = dropped, dropped + len(part["body"])
+                if before <= MAX_DROPPED < dropped:
+                    Connection.current.get().reset()
+            await send(message)
+
+        # A client that leaves in the middle of its request gets no answer.
+        with suppress(ClientDisconnect):
+            await self._app(scope, receive_part, send_after_body)
+
+
+async def read_body(request: Request) -> bytes:
+    """Return the whole body.
+
+    Raises
+    ------
+    TooLarge
+        It has more than ``MAX_BODY`` bytes.
+    """
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY:
+            raise TooLarge(f"the body of {request.url.path} has more than {MAX_BODY:,} bytes")
+    return bytes(body)
