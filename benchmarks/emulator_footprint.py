@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
@@ -94,10 +94,11 @@ def measure_idle(command: list[str]) -> Memory:
         return settled_memory(pid)
 
 
-def measure_workers(emulator: RunningEmulator, start_cluster: Callable[[], None]) -> Memory:
-    """What each worker of a new cluster adds."""
+def measure_workers(emulator: RunningEmulator, clusters: Iterable["ComputeContext"]) -> Memory:
+    """What each cluster adds, with the one worker process that it starts with."""
     before = settled_memory(emulator.pid)
-    start_cluster()
+    for cluster in clusters:
+        cluster.start()
     after = settled_memory(emulator.pid)
     return Memory(*((now - then) / WORKERS for now, then in zip(after, before, strict=True)))
 
@@ -165,10 +166,12 @@ def report_workers_and_waiting() -> None:
             client_secret=emulator.environment["POLARS_CLOUD_CLIENT_SECRET"],
             interactive=False,
         )
-        ctx = pc.ComputeContext(workspace="playground", cpus=2, memory=4, cluster_size=WORKERS)
-        worker = measure_workers(emulator, ctx.start)
+        ctx, *others = (
+            pc.ComputeContext(workspace="playground", cpus=2, memory=4) for _ in range(WORKERS)
+        )
+        worker = measure_workers(emulator, [ctx, *others])
         print(
-            f"each worker of a cluster of {WORKERS} adds: RSS {worker.rss:.0f} MB,",
+            f"each worker of {WORKERS} adds: RSS {worker.rss:.0f} MB,",
             f"PSS {worker.pss:.0f} MB",
         )
 

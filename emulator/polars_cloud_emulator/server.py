@@ -45,6 +45,7 @@ from polars_cloud_emulator.storage.kept_state import CommitMiddleware, KeptState
 from polars_cloud_emulator.storage.object_store import ObjectStore, OutsideObjectStore
 from polars_cloud_emulator.storage.state_directory import StateDirectory
 from polars_cloud_emulator.workers.compute import TICK, Compute
+from polars_cloud_emulator.workers.pool import processes_that_fit
 
 START_TIMEOUT = 60.0
 """Seconds until a start is given up."""
@@ -217,6 +218,7 @@ class Emulator:
             delete_result=self._object_store.delete_result,
             folder=self._files.workers,
             realism=self._realism,
+            max_processes=processes_that_fit(),
         )
         self._access_tokens = AccessTokens(
             self.clock, self._files.client_secret(), self._token_lifetime

@@ -147,7 +147,7 @@ def test_reset_brings_back_the_first_state_and_ends_the_workers(
     running = blocking.lazy_frame().remote(context).execute(blocking=False)
     blocking.wait_for_start()
     pids = emulator.state()["clusters"][0]["worker_pids"]
-    assert len(pids) == 2
+    assert pids
 
     emulator.reset()
 

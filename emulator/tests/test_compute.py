@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -31,13 +32,16 @@ def worker_pids(emulator: RunningEmulator, count: int) -> list[int]:
     return pids()
 
 
-@pytest.mark.parametrize("cluster_size", [1, 3])
-def test_cluster_is_a_process_per_worker_until_it_stops(
-    emulator: RunningEmulator, start_cluster: StartCluster, cluster_size: int
+def test_worker_process_starts_when_a_query_needs_one_and_ends_with_its_cluster(
+    emulator: RunningEmulator, start_cluster: StartCluster, tmp_path: Path
 ) -> None:
-    context = start_cluster(cluster_size=cluster_size)
-    pids = worker_pids(emulator, cluster_size)
-    assert len(set(pids)) == cluster_size
+    context = start_cluster(cluster_size=100)
+    worker_pids(emulator, 1)
+    for number in range(3):
+        blocking = BlockingQuery(tmp_path / str(number))
+        blocking.lazy_frame().remote(context).single_node().execute(blocking=False)
+        blocking.wait_for_start()
+    pids = worker_pids(emulator, 3)
     assert all(map(is_running, pids))
     context.stop()
     assert none_running(pids)
@@ -126,25 +130,39 @@ def test_stopped_cluster_refuses_queries_at_once(
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"python_version": {"major": 3, "minor": 10, "patch": 4}}, "start the emulator with the"),
-        ({"polars_version": "1.44.2"}, "workers run Polars"),
-        ({"cluster_size": 0}, "cluster_size must be at least 1"),
-        ({"idle_timeout_mins": 9}, "idle_timeout_mins must be at least 10"),
-        ({"specs": None}, "give either cpus and memory or an instance type"),
-        (
-            {"specs": None, "instance_type": {"standard": "m5.lrge"}},
-            "type 'm5.lrge' does not exist",
-        ),
+        ({"cluster_size": 0}, "cluster_size must be at least 1, not 0"),
+        ({"cluster_size": 10_000}, "cluster_size must be at most 100, not 10000: the emulator has"),
         ({"cluster_size": "many"}, "Expected `int`, got `str` - at `$.cluster_size`"),
+        ({"specs": {"cpus": 100_000, "ram_gb": 4}}, "cpus must be at most 896, not 100000"),
+        ({"storage": 0}, "storage must be at least 1, not 0"),
+        ({"labels": ["x" * 10**6]}, "must have from 1 to 32 bytes"),
         ({"mode": None}, "is not understood"),
     ],
 )
+@pytest.mark.parametrize("path", ["/compute/start", "/manifest"])
 def test_cluster_that_cannot_be_is_refused_in_words(
+    emulator: RunningEmulator, rest: httpx.Client, path: str, changed: dict[str, Any], words: str
+) -> None:
+    answer = rest.post(f"{WORKSPACE}{path}", json=CLUSTER | {"name": "a"} | changed)
+    assert answer.status_code == 400
+    assert answer.json()["errors"] == {}
+    assert words in answer.json()["message"]
+    assert len(answer.json()["message"]) < 300
+    assert emulator.state()["clusters"] == emulator.state()["manifests"] == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"python_version": {"major": 3, "minor": 10, "patch": 4}}, "start the emulator with the"),
+        ({"polars_version": "1.44.2"}, "workers run Polars"),
+    ],
+)
+def test_cluster_of_another_version_is_refused_in_words(
     emulator: RunningEmulator, rest: httpx.Client, changed: dict[str, Any], words: str
 ) -> None:
     answer = rest.post(f"{WORKSPACE}/compute/start", json=CLUSTER | changed)
     assert answer.status_code == 400
-    assert answer.json()["errors"] == {}
     assert words in answer.json()["message"]
     assert emulator.state()["clusters"] == []
 
@@ -152,6 +170,8 @@ def test_cluster_that_cannot_be_is_refused_in_words(
 def test_client_sees_the_words_of_a_refusal(start_cluster: StartCluster) -> None:
     with pytest.raises(ValueError, match="idle_timeout_mins must be at least 10"):
         start_cluster(idle_timeout_mins=9)
+    with pytest.raises(ValueError, match="cluster_size must be at most 100, not 10000"):
+        start_cluster(cluster_size=10_000)
     start_cluster(idle_timeout_mins=10)
 
 

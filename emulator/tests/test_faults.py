@@ -222,7 +222,7 @@ def test_hanging_query_holds_its_worker_until_it_is_cancelled(
     hanging = remote.single_node().execute(blocking=False)
     for _ in range(3):
         assert remote.single_node().execute().n_rows_total == 2
-    waiting_for_both_workers = remote.execute(blocking=False)
+    waiting_for_both_workers = remote.distributed(min_workers=2).execute(blocking=False)
     emulator.advance_clock(timedelta(days=1))
     log_in(pc, emulator)
     statuses = [query["status"] for query in emulator.state()["queries"]]

@@ -13,6 +13,7 @@ from typing import Any
 import boto3
 import grpc
 import httpx
+import msgspec
 import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
@@ -134,6 +135,48 @@ assert query.await_result().n_rows_total == 2
     [after] = restart().state()["queries"]
     assert after == before
     assert after["status"] == "Success"
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"cluster_size": 10_000}, "cluster_size must be at most 100"),
+        ({"requirements_txt": "nowhere-at-all"}, "requirement 'nowhere-at-all' is not met"),
+        ({"polars_version": "1.44.2"}, "workers run Polars"),
+    ],
+)
+def test_cluster_that_cannot_start_again_fails_and_the_others_go_on(
+    restart: Restart, tmp_path: Path, changed: dict[str, Any], words: str
+) -> None:
+    served = restart()
+    with rest_client(served.environment) as rest:
+        lost, kept = (rest.post(f"{WORKSPACE}/compute/start", json=CLUSTER).json() for _ in "12")
+        rest.post(f"{WORKSPACE}/manifest", json=CLUSTER | {"name": "large"})
+    assert served.stop() == (0, "", "")
+    with (
+        contextlib.closing(sqlite3.connect(tmp_path / "state" / "state.sqlite")) as file,
+        file,
+    ):
+        rows = file.execute("SELECT key, content FROM kept WHERE key IN (?, 'large')", [lost["id"]])
+        for key, content in rows.fetchall():
+            each = msgspec.msgpack.decode(content)
+            each["spec"] |= changed
+            content = msgspec.msgpack.encode(each)
+            file.execute("UPDATE kept SET content = ? WHERE key = ?", [content, key])
+
+    served = restart()
+    statuses = {cluster["id"]: cluster["status"] for cluster in served.state()["clusters"]}
+    assert statuses == {lost["id"]: "Failed", kept["id"]: "Idle"}
+    with rest_client(served.environment) as rest:
+        cluster = rest.get(f"{WORKSPACE}/compute/{lost['id']}").json()
+        assert words in cluster["termination"]["termination_message"]
+        assert rest.post(f"{WORKSPACE}/manifest/start", json={"name": "large"}).is_error == (
+            "requirements_txt" not in changed  # found to be missing when it starts
+        )
+    code, _, told = served.stop()
+    assert code == 0
+    assert f"Cluster {lost['id']} failed at the restart: " in told
+    assert words in told
 
 
 def test_object_of_any_key_is_kept(restart: Restart) -> None:

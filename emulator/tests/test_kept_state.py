@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from emulator.tests.states import OUTCOME, StoppedClock, new_state, submit
-from polars_cloud_emulator.model.clusters import Cluster
+from polars_cloud_emulator.model.clusters import Cluster, ClusterStatus, TerminationReason
 from polars_cloud_emulator.model.queries import MAX_ENDED_QUERIES, QueryStatus
 from polars_cloud_emulator.model.state import State
 from polars_cloud_emulator.storage.kept_state import KeptState
@@ -27,6 +27,19 @@ def test_restart_runs_again_what_was_running(
     assert again is not None
     assert again.id == running.id
     assert after.queries.find(ended.id).outcome == OUTCOME
+
+
+def test_cluster_that_was_stopping_has_stopped_after_a_restart(
+    state: State, clock: StoppedClock, cluster: Cluster, tmp_path: Path
+) -> None:
+    state.begin_stop(cluster, TerminationReason.STOPPED_BY_USER)
+    kept = KeptState(tmp_path / "state.sqlite")
+    kept.commit(state)
+
+    after = new_state(clock)
+    after.restore(KeptState(tmp_path / "state.sqlite").load())
+    [stopped] = after.clusters.by_id.values()
+    assert (stopped.status, stopped.stopped_at) == (ClusterStatus.STOPPED, clock.now())
 
 
 def test_only_what_can_have_changed_is_compared_when_the_state_is_kept(

@@ -84,6 +84,36 @@ def test_malformed_submission_is_an_invalid_argument(
     assert emulator.state()["queries"] == []
 
 
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (field(2, b"\x58" + b"\xff" * 8 + b"\x01"), "priority has to fit into 32 bits"),
+        (field(2, b"\x38" + b"\xff" * 8 + b"\x01"), "optimization_flags have to fit into 32 bits"),
+        (field(2, field(9, b"\x08\x00")), "min_workers must be from 1 to 4294967295, not 0"),
+        (field(2, field(9, b"\x10\x00")), "max_workers must be from 1 to 4294967295, not 0"),
+        (field(2, field(9, b"\x08" + b"\xff" * 8 + b"\x01")), "min_workers must be from 1 to 429"),
+        (field(2, field(9, b"\x08\x03\x10\x02")), "must not be above max_workers: 3 is above 2"),
+        (field(4, field(1, b"")), "label '' must have from 1 to 32 bytes"),
+        (field(4, field(1, field(1, b"x" * 33))), "must have from 1 to 32 bytes"),
+        (field(4, field(1, field(1, b"a\n"))), "label 'a\\n' must not have control characters"),
+        (field(4, field(1, field(1, b"a "))), "label 'a ' must not have control characters"),
+        (b"\x22\xc3\x01" + b"\x0a\x01\x61" * 65, "at most 64 labels"),
+    ],
+)
+def test_submission_that_the_client_would_not_make_is_refused_in_words(
+    emulator: RunningEmulator,
+    headers: dict[str, str],
+    start_cluster: Any,
+    message: bytes,
+    words: str,
+) -> None:
+    cluster = field(1, field(1, str(start_cluster()._compute_id).encode()))
+    path = f"{CONTROL_PLANE}/SubmitQuery"
+    status, said = call_grpc(emulator.environment, path, headers, cluster + message)
+    assert status is grpc.StatusCode.INVALID_ARGUMENT
+    assert words in said
+
+
 @pytest.mark.parametrize("name", ["page", "limit"])
 @pytest.mark.parametrize("value", ["abc", "0", "-1", "1.5", "", "9" * 5000])
 def test_count_that_is_none_is_refused(rest: httpx.Client, name: str, value: str) -> None:

@@ -77,6 +77,24 @@ def test_registering_a_name_twice_is_refused(register: Callable[..., Any]) -> No
         register()
 
 
+@pytest.mark.parametrize(
+    "name", ["", " a", "a ", "a\nb", "a\tb", "x" * 256, "a&b", "a#b", "a%b", "a+b"]
+)
+def test_name_by_which_the_client_would_not_find_it_again_is_refused(
+    pc: ModuleType, emulator: RunningEmulator, name: str
+) -> None:
+    context = pc.ComputeContext(workspace="playground", cpus=2, memory=4)
+    with pytest.raises(ValueError, match=r"the name of a manifest|cannot name a manifest"):
+        context.register(name)
+    assert emulator.state()["manifests"] == []
+
+
+@pytest.mark.parametrize("name", ["a b", "ä€", "a/b?c=d;e", "<'\"\\{}|^`", "x" * 255])
+def test_other_names_are_found_again(pc: ModuleType, name: str) -> None:
+    pc.ComputeContext(workspace="playground", cpus=2, memory=4).register(name)
+    assert pc.ComputeContext(workspace="playground", name=name).cpus == 2
+
+
 def test_unregistered_name_is_free_and_its_cluster_runs_on(
     emulator: RunningEmulator, pc: ModuleType, register: Callable[..., Any]
 ) -> None:

@@ -5,7 +5,6 @@ import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import Executor
-from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -105,35 +104,63 @@ def test_distributed_query_takes_no_more_workers_than_it_may(
     assert distributed.await_result().status is pc.QueryStatus.SUCCESS
 
 
-def test_distributed_query_waits_for_more_workers_than_there_are_until_it_is_cancelled(
-    pc: ModuleType, emulator: RunningEmulator, start_cluster: StartCluster
+def test_distributed_query_starts_with_the_free_workers_and_takes_those_that_become_free(
+    pc: ModuleType,
+    start_cluster: StartCluster,
+    blocking: BlockingQuery,
+    another_blocking: BlockingQuery,
 ) -> None:
     context = start_cluster(cluster_size=2)
-    remote = pl.LazyFrame({"x": [1]}).remote(context).distributed(min_workers=3)
-    waiting, behind = remote.execute(blocking=False), short(context)
-    emulator.advance_clock(timedelta(minutes=2))
-    assert waiting.get_status() is pc.QueryStatus.SCHEDULED
+    single = submit(blocking.lazy_frame(), context)
+    blocking.wait_for_start()
+    distributed = submit(another_blocking.lazy_frame(), context, distributed=True)
+    another_blocking.wait_for_start()
+    behind = short(context)
+    blocking.release()
+    assert single.await_result().status is pc.QueryStatus.SUCCESS
     assert behind.get_status() is pc.QueryStatus.SCHEDULED
-    waiting.cancel()
+    another_blocking.release()
     assert behind.await_result().status is pc.QueryStatus.SUCCESS
+    assert distributed.get_status() is pc.QueryStatus.SUCCESS
 
 
-def test_distributed_query_waits_for_every_worker_and_is_not_overtaken(
+@pytest.mark.parametrize("min_workers", [2, 3, 2**32 - 1])
+def test_distributed_query_waits_for_as_many_of_its_min_workers_as_there_are(
     pc: ModuleType,
     emulator: RunningEmulator,
     start_cluster: StartCluster,
     blocking: BlockingQuery,
+    min_workers: int,
 ) -> None:
     context = start_cluster(cluster_size=2)
     submit(blocking.lazy_frame(), context)
     blocking.wait_for_start()
-    distributed, single = short(context, distributed=True), short(context)
-    assert distributed.get_status() is pc.QueryStatus.SCHEDULED
-    assert single.get_status() is pc.QueryStatus.SCHEDULED
+    remote = pl.LazyFrame({"x": [1]}).remote(context).distributed(min_workers=min_workers)
+    waiting, behind = remote.execute(blocking=False), short(context)
+    assert waiting.get_status() is pc.QueryStatus.SCHEDULED
+    assert behind.get_status() is pc.QueryStatus.SCHEDULED, "it overtakes none"
     blocking.release()
-    single.await_result()
-    ended = recorded(emulator, distributed)["ended_at"]
-    assert ended <= recorded(emulator, single)["started_at"]
+    assert behind.await_result().status is pc.QueryStatus.SUCCESS
+    ended = recorded(emulator, waiting)["ended_at"]
+    assert ended <= recorded(emulator, behind)["started_at"]
+
+
+@pytest.mark.parametrize(
+    "workers",
+    [
+        {"min_workers": 0},
+        {"max_workers": 0},
+        {"min_workers": -1},
+        {"min_workers": 3, "max_workers": 2},
+    ],
+)
+def test_client_refuses_numbers_of_workers_that_cannot_be(
+    emulator: RunningEmulator, start_cluster: StartCluster, workers: dict[str, int]
+) -> None:
+    context = start_cluster()
+    with pytest.raises((ValueError, OverflowError)):
+        pl.LazyFrame({"x": [1]}).remote(context).distributed(**workers).execute()
+    assert emulator.state()["queries"] == []
 
 
 def test_wait_is_one_call_that_is_held_until_the_end(
@@ -212,7 +239,8 @@ def test_cancelled_query_that_waited_never_runs_and_lets_the_next_one_pass(
     context = start_cluster(cluster_size=2)
     submit(blocking.lazy_frame(), context)
     blocking.wait_for_start()
-    waiting, behind = short(context, distributed=True), short(context)
+    remote = pl.LazyFrame({"x": [1]}).remote(context).distributed(min_workers=2)
+    waiting, behind = remote.execute(blocking=False), short(context)
     waiting.cancel()
     assert behind.await_result().status is pc.QueryStatus.SUCCESS
     assert waiting.await_result().status is pc.QueryStatus.CANCELED

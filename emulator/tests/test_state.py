@@ -47,25 +47,26 @@ def test_ended_query_keeps_its_end(state: State, cluster: Cluster) -> None:
 @pytest.mark.parametrize(
     ("free", "waiting", "next_up"),
     [
-        (0, [("a", False, 0)], None),
+        (0, [("a", 1, 0)], None),
         (1, [], None),
-        (1, [("a", False, 0), ("b", False, 0)], "a"),
-        (1, [("a", False, 0), ("b", False, 1)], "b"),
-        (1, [("a", False, -1), ("b", False, 0)], "b"),
-        (1, [("a", True, 0), ("b", False, 0)], None),
-        (1, [("a", True, 0), ("b", False, 1)], "b"),
-        (2, [("a", True, 0), ("b", False, 0)], "a"),
+        (1, [("a", 1, 0), ("b", 1, 0)], "a"),
+        (1, [("a", 1, 0), ("b", 1, 1)], "b"),
+        (1, [("a", 1, -1), ("b", 1, 0)], "b"),
+        (1, [("a", 2, 0), ("b", 1, 0)], None),
+        (1, [("a", 2, 0), ("b", 1, 1)], "b"),
+        (2, [("a", 2, 0), ("b", 1, 0)], "a"),
     ],
 )
 def test_next_query_is_the_first_of_the_highest_priority_if_it_fits(
     state: State,
     cluster: Cluster,
     free: int,
-    waiting: list[tuple[str, bool, int]],
+    waiting: list[tuple[str, int, int]],
     next_up: str | None,
 ) -> None:
-    for name, distributed, priority in waiting:
-        submit(state, cluster.id, labels=[name], distributed=distributed, priority=priority)
+    for name, workers, priority in waiting:
+        options = {"distributed": True, "min_workers": workers, "priority": priority}
+        submit(state, cluster.id, labels=[name], **options)
     query = state.start_next(cluster.id, free)
     assert (query and query.labels) == (next_up and [next_up])
 

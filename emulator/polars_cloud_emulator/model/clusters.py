@@ -66,7 +66,14 @@ class Clusters:
         self._startup = startup
         self.by_id: dict[UUID, Cluster] = {}
 
-    def start(self, spec: ClusterSpec, *, manifest: str | None = None) -> Cluster:
+    def check(self, spec: ClusterSpec) -> None:
+        """Refuse what no cluster can be, or not with these workers.
+
+        Raises
+        ------
+        InvalidRequest
+            With what to change.
+        """
         check_spec(spec)
         if str(spec.python_version) != self._python_version:
             raise InvalidRequest(
@@ -78,6 +85,9 @@ class Clusters:
                 f"this emulator's workers run Polars {self._polars_version}, not "
                 f"{spec.polars_version}; register the manifest anew or install that version"
             )
+
+    def start(self, spec: ClusterSpec, *, manifest: str | None = None) -> Cluster:
+        self.check(spec)
         now = self._clock.now()
         cluster = Cluster(
             id=uuid4(),
@@ -140,6 +150,13 @@ class Clusters:
     def billed_seconds(self, cluster: Cluster) -> float:
         """Wall time of the whole cluster from request to stop, whatever its size."""
         return ((cluster.stopped_at or self._clock.now()) - cluster.requested_at).total_seconds()
+
+    def restore(self, by_id: dict[UUID, Cluster]) -> None:
+        """Go on with the clusters of a stopped emulator; none of them is still stopping."""
+        self.by_id = by_id
+        for cluster in by_id.values():
+            if cluster.status is ClusterStatus.STOPPING:
+                self.end_stop(cluster)
 
     def forget_oldest(self, *, in_use: Container[UUID]) -> None:
         """Drop stopped clusters above the cap, except those in use."""

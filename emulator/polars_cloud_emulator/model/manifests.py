@@ -6,6 +6,9 @@ import msgspec
 
 from polars_cloud_emulator.model.errors import Conflict, InvalidRequest, NotFound
 from polars_cloud_emulator.model.specs import ClusterSpec, check_spec
+from polars_cloud_emulator.model.texts import check_name, shown
+
+MAX_NAME_BYTES = 255
 
 
 class Manifest(msgspec.Struct):
@@ -21,9 +24,10 @@ class Manifests:
         self.by_name: dict[str, Manifest] = {}
 
     def register(self, name: str, spec: ClusterSpec) -> Manifest:
-        if not name or set(name) & set("&#%+"):
+        check_name(name, "the name of a manifest", MAX_NAME_BYTES)
+        if set(name) & set("&#%+"):
             raise InvalidRequest(
-                f"'{name}' cannot name a manifest: the client asks for it in a URL, where "
+                f"{shown(name)} cannot name a manifest: the client asks for it in a URL, where "
                 "'&', '#', '%' and '+' mean something else"
             )
         if name in self.by_name:
@@ -36,4 +40,4 @@ class Manifests:
         try:
             return self.by_name[name]
         except KeyError:
-            raise NotFound(f"manifest '{name}' does not exist; register it first") from None
+            raise NotFound(f"manifest {shown(name)} does not exist; register it first") from None

@@ -53,6 +53,10 @@ class Query(msgspec.Struct, kw_only=True):
     def has_ended(self) -> bool:
         return self.ended_at is not None
 
+    @property
+    def waits_for_workers(self) -> bool:
+        return self.status is QueryStatus.SCHEDULED and self.waits_until is None
+
 
 class Queries:
     """The queries of a workspace, in the order of their submission."""
@@ -81,12 +85,13 @@ class Queries:
 
     def next_on(self, cluster_id: UUID) -> Query | None:
         """The query whose turn it is: higher priority first, then first come first served."""
-        waiting = [
-            q
-            for q in self.active_on(cluster_id)
-            if q.status is QueryStatus.SCHEDULED and q.waits_until is None
-        ]
-        return max(waiting, key=lambda q: q.priority, default=None)
+        waiting = (query for query in self.active_on(cluster_id) if query.waits_for_workers)
+        return max(waiting, key=lambda query: query.priority, default=None)
+
+    def waiting_clusters(self) -> list[UUID]:
+        """Clusters on which a query waits for workers, the longest wait first."""
+        waiting = (q.cluster_id for q in self.unsettled.values() if q.waits_for_workers)
+        return [*dict.fromkeys(waiting)]
 
     def hold_back(self, query: Query, wait: timedelta) -> None:
         """Let a query that was just submitted wait for so long before its turn may come."""

@@ -1,4 +1,7 @@
-"""What a cluster may be: the content of a start or a registration, and its check."""
+"""What a cluster may be: the content of a start or a registration, and its check.
+
+The types here decode what older emulators have kept, too. What is possible, ``check_spec`` decides.
+"""
 
 from datetime import timedelta
 from typing import Annotated, Literal
@@ -7,9 +10,18 @@ import msgspec
 
 from polars_cloud_emulator.model.errors import InvalidRequest
 from polars_cloud_emulator.model.instance_types import instance_types
+from polars_cloud_emulator.model.texts import check_labels, check_name, shown
 
 DEFAULT_IDLE_TIMEOUT_MINS = 60
 MINIMUM_IDLE_TIMEOUT_MINS = 10
+MAX_CLUSTER_SIZE = 100
+MAX_STORAGE_GB = 65_536
+"""The largest volume of EBS, 64 TiB."""
+MAX_TEXT_BYTES = 100_000
+"""Of ``requirements_txt``, and of all ``env_vars``."""
+MAX_VERSION_BYTES = 50
+ARCHITECTURES = {"x86_64", "arm64"}
+DEFAULT_ARCHITECTURE = "x86_64"
 
 
 class Version(msgspec.Struct, frozen=True):
@@ -64,13 +76,58 @@ def check_spec(spec: ClusterSpec) -> None:
     InvalidRequest
         With the option to change.
     """
-    if spec.cluster_size < 1:
-        raise InvalidRequest("cluster_size must be at least 1")
+    _check_range(
+        "cluster_size",
+        spec.cluster_size,
+        MAX_CLUSTER_SIZE,
+        "the emulator has no more machines, ask for fewer",
+    )
     if (spec.specs is None) == (spec.instance_type is None):
         raise InvalidRequest("give either cpus and memory or an instance type")
+    if spec.specs is not None:
+        _check_hardware(spec.specs)
     if spec.instance_type is not None:
         for name in (spec.instance_type.standard, spec.instance_type.big):
             if name is not None and name not in instance_types():
-                raise InvalidRequest(f"instance type '{name}' does not exist")
-    if spec.idle_timeout < timedelta(minutes=MINIMUM_IDLE_TIMEOUT_MINS):
+                raise InvalidRequest(f"instance type {shown(name)} does not exist")
+    for storage in (spec.storage, spec.big_instance_storage):
+        if storage is not None:
+            _check_range(
+                "storage", storage, MAX_STORAGE_GB, "the largest volume of AWS has no more GB"
+            )
+    minutes = spec.idle_timeout_mins
+    if minutes is not None and minutes < MINIMUM_IDLE_TIMEOUT_MINS:
         raise InvalidRequest(f"idle_timeout_mins must be at least {MINIMUM_IDLE_TIMEOUT_MINS}")
+    if not all(0 <= part < 1000 for part in msgspec.structs.astuple(spec.python_version)):
+        raise InvalidRequest("each part of python_version must be from 0 to 999")
+    check_name(spec.polars_version, "polars_version", MAX_VERSION_BYTES)
+    check_labels(spec.labels or [])
+    texts = {
+        "requirements": [spec.requirements_txt or ""],
+        "env_vars": [*spec.env_vars.keys(), *spec.env_vars.values()],
+    }
+    for option, parts in texts.items():
+        if sum(len(part.encode()) for part in parts) > MAX_TEXT_BYTES:
+            raise InvalidRequest(f"{option} must have at most {MAX_TEXT_BYTES:,} bytes")
+
+
+def _check_hardware(specs: Specs) -> None:
+    """Refuse what no instance type has: a cluster gets the smallest that has this at least."""
+    wanted = {each.lower() for each in specs.cpu_architectures or [DEFAULT_ARCHITECTURE]}
+    if unknown := wanted - ARCHITECTURES:
+        raise InvalidRequest(f"cpu_architecture {shown(unknown.pop())} does not exist")
+    sizes = [size for size in instance_types().values() if wanted & size.architectures]
+    cpus = max(size.vcpus for size in sizes)
+    _check_range("cpus", specs.cpus, cpus, "no instance of AWS has more")
+    memory = max(size.ram_mib for size in sizes) // 1024
+    _check_range("memory", specs.ram_gb, memory, "no instance of AWS has more GB")
+    if specs.multiplier is not None:
+        most = cpus // specs.cpus
+        _check_range("multiplier", specs.multiplier, most, "no instance of AWS has more cpus")
+
+
+def _check_range(option: str, value: int, most: int, reason: str) -> None:
+    if value < 1:
+        raise InvalidRequest(f"{option} must be at least 1, not {value}")
+    if value > most:
+        raise InvalidRequest(f"{option} must be at most {most}, not {value}: {reason}")

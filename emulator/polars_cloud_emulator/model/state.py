@@ -112,24 +112,24 @@ class State:
         self.queries.add(query)
         return query
 
-    def workers_for(self, query: Query) -> int:
-        """How many workers it holds; more than its cluster has if it waits for more."""
+    def most_workers(self, query: Query) -> int:
+        """How many workers the query may use."""
         if not query.distributed:
             return 1
         size = self.clusters.by_id[query.cluster_id].spec.cluster_size
-        return max(min(query.max_workers or size, size), query.min_workers or 0)
+        return min(query.max_workers or size, size)
 
     def start_next(self, cluster_id: UUID, free_workers: int) -> Query | None:
-        """Start the query whose turn it is, if it fits.
+        """Start the query whose turn it is, if there are as many workers as it waits for.
 
-        One that does not fit holds back those behind it, so that a large query is never overtaken
-        for ever.
+        Until then it holds back those behind it, so that it is never overtaken for ever. It waits
+        for no more workers than it may use, so that its turn comes.
         """
         cluster = self.clusters.by_id[cluster_id]
         if cluster.status not in {ClusterStatus.IDLE, ClusterStatus.RUNNING}:
             return None
         query = self.queries.next_on(cluster_id)
-        if query is None or self.workers_for(query) > free_workers:
+        if query is None or free_workers < min(query.min_workers or 1, self.most_workers(query)):
             return None
         self.queries.begin(query)
         cluster.status = ClusterStatus.RUNNING
@@ -182,7 +182,7 @@ class State:
     def restore(self, snapshot: Snapshot) -> None:
         """Go on where a stopped emulator was: what it ran starts again."""
         self.manifests.by_name = snapshot.manifests
-        self.clusters.by_id = snapshot.clusters
+        self.clusters.restore(snapshot.clusters)
         self.queries.restore(snapshot.queries)
 
     def _end(self, query: Query, status: QueryStatus) -> None:

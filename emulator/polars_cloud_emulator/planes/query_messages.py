@@ -9,6 +9,7 @@ import msgspec
 from polars_cloud_emulator.model.errors import EmulatorError, InvalidRequest
 from polars_cloud_emulator.model.queries import Query, QueryStatus
 from polars_cloud_emulator.model.state import State
+from polars_cloud_emulator.model.texts import check_labels
 from polars_cloud_emulator.protocol.messages import (
     Destination,
     DirectSubmitRequest,
@@ -21,6 +22,7 @@ from polars_cloud_emulator.protocol.messages import (
     QueryError,
     QueryResult,
     StatusCode,
+    WorkerCounts,
 )
 from polars_cloud_emulator.storage.kept_plans import KeptPlans
 from polars_cloud_emulator.workers import plan
@@ -73,6 +75,9 @@ async def submitted(
         raise InvalidRequest("priority has to fit into 32 bits")
     if (settings.optimization_flags or 0) >= 2**32:
         raise InvalidRequest("optimization_flags have to fit into 32 bits")
+    _check_workers(settings.workers)
+    labels = [label.name for label in request.info.labels]
+    check_labels(labels)
     plan.check(request.plan)
     try:
         output_location = plan.output_location(request.plan)
@@ -92,12 +97,22 @@ async def submitted(
             engine="in-memory" if settings.engine is Engine.IN_MEMORY else "streaming",
             optimization_flags=settings.optimization_flags,
             priority=settings.priority or 0,
-            labels=[label.name for label in request.info.labels],
+            labels=labels,
             user=headers.get("x-polars-user"),
         )
     except EmulatorError:
         plans.delete(query_id)
         raise
+
+
+def _check_workers(workers: WorkerCounts) -> None:
+    for option, count in (("min_workers", workers.least), ("max_workers", workers.most)):
+        if count is not None and not 1 <= count < 2**32:
+            raise InvalidRequest(f"{option} must be from 1 to {2**32 - 1}, not {count}")
+    if workers.least and workers.most and workers.least > workers.most:
+        raise InvalidRequest(
+            f"min_workers must not be above max_workers: {workers.least} is above {workers.most}"
+        )
 
 
 def query_result(query: Query) -> QueryResult:

@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+import sys
 from asyncio.subprocess import Process
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 from uuid import UUID
 
 from polars_cloud_emulator.clock import Clock
@@ -31,21 +32,24 @@ from polars_cloud_emulator.model.state import State
 from polars_cloud_emulator.storage.kept_plans import KeptPlans
 from polars_cloud_emulator.workers.handle import Worker, WorkerDied, hang, kill, run
 from polars_cloud_emulator.workers.isolated_python import worker_environment
+from polars_cloud_emulator.workers.pool import WorkerPool
 from polars_cloud_emulator.workers.requirements import importable_modules
 
 TICK = timedelta(milliseconds=50)
 """How often the clock is looked at for start-ups and idle timeouts."""
 
 
-class Lease(NamedTuple):
-    """A running query and the workers that are its own; the first of them runs the plan."""
+@dataclass
+class Lease:
+    """What a running query holds: some workers of its cluster, and the process of one of them."""
 
     query: Query
-    workers: list[Worker]
+    workers: int
+    worker: Worker
 
 
 class Compute:
-    """The workers of every live cluster.
+    """The queries of every live cluster, and who runs them.
 
     Parameters
     ----------
@@ -61,6 +65,8 @@ class Compute:
         Working directory of the workers, empty as a cluster's.
     realism
         How long a start takes and a result is kept.
+    max_processes
+        Maximum number of worker processes of all clusters together.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class Compute:
         delete_result: Callable[[UUID], None],
         folder: Path,
         realism: Realism,
+        max_processes: int,
     ) -> None:
         self._state = state
         self._clock = clock
@@ -84,7 +91,8 @@ class Compute:
         """Of a worker, beside what its cluster declares."""
         self._temporary_uri = temporary_uri
         self._delete_result = delete_result
-        self._idle: dict[UUID, list[Worker]] = {}
+        self._workers = WorkerPool(max_processes)
+        self._has_told_of_limit = False
         self._leases: dict[UUID, Lease] = {}
         self._ended: dict[UUID, asyncio.Event] = {}
         self._faults: dict[UUID, QueryFault] = {}
@@ -92,14 +100,11 @@ class Compute:
         self._expired: set[UUID] = set()
 
     def worker_pids(self, cluster_id: UUID) -> list[int]:
-        workers = [*self._idle.get(cluster_id, [])]
-        for lease in self._leases_on(cluster_id):
-            workers += lease.workers
-        return sorted(worker.pid for worker in workers if worker.pid)
+        return self._workers.pids(cluster_id)
 
     def launch(self, cluster: Cluster, fault: StartupFault | None = None) -> None:
-        """Start the cluster's workers, unless they are there."""
-        if cluster.id not in self._idle:
+        """Start the cluster's first process, unless the cluster was launched before."""
+        if cluster.id not in self._workers:
             match fault:
                 case StartupFails(message=message):
                     self._fail_to_start(cluster, message)
@@ -116,10 +121,22 @@ class Compute:
             def give_up(reason: str) -> None:
                 self._run_in_background(self.stop(cluster.id, TerminationReason.FAILED, reason))
 
-            self._idle[cluster.id] = [
-                Worker(environment, give_up, self._folder, modules)
-                for _ in range(cluster.spec.cluster_size)
-            ]
+            self._workers.open(
+                cluster.id, lambda: Worker(environment, give_up, self._folder, modules)
+            )
+
+    def _launch_again(self, cluster: Cluster) -> None:
+        try:
+            self._state.clusters.check(cluster.spec)
+        except InvalidRequest as error:
+            self._fail_to_start(cluster, str(error))
+        else:
+            self.launch(cluster)
+        if not cluster.is_live:
+            print(
+                f"Cluster {cluster.id} failed at the restart: {cluster.termination_message}",
+                file=sys.stderr,
+            )
 
     def _fail_to_start(self, cluster: Cluster, reason: str) -> None:
         self._state.begin_stop(cluster, TerminationReason.FAILED, reason)
@@ -133,6 +150,7 @@ class Compute:
             self._announce_ends()
             await self._end_workers(cluster_id)
             self._state.clusters.end_stop(cluster)
+            self._start_queries(self._state.queries.waiting_clusters())
 
     def queue(self, query: Query, fault: QueryFault | None = None) -> None:
         """Let a submitted query run when its turn comes."""
@@ -141,15 +159,15 @@ class Compute:
             self._state.queries.hold_back(query, timedelta(seconds=fault.seconds))
         elif fault is not None:
             self._faults[query.id] = fault
-        self._start_queries(query.cluster_id)
+        self._start_queries([query.cluster_id])
 
     def cancel(self, query_id: UUID) -> None:
         self._state.cancel(query_id)
         self._announce_ends()
         if query_id in self._leases:
-            self._leases[query_id].workers[0].kill()
+            self._leases[query_id].worker.kill()
         else:
-            self._start_queries(self._state.queries.find(query_id).cluster_id)
+            self._start_queries([self._state.queries.find(query_id).cluster_id])
 
     async def delete_result(self, query_id: UUID) -> None:
         """Delete what the query left, unless it has a destination of its own."""
@@ -169,11 +187,14 @@ class Compute:
             event.set()
 
     def resume(self) -> None:
-        """Take up the clusters and queries of a restored state."""
+        """Take up the clusters and queries of a restored state.
+
+        A cluster that cannot be started again fails: another emulator may have started it.
+        """
         self._plans.delete_all_but(self._state.queries.by_id)
         for cluster in self._state.clusters.by_id.values():
             if cluster.is_live:
-                self.launch(cluster)
+                self._launch_again(cluster)
         for query in self._state.queries.by_id.values():
             if not query.has_ended:
                 self.queue(query)
@@ -181,11 +202,8 @@ class Compute:
     async def watch_clock(self) -> None:
         """Start-ups, waits and idle timeouts, until canceled."""
         while True:
-            for cluster_id in (
-                *self._state.clusters.become_ready(),
-                *self._state.queries.end_waits(),
-            ):
-                self._start_queries(cluster_id)
+            ready = self._state.clusters.become_ready()
+            self._start_queries([*ready, *self._state.queries.end_waits()])
             for cluster_id in self._state.clusters.idle_too_long():
                 await self.stop(cluster_id, TerminationReason.STOPPED_INACTIVE, "idle timeout")
             forgotten = self._state.forget_oldest()
@@ -202,8 +220,8 @@ class Compute:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for cluster_id in list(self._idle):
-            await self._end_workers(cluster_id)
+        self._leases.clear()
+        await self._workers.close_all()
 
     async def reset(self) -> None:
         """End every process and forget what was waited for."""
@@ -215,10 +233,9 @@ class Compute:
         self._plans.delete_all_but(())
 
     async def _end_workers(self, cluster_id: UUID) -> None:
-        workers = self._idle.pop(cluster_id, [])
         for lease in self._leases_on(cluster_id):
-            workers += self._leases.pop(lease.query.id).workers
-        await asyncio.gather(*(worker.close() for worker in workers))
+            del self._leases[lease.query.id]
+        await self._workers.close(cluster_id)
 
     def _expire_results(self) -> set[UUID]:
         """Queries whose results have become too old."""
@@ -232,13 +249,34 @@ class Compute:
     def _leases_on(self, cluster_id: UUID) -> list[Lease]:
         return [lease for lease in self._leases.values() if lease.query.cluster_id == cluster_id]
 
-    def _start_queries(self, cluster_id: UUID) -> None:
-        idle = self._idle.get(cluster_id, [])
-        while query := self._state.start_next(cluster_id, len(idle)):
-            size = self._state.workers_for(query)
-            workers, idle[:size] = idle[:size], []
-            self._leases[query.id] = Lease(query, workers)
-            self._run_in_background(self._run(query, workers[0]))
+    def _start_queries(self, cluster_ids: Iterable[UUID]) -> None:
+        for cluster_id in cluster_ids:
+            if cluster_id in self._workers:
+                self._share_out_workers(cluster_id)
+
+    def _share_out_workers(self, cluster_id: UUID) -> None:
+        """Give the cluster's free workers to the queries that run, then to those that wait."""
+        leases = self._leases_on(cluster_id)
+        free = self._state.clusters.find(cluster_id).spec.cluster_size
+        free -= sum(lease.workers for lease in leases)
+        for lease in leases:
+            more = min(self._state.most_workers(lease.query) - lease.workers, free)
+            lease.workers += more
+            free -= more
+        while not self._workers.is_busy and (query := self._state.start_next(cluster_id, free)):
+            lease = Lease(
+                query, min(self._state.most_workers(query), free), self._workers.take(cluster_id)
+            )
+            free -= lease.workers
+            self._leases[query.id] = lease
+            self._run_in_background(self._run(query, lease.worker))
+        if self._workers.is_busy and not self._has_told_of_limit:
+            self._has_told_of_limit = True
+            print(
+                f"All {self._workers.limit} worker processes that fit into the memory run queries. "
+                "Further queries of any cluster wait until one of these ends.",
+                file=sys.stderr,
+            )
 
     def _run_in_background(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -267,8 +305,11 @@ class Compute:
                     self._state.fail(query, error)
             self._announce_ends()
         if query.id in self._leases:  # else the cluster was stopped
-            self._idle[query.cluster_id] += self._leases.pop(query.id).workers
-            self._start_queries(query.cluster_id)
+            del self._leases[query.id]
+            was_busy = self._workers.is_busy
+            self._workers.give_back(worker)
+            waiting = self._state.queries.waiting_clusters() if was_busy else []
+            self._start_queries([*waiting, query.cluster_id])
 
     async def _answer(self, query: Query, process: Process, job: Job) -> Answer:
         match self._faults.pop(query.id, None):
