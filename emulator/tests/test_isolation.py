@@ -68,7 +68,8 @@ def test_emulator_and_its_workers_end_with_the_process_that_started_them(
     import httpx
     from emulator.tests.raw_calls import CLUSTER, WORKSPACE, rest_client
     with rest_client(emulator.environment) as rest:
-        rest.post(f"{WORKSPACE}/compute/start", json=CLUSTER | {"cluster_size": 2})
+        for _ in range(2):
+            rest.post(f"{WORKSPACE}/compute/start", json=CLUSTER)
     print("started", flush=True)
     time.sleep(600)
     """

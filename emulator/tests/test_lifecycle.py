@@ -33,8 +33,9 @@ RunClient = Callable[..., str]
 SUBMIT = """
 from pathlib import Path
 from emulator.tests.blocking_query import BlockingQuery
-ctx = pc.ComputeContext(workspace="playground", cpus=2, memory=4, cluster_size=2)
-ctx.start()
+for _ in range(2):
+    ctx = pc.ComputeContext(workspace="playground", cpus=2, memory=4)
+    ctx.start()
 blocking = BlockingQuery(Path("{directory}"))
 query = blocking.lazy_frame().remote(ctx).sink_parquet("s3://your-bucket/mine/")
 """

@@ -52,8 +52,8 @@ from polars_cloud_emulator.model.state import State
         ({"labels": ["x" * 33]}, "must have from 1 to 32 bytes"),
         ({"labels": ["a\nb"]}, "label 'a\\nb' must not have control characters"),
         ({"labels": [str(number) for number in range(65)]}, "at most 64 labels"),
-        ({"requirements_txt": "#" * 100_001}, "requirements must have at most 100,000 bytes"),
-        ({"env_vars": {"A": "x" * 100_000}}, "env_vars must have at most 100,000 bytes"),
+        ({"requirements_txt": "#" * 1_000_001}, "requirements must have at most 1000000 bytes"),
+        ({"env_vars": {"A": "x" * 100_000}}, "env_vars must have at most 100000 bytes"),
         ({"polars_version": "2" * 51}, "polars_version '222"),
         (
             {"python_version": Version(3, 10**30, 0)},
