@@ -91,8 +91,8 @@ REFUSED: dict[str, tuple[Call, str]] = {
     "LazyFrameRemote.collect": (lambda used: used.frame.collect(), NO_FLIGHT),
     "LazyFrameRemote.collect_batches": (lambda used: used.frame.collect_batches(), NO_FLIGHT),
     "LazyFrameRemote.sink_iceberg": (
-        lambda used: used.frame.sink_iceberg("s3://your-bucket/ice", mode="append"),
-        "No module named 'pyiceberg'",
+        lambda used: used.frame.sink_iceberg("shop.sales", mode="append", catalog=own_catalog()),
+        "pyiceberg",
     ),
     "LazyFrameRemote.explain": (lambda used: used.frame.explain(), NO_EXPLAIN),
     "Organization.delete": (lambda used: used.context.organization.delete(), ONE_EACH),
@@ -147,6 +147,12 @@ LOCAL = {
     *("Organization.id", "Organization.name", "Workspace.id", "Workspace.name"),
 }
 """Names that ask nobody."""
+
+
+def own_catalog() -> Any:
+    from pyiceberg.catalog.sql import SqlCatalog
+
+    return SqlCatalog("shop", uri="sqlite:///:memory:", warehouse="s3://your-bucket/warehouse")
 
 
 def register_and_unregister(pc: Any) -> None:

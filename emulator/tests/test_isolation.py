@@ -101,11 +101,12 @@ def test_user_function_imports_what_a_cluster_has(start_cluster: StartCluster, m
 def test_user_function_imports_what_its_cluster_declares(start_cluster: StartCluster) -> None:
     def use_it() -> str:
         import boto3
+        import flask
 
-        return str(boto3.Session().available_profiles)
+        return str(boto3.Session().available_profiles) + flask.__name__
 
-    context = start_cluster(requirements=b"# for the lake\nboto3>=1  # any\n\n")
-    assert ask_worker(context, use_it) == "[]"
+    context = start_cluster(requirements=b"# for the lake\nmoto[server]>=1  # any\n\n")
+    assert ask_worker(context, use_it) == "[]flask"
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,7 @@ def test_user_function_imports_what_its_cluster_declares(start_cluster: StartClu
         ("no-such-package==1", "'no-such-package==1' is not met: it is not installed here"),
         ("boto3<1", "'boto3<1' is not met: 1."),
         ("-r more.txt", "'-r more.txt' names what a cluster does not have"),
+        ("httpx[brotli]", "is not met: it is not installed here"),
     ],
 )
 def test_requirement_that_is_not_met_fails_the_cluster_in_words(

@@ -29,8 +29,8 @@ HEADER = pl.LazyFrame().serialize()[:79]
 
 
 def field(number: int, content: bytes) -> bytes:
-    """A length-delimited field of a protobuf message, shorter than 128 bytes."""
-    return bytes([number << 3 | 2, len(content)]) + content
+    """A length-delimited field of a protobuf message, shorter than 16,384 bytes."""
+    return bytes([number << 3 | 2, len(content) & 127 | 128, len(content) >> 7]) + content
 
 
 MESSAGES = {
@@ -52,6 +52,7 @@ SUBMISSIONS = {
     "a plan that is no document": field(3, HEADER + b"\xc1"),
     "a plan of another form": field(3, HEADER + b"\x80"),
     "a plan whose document is a number": field(3, HEADER + b"\x01"),
+    "a plan without a sink": field(3, pl.LazyFrame().serialize()),
     "a label that is not UTF-8": field(4, field(1, field(1, b"\xff"))),
 }
 

@@ -100,6 +100,29 @@ print(*result.location)
     assert s3.objects() == []
 
 
+def test_query_uses_no_other_file_of_this_machine(
+    s3: OutsideS3, serve: Serve, run_client: RunClient, tmp_path: Path
+) -> None:
+    served = serve(*OUTSIDE, "--state-dir", tmp_path / "state")
+    pl.DataFrame({"x": [1]}).write_parquet(tmp_path / "state" / "mine.parquet")
+    query = """
+from pathlib import Path
+[location] = pl.LazyFrame({"x": range(12)}).remote(ctx).execute().location
+results = Path(location).parents[1]
+print(pl.scan_parquet(location).remote(ctx).execute().n_rows_total)
+for use in (
+    lambda: pl.scan_parquet(f"{results}/../mine.parquet").remote(ctx).execute(),
+    lambda: pl.LazyFrame({"x": [1]}).remote(ctx).sink_parquet(f"{results}/mine/").await_result(),
+):
+    try:
+        use()
+    except (FileNotFoundError, pl.exceptions.ComputeError) as error:
+        print(type(error).__name__)
+"""
+    answer = run_client(served.environment, CONNECT + query).split()
+    assert answer == ["12", "FileNotFoundError", "ComputeError"]
+
+
 def test_env_file_leads_outside_and_no_server_of_the_emulators_own_listens(
     s3: OutsideS3, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,6 +161,12 @@ def test_empty_result_is_a_file_without_rows(context: Any) -> None:
     assert pl.read_parquet(result.location[0]).schema == {"x": pl.Int64}
 
 
+def test_sink_to_a_bucket_that_does_not_exist_fails_its_query(context: Any) -> None:
+    query = one_row().remote(context).sink_parquet("s3://nobodys-bucket/x/")
+    with pytest.raises(FileNotFoundError, match="The specified bucket does not exist"):
+        query.await_result()
+
+
 def test_secrets_of_a_sink_read_its_result_back(context: Any) -> None:
     frame = pl.LazyFrame({"x": [1, 2]})
     options = {"aws_access_key_id": "the-key", "aws_secret_access_key": "a-storage-secret"}

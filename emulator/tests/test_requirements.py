@@ -25,11 +25,10 @@ boto3=={version("boto3")} \\
     {HASH} \\
     {HASH}
     # via -r requirements.in
-requests[socks]=={version("requests")} ; python_version >= "3.9" \\
+moto[server]=={version("moto")} ; python_version >= "3.9" \\
     {HASH}
     # via
     #   -r requirements.in
-    #   moto
 pywin32==1 ; sys_platform == "win32" \\
     {HASH}
 """

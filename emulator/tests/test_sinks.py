@@ -84,6 +84,23 @@ def test_partitioned_sink_counts_its_own_rows_and_none_of_an_earlier_query(conte
     assert pl.read_parquet(f"{TARGET}by_region/").height == 2
 
 
+@pytest.mark.parametrize("height", [0, 25])
+def test_callback_sink_counts_the_rows_that_reach_it(context: Any, height: int) -> None:
+    frame = pl.LazyFrame({"x": range(height)}, schema={"x": pl.Int64})
+    result = frame.remote(context).sink_batches(lambda batch: None).await_result()
+    assert (result.n_rows_total, result.location) == (height, [])
+    assert_frame_equal(result.head, frame.head(10).collect())
+
+
+def test_sink_replaces_the_files_that_its_query_scans(context: Any) -> None:
+    for uri in (TARGET, f"{TARGET}x.parquet"):
+        pl.DataFrame({"x": [1, 2, 3]}).write_parquet(f"{TARGET}x.parquet")
+        frame = pl.scan_parquet(f"{TARGET}x.parquet").select(pl.col("x") * 2)
+        result = frame.remote(context).single_node().sink_parquet(uri).await_result()
+        assert result.n_rows_total == 3
+        assert pl.read_parquet(result.location)["x"].to_list() == [2, 4, 6]
+
+
 def test_names_like_the_keys_of_a_plan_pass(context: Any) -> None:
     frame = pl.DataFrame({"dsl_plans": ["dataframes"], "root": ["dsl_plans"]})
     query = frame.lazy().select("root", pl.col("dsl_plans") + "dsl_plans")

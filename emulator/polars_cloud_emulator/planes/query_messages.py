@@ -25,7 +25,7 @@ from polars_cloud_emulator.protocol.messages import (
     WorkerCounts,
 )
 from polars_cloud_emulator.storage.kept_plans import KeptPlans
-from polars_cloud_emulator.workers import plan
+from polars_cloud_emulator.workers import plan, submission
 
 STATUS_CODES = {
     QueryStatus.SCHEDULED: StatusCode.SCHEDULED,
@@ -64,7 +64,7 @@ async def submitted(
     Raises
     ------
     InvalidRequest
-        No worker here could run it.
+        No cluster could run it, or nothing would be left of it.
     CannotKeep
         There is no room for its plan.
     """
@@ -78,9 +78,11 @@ async def submitted(
     _check_workers(settings.workers)
     labels = [label.name for label in request.info.labels]
     check_labels(labels)
-    plan.check(request.plan)
+    spec = state.clusters.find(cluster_id).spec
     try:
-        output_location = plan.output_location(request.plan)
+        document = plan.read(request.plan)
+        submission.check(document, spec)
+        output_location = plan.output_location(document)
     except (msgspec.DecodeError, LookupError, TypeError, ValueError, RecursionError):
         raise InvalidRequest("this plan cannot be read: it was damaged on its way") from None
     query_id = uuid4()

@@ -18,6 +18,7 @@ from typing import BinaryIO
 import msgspec
 import polars as pl
 
+from polars_cloud_emulator.model.errors import InvalidRequest
 from polars_cloud_emulator.model.jobs import Answer, Failure, Job, Outcome, Success
 from polars_cloud_emulator.workers import plan as query_plan
 from polars_cloud_emulator.workers import written_rows
@@ -45,6 +46,8 @@ def run(job: Job) -> Answer:
     """Run one job. What the plan raises is its failure, never the worker's."""
     try:
         return Success(_run_plan(job))
+    except InvalidRequest as error:
+        return Failure(f"ComputeError: {error}")
     except UnicodeError as error:
         # The client cannot construct this type from a message alone.
         return Failure(f"ValueError: {error}")
@@ -61,8 +64,6 @@ def _run_plan(job: Job) -> Outcome:
         engine="in-memory" if job.engine == "in-memory" else "streaming",
         optimizations=_optimizations(job.optimization_flags),
     )
-    if prepared.result is None:
-        return Outcome(destinations=[], file_type=None, n_rows=0, head=None)
     head = written_rows.head()
     if head is None:
         head = prepared.head_without_rows()
@@ -70,7 +71,7 @@ def _run_plan(job: Job) -> Outcome:
     head.write_ipc(head_file)
     return Outcome(
         destinations=[sink.uri for sink in prepared.sinks],
-        file_type=prepared.sinks[0].file_type,
+        file_type=prepared.sinks[0].file_type if prepared.sinks else None,
         n_rows=written_rows.count(),
         head=head_file.getvalue(),
     )

@@ -8,7 +8,9 @@ the data goes from file to file.
 
 import functools
 import mmap
+import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,12 +18,12 @@ import msgspec
 import polars as pl
 
 from polars_cloud_emulator.model.errors import InvalidRequest
-from polars_cloud_emulator.workers import written_rows
+from polars_cloud_emulator.workers import iceberg, sink_targets, written_rows
+from polars_cloud_emulator.workers.sink_targets import TEMPORARY
 
 HEADER_LENGTH = len(b"DSL_VERSION") + 2 + 2 + 64
 DATA_KEY = msgspec.msgpack.encode("dataframes")
 NODES_KEY = msgspec.msgpack.encode("dsl_plans")
-TEMPORARY = "<in-memory>"
 
 FileType = Literal["parquet", "ipc", "csv", "ndjson"]
 FILE_TYPES: dict[str, FileType] = {
@@ -36,7 +38,12 @@ Node = dict[str, Any]
 
 class Sink(NamedTuple):
     uri: str
-    file_type: FileType
+    file_type: FileType | None
+
+
+class Source(NamedTuple):
+    uri: str
+    cloud_options: Node | None
 
 
 class Document(NamedTuple):
@@ -51,6 +58,29 @@ class Document(NamedTuple):
     def root_node(self) -> Node:
         node: Node = self.nodes[self.root]["value"]
         return node
+
+    def sinks(self) -> list[Node]:
+        """Every sink, in the order of the query.
+
+        Raises
+        ------
+        InvalidRequest
+            The plan has none.
+        """
+        match self.root_node:
+            case {"SinkMultiple": {"inputs": inputs}}:
+                return [node["Sink"] for node in inputs]
+            case {"Sink": sink}:
+                return [sink]
+        raise InvalidRequest("this plan ends in no sink: nothing would be left of its rows")
+
+    def scanned(self) -> Iterator[Source]:
+        """What the scans read, file by file."""
+        for node in self.nodes:
+            match node["value"]:
+                case {"Scan": {"sources": {"Paths": paths}, "unified_scan_args": arguments}}:
+                    for path in paths:
+                        yield Source(path["inner"], arguments["cloud_options"])
 
     def lazy_frame(self, plan: Path, root: int) -> pl.LazyFrame:
         """What ends in the node ``root``, with the data of the plan that this was."""
@@ -79,15 +109,15 @@ class Prepared(NamedTuple):
     """File that it came in."""
     document: Document
     sinks: list[Sink]
-    result: int | None
-    """The node whose rows the first sink gets; None without a sink."""
+    """Those that write; a callback writes nothing itself."""
+    result: int
+    """The node whose rows the first sink gets."""
 
     def runnable(self) -> pl.LazyFrame:
         return self.document.lazy_frame(self.plan, self.document.root)
 
     def head_without_rows(self) -> pl.DataFrame:
         """What the first sink gets, without its rows."""
-        assert self.result is not None
         return self.document.lazy_frame(self.plan, self.result).collect_schema().to_frame()
 
 
@@ -97,28 +127,30 @@ def own_header() -> bytes:
     return pl.LazyFrame().serialize()[:HEADER_LENGTH]
 
 
-def check(plan: bytes) -> None:
-    """Refuse what no worker here could run.
+def read(plan: bytes) -> Document:
+    """Take a plan apart.
 
     Raises
     ------
     InvalidRequest
-        The plan was serialized by another Polars.
+        The plan was serialized by another Polars, or is none.
     """
     if plan[:HEADER_LENGTH] != own_header():
         raise InvalidRequest(
             "this plan was not serialized by the Polars that the workers run "
             f"({pl.__version__}); install polars=={pl.__version__} beside the client"
         )
+    return _taken_apart(plan)
 
 
-def output_location(plan: bytes) -> str | None:
+def output_location(document: Document) -> str | None:
     """Where the plan's sink writes, as its author wrote it; None for a temporary result."""
-    match _taken_apart(plan).root_node:
-        case {"Sink": {"payload": {"File": {"target": {"inner": str(uri)}}}}} if uri != TEMPORARY:
-            return uri
-        case {"Sink": {"payload": {"Partitioned": {"base_path": {"inner": str(uri)}}}}}:
-            return uri
+    match document.sinks():
+        case [{"payload": {"Iceberg": {"table_name": str(name)}}}]:
+            return name
+        case [{"payload": payload}]:
+            uri = sink_targets.uri_of(payload)
+            return None if uri == TEMPORARY else uri
     return None
 
 
@@ -132,34 +164,24 @@ def prepare(plan: Path, temporary_uri: str, part_name: str) -> Prepared:
     ------
     FileNotFoundError
         A scan reads a file of the client's machine, which a cluster does not have.
+    InvalidRequest
+        An Iceberg table is not in an object store.
     """
     with _mapped(plan) as whole:
         document = _taken_apart(whole)
     _check_scans(document, results=temporary_uri.rpartition("/")[0].rpartition("/")[0])
-    root = document.root_node
-    if "SinkMultiple" in root:
-        nodes = [node["Sink"] for node in root["SinkMultiple"]["inputs"]]
-    else:
-        nodes = [root["Sink"]]
-    # A callback writes nothing itself.
-    writing = [node for node in nodes if "Callback" not in node["payload"]]
-    sinks = [_place(node["payload"], temporary_uri, part_name) for node in writing]
-    result = None
-    if writing:
-        result = writing[0]["input"]["idx"]
-        writing[0]["input"] = _observe(document, writing[0]["input"])
-    return Prepared(plan, document, sinks, result)
+    nodes = document.sinks()
+    placed = [_place(node["payload"], temporary_uri, part_name) for node in nodes]
+    result = nodes[0]["input"]["idx"]
+    nodes[0]["input"] = _observe(document, nodes[0]["input"])
+    return Prepared(plan, document, [sink for sink in placed if sink], result)
 
 
 def _check_scans(document: Document, results: str) -> None:
-    for node in document.nodes:
-        match node["value"]:
-            case {"Scan": {"sources": {"Paths": paths}}}:
-                for path in paths:
-                    uri = path["inner"]
-                    is_local = "://" not in uri or uri.startswith("file://")
-                    if is_local and not uri.startswith(f"{results}/"):
-                        raise FileNotFoundError(f"No such file or directory (os error 2): {uri}")
+    for uri, _ in document.scanned():
+        is_local = "://" not in uri or uri.startswith("file://")
+        if is_local and not Path(os.path.normpath(uri)).is_relative_to(results):
+            raise FileNotFoundError(f"No such file or directory (os error 2): {uri}")
 
 
 def _observe(document: Document, rows: Node) -> Node:
@@ -191,11 +213,13 @@ def _taken_apart(plan: bytes | mmap.mmap) -> Document:
     raise InvalidRequest("this plan is not one that Polars serialized")
 
 
-def _place(payload: Node, temporary_uri: str, part_name: str) -> Sink:
-    """Settle where one sink writes."""
+def _place(payload: Node, temporary_uri: str, part_name: str) -> Sink | None:
+    """Settle where one sink writes, if it does."""
     [(kind, sink)] = payload.items()
-    arguments = sink["unified_sink_args"]
-    arguments["mkdir"] = True
+    if kind == "Callback":
+        return None
+    if kind == "Iceberg":
+        return Sink(iceberg.table_location(sink), None)
     [format_name] = sink["file_format"]
     file_type = FILE_TYPES[format_name]
     if kind == "Partitioned":
@@ -203,7 +227,9 @@ def _place(payload: Node, temporary_uri: str, part_name: str) -> Sink:
     target = sink["target"]
     if target["inner"] == TEMPORARY:
         target["inner"] = temporary_uri
+        arguments = sink["unified_sink_args"]
         arguments["cloud_options"] = _own_cloud_options(temporary_uri)
+        arguments["mkdir"] = True
     if "." not in target["inner"].rpartition("/")[2]:
         target["inner"] = f"{target['inner'].rstrip('/')}/{part_name}.{file_type}"
     return Sink(target["inner"], file_type)

@@ -7,12 +7,20 @@ import that from where the emulator itself is installed, and a cluster that need
 import functools
 import importlib.metadata
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import NormalizedName, canonicalize_name
 
 from polars_cloud_emulator.model.errors import InvalidRequest
 from polars_cloud_emulator.workers.requirements_file import requirements_in
+
+
+class Part(NamedTuple):
+    """A distribution, or one of its extras."""
+
+    name: NormalizedName
+    extra: str
 
 
 def importable_modules(requirements_txt: str | None) -> set[str]:
@@ -24,28 +32,26 @@ def importable_modules(requirements_txt: str | None) -> set[str]:
         A line is no requirement, or is not met by what is installed beside the emulator.
     """
     modules: set[str] = set()
-    seen: set[str] = set()
-    pending = requirements_in(requirements_txt or "")
-    for requirement in pending:
-        _check_installed(requirement)
+    seen: set[Part] = set()
+    pending: list[Part] = []
+    for requirement in requirements_in(requirements_txt or ""):
+        if _applies(requirement):
+            _check_installed(requirement)
+            pending += _parts(requirement)
     while pending:
-        requirement = pending.pop()
-        name = canonicalize_name(requirement.name)
-        if name in seen or not _applies(requirement):
+        part = pending.pop()
+        if part in seen:
             continue
-        seen.add(name)
-        modules |= set(_modules_by_distribution().get(name, ()))
-        try:
-            needed = importlib.metadata.requires(name) or []
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        pending += map(Requirement, needed)
+        seen.add(part)
+        modules |= set(_modules_by_distribution().get(part.name, ()))
+        for requirement in _needed_by(part):
+            if part.extra:
+                _check_installed(requirement)
+            pending += _parts(requirement)
     return modules
 
 
 def _check_installed(requirement: Requirement) -> None:
-    if not _applies(requirement):
-        return
     try:
         version = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
@@ -60,8 +66,21 @@ def _check_installed(requirement: Requirement) -> None:
     )
 
 
-def _applies(requirement: Requirement) -> bool:
-    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+def _parts(requirement: Requirement) -> list[Part]:
+    name = canonicalize_name(requirement.name)
+    return [Part(name, extra) for extra in ("", *requirement.extras)]
+
+
+def _needed_by(part: Part) -> list[Requirement]:
+    try:
+        lines = importlib.metadata.requires(part.name) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return [each for each in map(Requirement, lines) if _applies(each, part.extra)]
+
+
+def _applies(requirement: Requirement, extra: str = "") -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
 @functools.cache

@@ -1,0 +1,26 @@
+"""The table of an Iceberg sink. Polars writes its files and commits them, both in the worker."""
+
+from importlib import import_module
+from operator import attrgetter
+from typing import Any
+
+from polars_cloud_emulator.workers.sink_targets import check_uri
+
+
+def table_location(sink: dict[str, Any]) -> str:
+    """Where the table of a sink lies, as its catalog says.
+
+    Raises
+    ------
+    InvalidRequest
+        Its files would not be in an object store.
+    """
+    catalog_class = attrgetter(sink["py_catalog_class_qualname"])(
+        import_module(sink["py_catalog_class_module"])
+    )
+    catalog = catalog_class(sink["catalog_name"], **sink["catalog_properties"])
+    table = catalog.load_table(sink["table_name"])
+    location: str = table.location()
+    for uri in (location, table.properties.get("write.data.path", location)):
+        check_uri(uri)
+    return location
