@@ -364,9 +364,17 @@ class _EventLoop(asyncio.SelectorEventLoop):
         return await super().create_server(lambda: Connection(protocol_factory()), *args, **kwargs)
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
+        error = context.get("exception")
         # Connections that were cut when the emulator stopped are no news.
-        if not isinstance(context.get("exception"), TimeoutError | asyncio.CancelledError):
-            super().call_exception_handler(context)
+        if isinstance(error, TimeoutError | asyncio.CancelledError):
+            return
+        if "client_connected_cb" in context["message"]:
+            # The traceback would quote what was received, and so a token.
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            words = "A connection was closed, because hypercorn failed to read it"
+            context = {"message": f"{words} ({type(error).__name__})"}
+        super().call_exception_handler(context)
 
 
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")

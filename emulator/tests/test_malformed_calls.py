@@ -1,5 +1,6 @@
 """Calls that no client would make are refused in words, and leave nothing in the output."""
 
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,8 @@ import grpc
 import httpx
 import polars as pl
 import pytest
+from h2.config import H2Configuration
+from h2.connection import H2Connection
 
 from emulator.tests.command_line import Served
 from emulator.tests.raw_calls import (
@@ -152,3 +155,25 @@ def test_malformed_calls_leave_no_traceback(serve: Callable[..., Served]) -> Non
     with tls_client(served.environment) as client:
         client.post(TOKEN_PATH, content=b"username=\xff", headers=FORM)
     assert served.stop() == (0, "", "")
+
+
+def test_request_that_hypercorn_fails_to_read_is_told_in_one_line(
+    serve: Callable[..., Served],
+) -> None:
+    served = serve("--port-base", 0)
+    address = served.rest_url.removeprefix("http://")
+    client = H2Connection(H2Configuration(header_encoding=None))
+    client.initiate_connection()
+    request = {
+        b":method": b"GET",
+        b":scheme": b"http",
+        b":authority": address.encode(),
+        b":path": "/caf\u00e9".encode(),
+    }
+    client.send_headers(1, list(request.items()), end_stream=True)
+    with socket.create_connection(address.split(":"), timeout=30) as connection:
+        connection.sendall(client.data_to_send())
+        while connection.recv(10_000):
+            pass
+    words = "A connection was closed, because hypercorn failed to read it (UnicodeDecodeError)\n"
+    assert served.stop() == (0, "", words)

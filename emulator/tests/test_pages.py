@@ -1,13 +1,15 @@
 """What a person sees of the emulator in a browser."""
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
 import httpx
 import polars as pl
+import psutil
 import pytest
 
 from emulator.tests.blocking_query import BlockingQuery
@@ -134,6 +136,23 @@ def test_page_of_a_query_tells_all_about_it(
         "SORT BY [col(&#34;x&#34;)]",
     ):
         assert words in page
+
+
+def test_pages_that_are_asked_for_at_once_explain_two_plans_at_once(
+    emulator: RunningEmulator, browser: httpx.Client, start_cluster: StartCluster
+) -> None:
+    run(start_cluster(), pl.LazyFrame({"x": [1]}), given=labels("d", "t"))
+    [query] = emulator.state()["queries"]
+    process = psutil.Process(emulator.pid)
+    most = 0
+    with ThreadPoolExecutor() as threads:
+        asked = [threads.submit(browser.get, query_page(query), timeout=60) for _ in range(5)]
+        while not all(each.done() for each in asked):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by now
+                commands = [str(child.cmdline()) for child in process.children()]
+                most = max(most, sum("plan_text" in each for each in commands))
+    assert {each.result().status_code for each in asked} == {200}
+    assert 0 < most <= 2
 
 
 def test_page_of_a_failed_query_has_its_whole_error_as_text(

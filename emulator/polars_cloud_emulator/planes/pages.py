@@ -1,5 +1,6 @@
 """The emulator in a browser: what every cluster did, and each cluster and query by itself."""
 
+import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +26,8 @@ from polars_cloud_emulator.workers.plan_text import explain
 FOLDER = Path(__file__).parent
 CLUSTERS = 50
 """As many of the latest are shown."""
+EXPLAINED_AT_ONCE = 2
+"""Plans; each takes a process, and anybody on this machine may ask for it."""
 LANES = 30
 """As many queries of a cluster are drawn."""
 ENDS = {
@@ -102,6 +105,7 @@ class Pages:
         self._environment = environment
         self._workspace_id = workspace_id
         self._organization_id = organization_id
+        self._explaining = asyncio.Semaphore(EXPLAINED_AT_ONCE)
         self._templates = jinja2.Environment(
             loader=jinja2.FileSystemLoader(FOLDER / "templates"),
             autoescape=True,
@@ -166,7 +170,8 @@ class Pages:
             return self._missing(error)
         plan = "The plan was too large to be kept."
         if (path := self._plans.path(query.id)).exists():
-            plan = await explain(path, self._environment)
+            async with self._explaining:
+                plan = await explain(path, self._environment)
         row = self._row(cluster, Axis([self._life(cluster)]))
         return self._page(
             "query.html", query=query, name=_name(query), row=row, labels=_labels(query), plan=plan
