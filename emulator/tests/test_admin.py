@@ -114,6 +114,15 @@ def test_journal_has_every_call_and_neither_it_nor_the_state_a_secret(
         assert secret not in shown
 
 
+def test_journal_keeps_the_beginning_of_long_texts(
+    emulator: RunningEmulator, rest: httpx.Client
+) -> None:
+    rest.get(f"/api/v1/{'x' * 5_000}", headers={"user-agent": "y" * 5_000})
+    entry = emulator.journal()[-1]
+    assert entry["path"] == f"/api/v1/{'x' * 992}"
+    assert entry["client"] == "y" * 1_000
+
+
 def test_state_shows_what_a_cluster_and_its_queries_cost(
     emulator: RunningEmulator, start_cluster: StartCluster
 ) -> None:

@@ -17,6 +17,8 @@ from emulator.tests.raw_calls import CLUSTER, WORKSPACE
 from polars_cloud_emulator.model.workspace import ORGANIZATION_ID, WORKSPACE_ID
 from polars_cloud_emulator.testing import RunningEmulator, eventually
 
+STATE = "/_emulator/state"
+
 StartCluster = Callable[..., Any]
 
 
@@ -204,6 +206,28 @@ def test_pages_show_no_secret_and_are_no_calls_of_a_client(
         assert secret not in page.text
         assert "default-src 'none'" in page.headers["content-security-policy"]
     assert len(emulator.journal()) == before
+
+
+def test_urls_are_shown_without_passwords_and_query_strings(
+    emulator: RunningEmulator, browser: httpx.Client, start_cluster: StartCluster
+) -> None:
+    url = "https://reader:my-password@127.0.0.1:1/x.csv?part=1&X-Amz-Signature=my-signature"
+
+    def fail(frame: pl.DataFrame) -> pl.DataFrame:
+        raise ValueError(f"cannot read '{url}' now")
+
+    context = start_cluster()
+    with pytest.raises(ValueError, match="my-signature"):
+        pl.LazyFrame({"x": [1]}).map_batches(fail).remote(context).execute()
+    with pytest.raises(OSError, match="error sending request"):
+        pl.scan_csv(url, schema={"x": pl.Int64}).remote(context).execute()
+    failed, unread = emulator.state()["queries"]
+    assert "cannot read 'https://reader:…@127.0.0.1:1/x.csv?…' now" in failed["error"]
+    assert "[https://reader:…@127.0.0.1:1/x.csv?…]" in browser.get(query_page(unread)).text
+    for path in ("/", STATE, *map(query_page, (failed, unread))):
+        shown = browser.get(path).text
+        assert "my-password" not in shown
+        assert "my-signature" not in shown
 
 
 def test_pages_load_nothing_from_elsewhere(browser: httpx.Client) -> None:

@@ -15,6 +15,7 @@ from polars_cloud_emulator.model.clusters import Cluster
 from polars_cloud_emulator.model.errors import EmulatorError
 from polars_cloud_emulator.model.queries import Query
 from polars_cloud_emulator.model.state import State
+from polars_cloud_emulator.planes.credentials_in_urls import without_credentials
 from polars_cloud_emulator.protocol.access_tokens import AccessTokens
 from polars_cloud_emulator.protocol.journal import ADMIN_PREFIX, Journal
 from polars_cloud_emulator.protocol.request_bodies import read_body
@@ -71,7 +72,7 @@ class Admin:
             ("POST", "reset", self.post_reset),
         ]
         return [
-            *(Route(f"{ADMIN_PREFIX}{path}", view) for path, view in views),
+            *(Route(f"{ADMIN_PREFIX}{path}", _shown(view)) for path, view in views),
             *(
                 Route(f"{ADMIN_PREFIX}{path}", self._logged_in(change), methods=[method])
                 for method, path, change in changes
@@ -90,22 +91,20 @@ class Admin:
 
         return endpoint
 
-    async def get_health(self, request: Request) -> Response:
-        return json_response({"status": "ready"})
+    def get_health(self) -> object:
+        return {"status": "ready"}
 
-    async def get_state(self, request: Request) -> Response:
-        return json_response(
-            {
-                "manifests": sorted(self._state.manifests.by_name),
-                "clusters": [self._cluster(c) for c in self._state.clusters.by_id.values()],
-                "queries": [self._query(q) for q in self._state.queries.by_id.values()],
-                "faults": self._faults.pending,
-                "unmatched": self._journal.unmatched,
-            }
-        )
+    def get_state(self) -> object:
+        return {
+            "manifests": sorted(self._state.manifests.by_name),
+            "clusters": [self._cluster(c) for c in self._state.clusters.by_id.values()],
+            "queries": [self._query(q) for q in self._state.queries.by_id.values()],
+            "faults": self._faults.pending,
+            "unmatched": self._journal.unmatched,
+        }
 
-    async def get_journal(self, request: Request) -> Response:
-        return json_response(list(self._journal.entries))
+    def get_journal(self) -> object:
+        return list(self._journal.entries)
 
     async def post_fault(self, request: Request) -> object:
         self._faults.add(await read_body(request))
@@ -164,3 +163,11 @@ class Admin:
             "destinations": query.outcome.destinations if query.outcome else [],
             "n_rows": query.outcome.n_rows if query.outcome else None,
         }
+
+
+def _shown(view: Callable[[], object]) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        text = without_credentials(msgspec.json.encode(view()).decode())
+        return Response(text, media_type="application/json")
+
+    return endpoint

@@ -18,6 +18,7 @@ from polars_cloud_emulator.model.clusters import Cluster, ClusterStatus, Termina
 from polars_cloud_emulator.model.errors import NotFound
 from polars_cloud_emulator.model.queries import Query, QueryStatus
 from polars_cloud_emulator.model.state import State
+from polars_cloud_emulator.planes.credentials_in_urls import without_credentials
 from polars_cloud_emulator.planes.timeline import Axis, Interval, Span, total_seconds
 from polars_cloud_emulator.protocol.journal import ADMIN_PREFIX, PORTAL_PREFIX
 from polars_cloud_emulator.storage.kept_plans import KeptPlans
@@ -179,7 +180,7 @@ class Pages:
 
     def _page(self, template: str, status: int = 200, **values: Any) -> Response:
         text = self._templates.get_template(template).render(now=self._clock.now(), **values)
-        return HTMLResponse(text, status, HEADERS)
+        return HTMLResponse(without_credentials(text), status, HEADERS)
 
     def _missing(self, error: NotFound) -> Response:
         return self._page("missing.html", 404, error=error)

@@ -13,6 +13,8 @@ from polars_cloud_emulator.model.errors import Unauthenticated, UnknownCall
 from polars_cloud_emulator.protocol.access_tokens import AccessTokens
 
 MAX_ENTRIES = 2_000
+MAX_TEXT = 1_000
+"""Characters of a path or a client's name."""
 ADMIN_PREFIX = "/_emulator/"
 PORTAL_PREFIX = "/portal/"
 """Of the pages of clusters and queries; the first page is at the root."""
@@ -52,7 +54,9 @@ class Journal:
 
     def record(self, scope: Scope) -> Entry:
         client = Headers(scope=scope).get("user-agent", "")
-        self.entries.append(Entry(self._clock.now(), scope["method"], scope["path"], client))
+        # Anybody on this machine may write here, without a login.
+        path, client = scope["path"][:MAX_TEXT], client[:MAX_TEXT]
+        self.entries.append(Entry(self._clock.now(), scope["method"], path, client))
         return self.entries[-1]
 
 
