@@ -18,7 +18,7 @@ from polars_cloud_emulator.model.state import State
 from polars_cloud_emulator.planes.credentials_in_urls import without_credentials
 from polars_cloud_emulator.protocol.access_tokens import AccessTokens
 from polars_cloud_emulator.protocol.journal import ADMIN_PREFIX, Journal
-from polars_cloud_emulator.protocol.request_bodies import read_body
+from polars_cloud_emulator.protocol.request_bodies import MAX_JSON, read_body
 from polars_cloud_emulator.protocol.rest_transport import decode_body, json_response, refusal
 from polars_cloud_emulator.workers.compute import Compute
 
@@ -107,7 +107,7 @@ class Admin:
         return list(self._journal.entries)
 
     async def post_fault(self, request: Request) -> object:
-        self._faults.add(await read_body(request))
+        self._faults.add(await read_body(request, MAX_JSON))
         return self._faults.pending
 
     async def delete_faults(self, request: Request) -> object:

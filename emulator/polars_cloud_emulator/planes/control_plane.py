@@ -51,7 +51,7 @@ from polars_cloud_emulator.protocol.messages import (
     ProxySubmitRequest,
     QueryReference,
 )
-from polars_cloud_emulator.protocol.request_bodies import read_body
+from polars_cloud_emulator.protocol.request_bodies import MAX_FORM, read_body
 from polars_cloud_emulator.protocol.rest_transport import decode_body, json_response, refusal
 from polars_cloud_emulator.storage.kept_plans import KeptPlans
 from polars_cloud_emulator.workers.compute import Compute
@@ -75,8 +75,6 @@ NOT_EMULATED = [
 """Calls of the client that are refused, and why."""
 
 ORDERS = ("request_time", "created_at", "updated_at")
-MAX_FIELDS = 100
-"""Fields of a login's form; the client sends four."""
 
 
 class RegisterManifest(ClusterSpec, kw_only=True):
@@ -182,7 +180,7 @@ class ControlPlane:
 
     async def get_token(self, request: Request) -> Response:
         try:
-            form = dict(parse_qsl((await read_body(request)).decode(), max_num_fields=MAX_FIELDS))
+            form = dict(parse_qsl((await read_body(request, MAX_FORM)).decode()))
         except (TooLarge, ValueError) as error:
             refused = {"error": "invalid_request", "error_description": str(error)}
             return json_response(refused, 400)

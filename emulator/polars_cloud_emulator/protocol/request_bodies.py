@@ -8,8 +8,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from polars_cloud_emulator.model.errors import TooLarge
 from polars_cloud_emulator.protocol.connections import Connection
 
-MAX_BODY = 1_000_000
-"""Bytes of JSON or of a form that are accepted; the client sends some thousands."""
+MAX_FORM = 10_000
+"""Bytes of a login, which anybody may send; the client sends 150."""
+MAX_JSON = 10_000_000
+"""Bytes of JSON, more than the longest specification of a cluster."""
 MAX_DROPPED = 1_000_000_000
 """Bytes that are read and dropped before an answer, until the connection is reset."""
 
@@ -48,17 +50,17 @@ class RequestBodyMiddleware:
             await self._app(scope, receive_part, send_after_body)
 
 
-async def read_body(request: Request) -> bytes:
+async def read_body(request: Request, max_bytes: int) -> bytes:
     """Return the whole body.
 
     Raises
     ------
     TooLarge
-        It has more than ``MAX_BODY`` bytes.
+        It has more than ``max_bytes`` bytes.
     """
     body = bytearray()
     async for part in request.stream():
         body += part
-        if len(body) > MAX_BODY:
-            raise TooLarge(f"the body of {request.url.path} has more than {MAX_BODY:,} bytes")
+        if len(body) > max_bytes:
+            raise TooLarge(f"the body of {request.url.path} has more than {max_bytes:,} bytes")
     return bytes(body)

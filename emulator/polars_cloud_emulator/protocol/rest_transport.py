@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from polars_cloud_emulator.model.errors import EmulatorError, InvalidRequest
-from polars_cloud_emulator.protocol.request_bodies import read_body
+from polars_cloud_emulator.protocol.request_bodies import MAX_JSON, read_body
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ async def decode_body(request: Request, model: type[T]) -> T:
     TooLarge
         It is too large.
     """
-    body = await read_body(request)
+    body = await read_body(request, MAX_JSON)
     try:
         return msgspec.json.decode(body, type=model)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
