@@ -1,4 +1,7 @@
-"""The emulator's time: the system's, plus what was advanced by hand or passed over."""
+"""The emulator's time: the system's, plus what was advanced by hand or passed over.
+
+It never goes back: whoever is billed or times out goes by the difference of two moments.
+"""
 
 from datetime import UTC, datetime, timedelta
 
@@ -6,11 +9,17 @@ from datetime import UTC, datetime, timedelta
 class Clock:
     """Tells the time to everything that bills, expires or times out."""
 
+    _latest: datetime
+
     def __init__(self) -> None:
         self.reset()
 
     def now(self) -> datetime:
-        return self.now_for_logins() + self._passed_over
+        now = self.now_for_logins() + self._passed_over
+        if now < self._latest:  # the system's clock was set back
+            self.pass_over(self._latest - now)
+        self._latest = max(now, self._latest)
+        return self._latest
 
     def now_for_logins(self) -> datetime:
         """The time without what was passed over: a client's clock knows nothing of it."""
@@ -23,5 +32,10 @@ class Clock:
         """Let time pass in which nobody does anything but wait for a cluster."""
         self._passed_over += by
 
+    def go_on_from(self, moment: datetime) -> None:
+        """Let it be no earlier than a moment of an emulator that has ended."""
+        self._latest = max(moment, self._latest)
+
     def reset(self) -> None:
         self._ahead = self._passed_over = timedelta(0)
+        self._latest = datetime.min.replace(tzinfo=UTC)

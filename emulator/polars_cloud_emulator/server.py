@@ -147,7 +147,8 @@ class Emulator:
             )
             self._files = StateDirectory(state_dir)
             resources.callback(self._files.close)
-            self._kept = KeptState(self._files.state)
+            self._plans = KeptPlans(self._files.plans)
+            self._kept = KeptState(self._files.state, self._plans)
             resources.callback(self._kept.close)
             self._snapshot = self._kept.load()
             self._object_store: ObjectStore | OutsideObjectStore
@@ -208,11 +209,12 @@ class Emulator:
             polars_version=pl.__version__,
             startup=self._realism.startup,
         )
-        plans = KeptPlans(self._files.plans)
+        self._state.restore(self._snapshot)
         self._compute = Compute(
             self._state,
             self.clock,
-            plans=plans,
+            self._kept,
+            plans=self._plans,
             environment=self._object_store.environment,
             temporary_uri=self._object_store.temporary_uri,
             delete_result=self._object_store.delete_result,
@@ -227,8 +229,9 @@ class Emulator:
         ip, port = self._tls_listener.getsockname()[:2]
         control_plane = ControlPlane(
             self._state,
+            self._kept,
             self._compute,
-            plans,
+            self._plans,
             self._access_tokens,
             check_client,
             certificate_authority=authority.cert_pem.bytes().decode(),
@@ -236,7 +239,7 @@ class Emulator:
             compute_plane_address=f"{ip}:{port}",
         )
         compute_plane = ComputePlane(
-            self._state, self._compute, plans, self._access_tokens, check_client
+            self._state, self._compute, self._plans, self._access_tokens, check_client
         )
         self._journal = Journal(self.clock)
         calls = [*control_plane.routes(), *compute_plane.routes()]
@@ -252,7 +255,7 @@ class Emulator:
         )
         pages = Pages(
             self._state,
-            plans,
+            self._plans,
             self.clock,
             environment=self._compute.environment,
             workspace_id=WORKSPACE_ID,
@@ -303,7 +306,6 @@ class Emulator:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, application: Starlette) -> AsyncIterator[None]:
-        self._state.restore(self._snapshot)
         self._compute.resume()
         watches = [
             asyncio.create_task(self._compute.watch_clock()),
@@ -314,7 +316,10 @@ class Emulator:
         for watch in watches:
             watch.cancel()
         await self._compute.close()
-        self._kept.commit(self._state)
+        try:
+            self._kept.commit(self._state)
+        except CannotKeep as error:
+            print(f"{error}. The latest is lost", file=sys.stderr)
 
     async def _released(self) -> None:
         """Return when the server is to stop, and no call has to wait for anything else."""
@@ -323,8 +328,9 @@ class Emulator:
         self._compute.release_waiters()
 
     async def _reset(self) -> None:
+        with self._kept.change(self._state):
+            self._state.clear()
         await self._compute.reset()
-        self._state.clear()
         self._journal.entries.clear()
         self._faults.clear()
         self._access_tokens.forget_added_accounts()

@@ -300,23 +300,6 @@ def test_write_that_the_disk_does_not_take_changes_no_object(restart: Restart) -
     assert served.stop() == (0, "", "")
 
 
-def test_call_whose_outcome_cannot_be_kept_is_refused(restart: Restart, tmp_path: Path) -> None:
-    served = restart()
-    spec = CLUSTER | {"name": "nightly"}
-    with (
-        contextlib.closing(sqlite3.connect(tmp_path / "state" / "state.sqlite")) as file,
-        rest_client(served.environment) as rest,
-    ):
-        # A lock on the file stands for a disk that is full.
-        file.execute("BEGIN IMMEDIATE")
-        answer = rest.post(f"{WORKSPACE}/manifest", json=spec)
-        assert answer.status_code == 500
-        assert answer.json()["message"].startswith("the emulator cannot keep its state (")
-        file.rollback()
-        assert rest.get(f"{WORKSPACE}/manifest/find", params=spec).status_code == 200
-    assert served.stop() == (0, "", "")
-
-
 def test_large_call_that_the_disk_does_not_take_is_refused(
     restart: Restart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

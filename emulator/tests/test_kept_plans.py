@@ -1,4 +1,4 @@
-"""`kept_plans.py`: a file for each plan, and none without its query."""
+"""`kept_plans.py`: a plan until its query has ended, and what is shown of it from then on."""
 
 from pathlib import Path
 from uuid import uuid4
@@ -6,7 +6,7 @@ from uuid import uuid4
 import pytest
 
 from polars_cloud_emulator.model.errors import CannotKeep
-from polars_cloud_emulator.storage.kept_plans import MAX_KEPT_PLAN, KeptPlans
+from polars_cloud_emulator.storage.kept_plans import KeptPlans
 
 
 @pytest.fixture
@@ -14,26 +14,33 @@ def plans(tmp_path: Path) -> KeptPlans:
     return KeptPlans(tmp_path)
 
 
-@pytest.mark.parametrize("size", [MAX_KEPT_PLAN, MAX_KEPT_PLAN + 1])
-def test_a_large_plan_ends_with_its_query(plans: KeptPlans, size: int) -> None:
+@pytest.mark.parametrize("shown", [b"shown", None])
+def test_plan_is_deleted_and_what_is_shown_of_it_is_not(
+    plans: KeptPlans, shown: bytes | None
+) -> None:
     query_id = uuid4()
-    plans.keep(query_id, bytes(size))
-    plans.delete_large(query_id)
-    assert plans.path(query_id).exists() == (size <= MAX_KEPT_PLAN)
-    plans.delete_large(query_id)
+    plans.keep(query_id, b"plan", shown=shown)
+    assert plans.best_path(query_id) == plans.path(query_id)
+    for _ in range(2):
+        plans.end(query_id)
+        path = plans.best_path(query_id)
+        assert (path and path.read_bytes()) == shown
+    plans.delete(query_id)
+    assert plans.best_path(query_id) is None
 
 
 def test_all_but_the_plans_of_known_queries_is_deleted(plans: KeptPlans, tmp_path: Path) -> None:
-    known, unknown = uuid4(), uuid4()
-    for query_id in (known, unknown):
-        plans.keep(query_id, b"plan")
+    active, ended, unknown = uuid4(), uuid4(), uuid4()
+    for query_id in (active, ended, unknown):
+        plans.keep(query_id, b"plan", shown=b"shown")
     (tmp_path / "of a killed worker").touch()
-    plans.delete_all_but([known])
-    assert [*tmp_path.iterdir()] == [plans.path(known)]
+    plans.delete_all_but(active=[active], ended=[ended])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {str(active), f"{active}.shown", f"{ended}.shown"}
 
 
 def test_a_plan_that_the_disk_does_not_take_is_refused(tmp_path: Path) -> None:
     # A folder that is missing stands for a disk that is full.
     plans = KeptPlans(tmp_path / "missing")
     with pytest.raises(CannotKeep, match=r"cannot keep its state \(.*: make room for it"):
-        plans.keep(uuid4(), b"plan")
+        plans.keep(uuid4(), b"plan", shown=None)

@@ -9,8 +9,8 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from polars_cloud_emulator.storage.kept_plans import MAX_KEPT_PLAN
 from polars_cloud_emulator.testing import RunningEmulator
+from polars_cloud_emulator.workers.shown_plan import LARGEST
 from tests.buckets import create_bucket_elsewhere, create_bucket_of_others
 
 SALES = "s3://your-bucket/sales/"
@@ -74,10 +74,10 @@ def test_large_plan_ends_with_its_query_and_every_plan_with_a_reset(
     emulator: RunningEmulator, context: Any
 ) -> None:
     plans = Path(emulator.environment["POLARS_CLOUD_CONFIG_DIR"]).parent / "plans"
-    for size in (1, MAX_KEPT_PLAN):
+    for size in (1, LARGEST):
         pl.LazyFrame({"x": ["x" * size]}).remote(context).execute()
     small, large = (query["id"] for query in emulator.state()["queries"])
-    assert [path.name for path in plans.iterdir()] == [small], f"and not {large}"
+    assert [path.name for path in plans.iterdir()] == [f"{small}.shown"], f"and not {large}"
     emulator.reset()
     assert not [*plans.iterdir()]
 

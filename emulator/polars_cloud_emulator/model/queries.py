@@ -69,6 +69,7 @@ class Queries:
         self._oldest_end_first: deque[UUID] = deque()
 
     def add(self, query: Query) -> None:
+        """Add a new query, or the changed copy of one that has ended."""
         self.by_id[query.id] = self.unsettled[query.id] = query
 
     def find(self, query_id: UUID) -> Query:
@@ -126,11 +127,12 @@ class Queries:
         """Queries that had ended by then."""
         return [q.id for q in self.by_id.values() if q.ended_at and q.ended_at <= moment]
 
-    def settle(self) -> None:
-        """Note that all is kept as it is now."""
-        self.unsettled = {
-            id_: query for id_, query in self.unsettled.items() if not query.has_ended
-        }
+    def settle(self) -> list[UUID]:
+        """Note that all is kept as it is now; the queries whose end is kept since then."""
+        ended = [id_ for id_, query in self.unsettled.items() if query.has_ended]
+        for query_id in ended:
+            del self.unsettled[query_id]
+        return ended
 
     def forget_oldest(self) -> list[UUID]:
         """Drop ended queries above the cap; the dropped queries' ids."""

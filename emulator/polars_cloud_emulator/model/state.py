@@ -3,7 +3,8 @@
 No I/O and no processes: every method changes the state at one moment of the injected clock.
 """
 
-from datetime import timedelta
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Literal
 from uuid import UUID
 
@@ -20,6 +21,7 @@ from polars_cloud_emulator.model.clusters import (
 from polars_cloud_emulator.model.errors import WrongState
 from polars_cloud_emulator.model.jobs import Outcome
 from polars_cloud_emulator.model.manifests import Manifest, Manifests
+from polars_cloud_emulator.model.moments import way_back_to_now
 from polars_cloud_emulator.model.queries import Queries, Query, QueryStatus
 
 
@@ -29,6 +31,15 @@ class Snapshot(msgspec.Struct):
     manifests: dict[str, Manifest]
     clusters: dict[UUID, Cluster]
     queries: dict[UUID, Query]
+
+    def latest(self) -> datetime:
+        """The latest moment at which something happened."""
+        clusters, queries = self.clusters.values(), self.queries.values()
+        moments = (
+            *(moment for each in clusters for moment in (each.requested_at, each.stopped_at)),
+            *(moment for q in queries for moment in (q.submitted_at, q.started_at, q.ended_at)),
+        )
+        return max(filter(None, moments), default=datetime.min.replace(tzinfo=UTC))
 
 
 class State:
@@ -147,9 +158,10 @@ class State:
 
     def cancel(self, query_id: UUID) -> None:
         query = self.queries.find(query_id)
-        query.cancels += 1
-        self.queries.unsettled[query_id] = query
-        if not query.has_ended:
+        if query.has_ended:
+            self.queries.add(msgspec.structs.replace(query, cancels=query.cancels + 1))
+        else:
+            query.cancels += 1
             self._end(query, QueryStatus.CANCELED)
 
     def begin_stop(
@@ -174,7 +186,11 @@ class State:
             self.clusters.forget_oldest(in_use={q.cluster_id for q in self.queries.by_id.values()})
         return dropped
 
-    # Restarts
+    # Changes that cannot be kept, and restarts
+
+    def way_back_to_now(self) -> Callable[[], None]:
+        """Return a function that brings the state back to this moment."""
+        return way_back_to_now(self.manifests, self.clusters, self.queries)
 
     def clear(self) -> None:
         self.restore(Snapshot({}, {}, {}))
@@ -184,6 +200,7 @@ class State:
         self.manifests.by_name = snapshot.manifests
         self.clusters.restore(snapshot.clusters)
         self.queries.restore(snapshot.queries)
+        self._clock.go_on_from(snapshot.latest())
 
     def _end(self, query: Query, status: QueryStatus) -> None:
         ended_at = self.queries.end(query, status)

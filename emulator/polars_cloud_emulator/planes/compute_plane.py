@@ -86,8 +86,9 @@ class ComputePlane:
             cluster_id = UUID(host.partition(".")[0])
         except ValueError:
             raise NotFound(f"'{host}' names no cluster; use a ComputeContext") from None
-        query = await submitted(self._state, self._plans, cluster_id, message, request.headers)
-        self._compute.queue(query, request.scope["fault"])
+        query = await submitted(
+            self._state, self._compute, self._plans, cluster_id, message, request
+        )
         return QueryReference.of(query.id)
 
     async def get_query_status(self, message: QueryReference, request: Request) -> BaseMessage:

@@ -11,7 +11,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from polars_cloud_emulator.model.clusters import TerminationReason
 from polars_cloud_emulator.model.errors import (
     EmulatorError,
     InvalidRequest,
@@ -54,6 +53,7 @@ from polars_cloud_emulator.protocol.messages import (
 from polars_cloud_emulator.protocol.request_bodies import MAX_FORM, read_body
 from polars_cloud_emulator.protocol.rest_transport import decode_body, json_response, refusal
 from polars_cloud_emulator.storage.kept_plans import KeptPlans
+from polars_cloud_emulator.storage.kept_state import KeptState
 from polars_cloud_emulator.workers.compute import Compute
 
 SERVICE = "/polars_cloud.control_plane.client.v1.ClientService"
@@ -99,6 +99,7 @@ class ControlPlane:
     def __init__(
         self,
         state: State,
+        kept: KeptState,
         compute: Compute,
         plans: KeptPlans,
         access_tokens: AccessTokens,
@@ -108,6 +109,7 @@ class ControlPlane:
         compute_plane_address: str,
     ) -> None:
         self._state = state
+        self._kept = kept
         self._compute = compute
         self._plans = plans
         self._access_tokens = access_tokens
@@ -227,9 +229,10 @@ class ControlPlane:
     # Clusters
 
     async def start_cluster(self, request: Request) -> Model:
-        cluster = self._state.clusters.start(await decode_body(request, ClusterSpec))
-        self._compute.launch(cluster, request.scope["fault"])
-        return cluster_answer(cluster)
+        spec = await decode_body(request, ClusterSpec)
+        return cluster_answer(
+            self._compute.start(lambda: self._state.clusters.start(spec), request.scope["fault"])
+        )
 
     async def list_clusters(self, request: Request) -> Model:
         wanted = request.query_params.get("status")
@@ -241,9 +244,7 @@ class ControlPlane:
         return cluster_answer(self._state.clusters.find(request.path_params["cluster_id"]))
 
     async def stop_cluster(self, request: Request) -> None:
-        await self._compute.stop(
-            request.path_params["cluster_id"], TerminationReason.STOPPED_BY_USER
-        )
+        await self._compute.stop(request.path_params["cluster_id"])
 
     async def get_public_info(self, request: Request) -> Model:
         cluster = self._state.clusters.find(request.path_params["cluster_id"])
@@ -267,18 +268,22 @@ class ControlPlane:
         spec = msgspec.convert(
             {field: getattr(body, field) for field in ClusterSpec.__struct_fields__}, ClusterSpec
         )
-        return self._manifest(self._state.manifests.register(body.name, spec))
+        with self._kept.change(self._state):
+            manifest = self._state.manifests.register(body.name, spec)
+        return self._manifest(manifest)
 
     async def unregister_manifest(self, request: Request) -> None:
-        self._state.unregister_manifest(request.query_params.get("name", ""))
+        with self._kept.change(self._state):
+            self._state.unregister_manifest(request.query_params.get("name", ""))
 
     async def find_manifest(self, request: Request) -> Model:
         return self._manifest(self._state.manifests.find(request.query_params.get("name", "")))
 
     async def start_manifest(self, request: Request) -> Model:
-        cluster = self._state.start_manifest((await decode_body(request, StartManifest)).name)
-        self._compute.launch(cluster, request.scope["fault"])
-        return cluster_answer(cluster)
+        name = (await decode_body(request, StartManifest)).name
+        return cluster_answer(
+            self._compute.start(lambda: self._state.start_manifest(name), request.scope["fault"])
+        )
 
     def _manifest(self, manifest: Manifest) -> Model:
         live = self._state.clusters.live_of(manifest.name)
@@ -319,9 +324,13 @@ class ControlPlane:
 
     async def submit_query(self, message: ProxySubmitRequest, request: Request) -> BaseMessage:
         query = await submitted(
-            self._state, self._plans, parse_id(message.compute), message, request.headers
+            self._state,
+            self._compute,
+            self._plans,
+            parse_id(message.compute),
+            message,
+            request,
         )
-        self._compute.queue(query, request.scope["fault"])
         return QueryReference.of(query.id)
 
     async def get_query_result(self, message: QueryReference, request: Request) -> BaseMessage:

@@ -25,6 +25,7 @@ from polars_cloud_emulator.storage.kept_plans import KeptPlans
 from polars_cloud_emulator.workers.plan_text import explain
 
 FOLDER = Path(__file__).parent
+NOT_SHOWN = "The plan is not kept: it was large, or read by Python objects, which may hold secrets"
 CLUSTERS = 50
 """As many of the latest are shown."""
 EXPLAINED_AT_ONCE = 2
@@ -169,9 +170,9 @@ class Pages:
             cluster = self._state.clusters.find(query.cluster_id)
         except NotFound as error:
             return self._missing(error)
-        plan = "The plan was too large to be kept."
-        if (path := self._plans.path(query.id)).exists():
-            async with self._explaining:
+        plan = f"{NOT_SHOWN}."
+        async with self._explaining:
+            if path := self._plans.best_path(query.id):
                 plan = await explain(path, self._environment)
         row = self._row(cluster, Axis([self._life(cluster)]))
         return self._page(

@@ -1,10 +1,10 @@
 """Queries between the protocol and the state, the same for the direct and the proxy mode."""
 
 import asyncio
-from collections.abc import Mapping
 from uuid import UUID, uuid4
 
 import msgspec
+from starlette.requests import Request
 
 from polars_cloud_emulator.model.errors import EmulatorError, InvalidRequest
 from polars_cloud_emulator.model.queries import Query, QueryStatus
@@ -26,6 +26,8 @@ from polars_cloud_emulator.protocol.messages import (
 )
 from polars_cloud_emulator.storage.kept_plans import KeptPlans
 from polars_cloud_emulator.workers import plan, submission
+from polars_cloud_emulator.workers.compute import Compute
+from polars_cloud_emulator.workers.shown_plan import without_secrets
 
 STATUS_CODES = {
     QueryStatus.SCHEDULED: StatusCode.SCHEDULED,
@@ -54,21 +56,22 @@ def parse_id(message: Id) -> UUID:
 
 async def submitted(
     state: State,
+    compute: Compute,
     plans: KeptPlans,
     cluster_id: UUID,
-    request: DirectSubmitRequest | ProxySubmitRequest,
-    headers: Mapping[str, str],
+    message: DirectSubmitRequest | ProxySubmitRequest,
+    request: Request,
 ) -> Query:
-    """Take the query of a submit request into the state.
+    """Take in the query of a message.
 
     Raises
     ------
     InvalidRequest
         No cluster could run it, or nothing would be left of it.
     CannotKeep
-        There is no room for its plan.
+        There is no room for it.
     """
-    settings = request.settings
+    settings = message.settings
     if settings.execute_until not in {ExecuteUntil.UNSET, ExecuteUntil.EXECUTE}:
         raise InvalidRequest("the emulator executes queries; it does not explain them")
     if not -(2**31) <= (settings.priority or 0) < 2**31:
@@ -76,31 +79,35 @@ async def submitted(
     if (settings.optimization_flags or 0) >= 2**32:
         raise InvalidRequest("optimization_flags have to fit into 32 bits")
     _check_workers(settings.workers)
-    labels = [label.name for label in request.info.labels]
+    labels = [label.name for label in message.info.labels]
     check_labels(labels)
     spec = state.clusters.find(cluster_id).spec
     try:
-        document = plan.read(request.plan)
+        document = plan.read(message.plan)
         submission.check(document, spec)
         output_location = plan.output_location(document)
+        shown = without_secrets(message.plan, document)
     except (msgspec.DecodeError, LookupError, TypeError, ValueError, RecursionError):
         raise InvalidRequest("this plan cannot be read: it was damaged on its way") from None
     query_id = uuid4()
     # First: another call may start the query as soon as it is known.
-    await asyncio.to_thread(plans.keep, query_id, request.plan)
+    await asyncio.to_thread(plans.keep, query_id, message.plan, shown=shown)
     try:
-        return state.submit(
-            cluster_id,
-            query_id=query_id,
-            output_location=output_location,
-            distributed=settings.single is None,
-            min_workers=settings.workers.least,
-            max_workers=settings.workers.most,
-            engine="in-memory" if settings.engine is Engine.IN_MEMORY else "streaming",
-            optimization_flags=settings.optimization_flags,
-            priority=settings.priority or 0,
-            labels=labels,
-            user=headers.get("x-polars-user"),
+        return compute.submit(
+            lambda: state.submit(
+                cluster_id,
+                query_id=query_id,
+                output_location=output_location,
+                distributed=settings.single is None,
+                min_workers=settings.workers.least,
+                max_workers=settings.workers.most,
+                engine="in-memory" if settings.engine is Engine.IN_MEMORY else "streaming",
+                optimization_flags=settings.optimization_flags,
+                priority=settings.priority or 0,
+                labels=labels,
+                user=request.headers.get("x-polars-user"),
+            ),
+            request.scope["fault"],
         )
     except EmulatorError:
         plans.delete(query_id)

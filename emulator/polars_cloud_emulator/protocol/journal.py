@@ -69,7 +69,7 @@ class JournalMiddleware:
         self._access_tokens = access_tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not _is_for_people(scope["path"]):
+        if scope["type"] == "http" and not is_for_people(scope["path"]):
             send = self._recorded(scope, send)
         await self._app(scope, receive, send)
 
@@ -88,5 +88,6 @@ class JournalMiddleware:
         return observe
 
 
-def _is_for_people(path: str) -> bool:
+def is_for_people(path: str) -> bool:
+    """Return whether a path is a page's or the admin API's."""
     return path == "/" or path.startswith((ADMIN_PREFIX, PORTAL_PREFIX))

@@ -1,17 +1,21 @@
-"""The plans of the queries, a file each: a large frame is never in memory as a whole."""
+"""The plans of the queries, in files: a large frame is never in memory as a whole."""
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 from uuid import UUID
 
 from polars_cloud_emulator.model.errors import CannotKeep
 
-MAX_KEPT_PLAN = 50_000
-"""Bytes of an ended query's plan."""
+SHOWN = ".shown"
+"""End of the name of a plan without secrets."""
 
 
 class KeptPlans:
     """A folder of serialized plans.
+
+    A query's plan is there until the query has ended, as it may hold secrets. For its page there
+    is another file, without them.
 
     Parameters
     ----------
@@ -23,11 +27,21 @@ class KeptPlans:
         self._folder = folder
 
     def path(self, query_id: UUID) -> Path:
-        """The plan's file, whether or not it is there."""
+        """The plan's file until its query has ended."""
         return self._folder / str(query_id)
 
-    def keep(self, query_id: UUID, plan: bytes) -> None:
+    def best_path(self, query_id: UUID) -> Path | None:
+        """The file that tells most of a plan; None if there is none any more."""
+        paths = (self.path(query_id), self._shown_path(query_id))
+        return next((path for path in paths if path.exists()), None)
+
+    def keep(self, query_id: UUID, plan: bytes, *, shown: bytes | None) -> None:
         """Keep the plan of a query that is about to be submitted.
+
+        Parameters
+        ----------
+        shown
+            The plan without secrets, if it is to be shown when its query has ended.
 
         Raises
         ------
@@ -36,22 +50,30 @@ class KeptPlans:
         """
         try:
             self.path(query_id).write_bytes(plan)
+            if shown is not None:
+                self._shown_path(query_id).write_bytes(shown)
         except OSError as error:
             self.delete(query_id)
             raise CannotKeep(error) from None
 
+    def end(self, query_id: UUID) -> None:
+        """Delete the plan of a query that has ended, secrets and all."""
+        with contextlib.suppress(OSError):  # of a disk that lets nothing be deleted: at a restart
+            self.path(query_id).unlink(missing_ok=True)
+
     def delete(self, query_id: UUID) -> None:
-        self.path(query_id).unlink(missing_ok=True)
+        self.end(query_id)
+        with contextlib.suppress(OSError):
+            self._shown_path(query_id).unlink(missing_ok=True)
 
-    def delete_large(self, query_id: UUID) -> None:
-        """Delete the plan of a query that has ended, unless it is small enough to be looked at."""
-        path = self.path(query_id)
-        if path.exists() and path.stat().st_size > MAX_KEPT_PLAN:
-            path.unlink()
-
-    def delete_all_but(self, query_ids: Iterable[UUID]) -> None:
+    def delete_all_but(self, active: Iterable[UUID], ended: Iterable[UUID]) -> None:
         """Delete every other file: of what a worker writes here, too, if it was killed."""
-        kept = {*map(str, query_ids)}
+        running = [*active]
+        kept = {self.path(query_id) for query_id in running}
+        kept |= {self._shown_path(query_id) for query_id in (*running, *ended)}
         for path in self._folder.iterdir():
-            if path.name not in kept:
+            if path not in kept:
                 path.unlink()
+
+    def _shown_path(self, query_id: UUID) -> Path:
+        return self._folder / f"{query_id}{SHOWN}"

@@ -4,6 +4,7 @@ import contextlib
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from polars_cloud_emulator.model.manifests import Manifest
 from polars_cloud_emulator.model.queries import Query
 from polars_cloud_emulator.model.state import Snapshot, State
 from polars_cloud_emulator.protocol.grpc_transport import refusal_in_kind
+from polars_cloud_emulator.protocol.journal import is_for_people
+from polars_cloud_emulator.storage.kept_plans import KeptPlans
 from polars_cloud_emulator.storage.state_directory import UnusableStateDirectory
 
 DAMAGED = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
@@ -29,14 +32,20 @@ class KeptState:
     A commit survives the end of this process at any moment, SIGKILL included, though not that of
     the machine.
 
+    Parameters
+    ----------
+    plans
+        Those of queries whose end is kept are deleted.
+
     Raises
     ------
     UnusableStateDirectory
         The file cannot be opened, is damaged, or another version's.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, plans: KeptPlans) -> None:
         self._path = path
+        self._plans = plans
         self._kept: dict[str, dict[Any, tuple[Any, ...]]] = {
             "manifest": {},
             "cluster": {},
@@ -81,8 +90,8 @@ class KeptState:
 
         Raises
         ------
-        sqlite3.OperationalError
-            It cannot be written, as on a full disk.
+        CannotKeep
+            As on a full disk.
         """
         everything: dict[str, Mapping[Any, msgspec.Struct]] = {
             "manifest": state.manifests.by_name,
@@ -106,7 +115,7 @@ class KeptState:
             for key in self._kept[kind].keys() - objects.keys()
         ]
         if changed or gone:
-            with self._file:
+            with self._writing():
                 self._file.executemany(
                     "DELETE FROM kept WHERE kind = ? AND key = ?",
                     ((kind, str(key)) for kind, key in gone),
@@ -123,10 +132,40 @@ class KeptState:
                 del self._kept[kind][key]
             for kind, key, _, fields in changed:
                 self._kept[kind][key] = fields
-        state.queries.settle()
+        # Not before: what has not ended on disk runs again after a restart.
+        for query_id in state.queries.settle():
+            self._plans.end(query_id)
 
     def close(self) -> None:
         self._file.close()
+
+    @contextlib.contextmanager
+    def change(self, state: State) -> Iterator[None]:
+        """Keep what a call changes, or leave the state as it was.
+
+        Nothing is awaited within, and nothing is done that the state alone does not take back.
+
+        Raises
+        ------
+        CannotKeep
+            As on a full disk.
+        """
+        go_back = state.way_back_to_now()
+        try:
+            yield
+            self.commit(state)
+        except BaseException:
+            go_back()
+            raise
+        _has_kept.set(True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with self._file:
+                yield
+        except sqlite3.Error as error:
+            raise CannotKeep(error) from None
 
     @contextlib.contextmanager
     def _opening(self) -> Iterator[None]:
@@ -150,7 +189,10 @@ def _changeable(each: msgspec.Struct) -> tuple[Any, ...]:
 
 
 class CommitMiddleware:
-    """Keeps the state before an answer leaves, and refuses a call whose outcome cannot be kept."""
+    """Keeps the state before a client is told of it, and tells nothing that cannot be kept.
+
+    What a call changes is kept by then. This is about what has happened by itself.
+    """
 
     def __init__(self, app: ASGIApp, kept: KeptState, state: State) -> None:
         self._app = app
@@ -160,13 +202,27 @@ class CommitMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def commit_first(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._kept.commit(self._state)
+                try:
+                    self._kept.commit(self._state)
+                except CannotKeep:
+                    if not _has_kept.get():
+                        raise
             await send(message)
 
-        if scope["type"] != "http":
+        if scope["type"] != "http" or not _tells_of_the_state(scope["path"]):
             await self._app(scope, receive, send)
             return
+        _has_kept.set(False)
         try:
             await self._app(scope, receive, commit_first)
-        except sqlite3.OperationalError as error:
-            await refusal_in_kind(Request(scope), CannotKeep(error))(scope, receive, send)
+        except CannotKeep as error:
+            await refusal_in_kind(Request(scope), error)(scope, receive, send)
+
+
+_has_kept: ContextVar[bool] = ContextVar("has_kept", default=False)
+"""Whether the call at hand has changed the state: its answer has to tell of that."""
+
+
+def _tells_of_the_state(path: str) -> bool:
+    """Return whether a call is a client's, other than a login."""
+    return not (is_for_people(path) or path.startswith("/realms/"))

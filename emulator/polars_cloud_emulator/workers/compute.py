@@ -24,12 +24,13 @@ from polars_cloud_emulator.faults.kinds import (
     WorkerKilled,
 )
 from polars_cloud_emulator.model.clusters import Cluster, TerminationReason
-from polars_cloud_emulator.model.errors import InvalidRequest
+from polars_cloud_emulator.model.errors import CannotKeep, InvalidRequest
 from polars_cloud_emulator.model.jobs import Answer, Failure, Job, Success
 from polars_cloud_emulator.model.queries import Query
 from polars_cloud_emulator.model.realism import Realism
 from polars_cloud_emulator.model.state import State
 from polars_cloud_emulator.storage.kept_plans import KeptPlans
+from polars_cloud_emulator.storage.kept_state import KeptState
 from polars_cloud_emulator.workers.handle import Worker, WorkerDied, hang, kill, run
 from polars_cloud_emulator.workers.isolated_python import worker_environment
 from polars_cloud_emulator.workers.pool import WorkerPool
@@ -73,6 +74,7 @@ class Compute:
         self,
         state: State,
         clock: Clock,
+        kept: KeptState,
         *,
         plans: KeptPlans,
         environment: Mapping[str, str],
@@ -84,6 +86,7 @@ class Compute:
     ) -> None:
         self._state = state
         self._clock = clock
+        self._kept = kept
         self._plans = plans
         self._realism = realism
         self._folder = folder
@@ -102,28 +105,46 @@ class Compute:
     def worker_pids(self, cluster_id: UUID) -> list[int]:
         return self._workers.pids(cluster_id)
 
-    def launch(self, cluster: Cluster, fault: StartupFault | None = None) -> None:
-        """Start the cluster's first process, unless the cluster was launched before."""
-        if cluster.id not in self._workers:
-            match fault:
-                case StartupFails(message=message):
-                    self._fail_to_start(cluster, message)
-                    return
-                case StartupTakes(seconds=seconds):
-                    self._state.clusters.postpone(cluster, timedelta(seconds=seconds))
-            try:
-                modules = importable_modules(cluster.spec.requirements_txt)
-            except InvalidRequest as error:
-                self._fail_to_start(cluster, str(error))
-                return
-            environment = {**self.environment, **cluster.spec.env_vars}
+    def start(self, begin: Callable[[], Cluster], fault: StartupFault | None = None) -> Cluster:
+        """Start the cluster that the state begins, or give the live one that it finds.
 
-            def give_up(reason: str) -> None:
-                self._run_in_background(self.stop(cluster.id, TerminationReason.FAILED, reason))
+        Raises
+        ------
+        CannotKeep
+            Nothing was started.
+        """
+        with self._kept.change(self._state):
+            cluster = begin()
+            is_new = cluster.id not in self._workers
+            modules = self._admit(cluster, fault) if is_new else None
+        if modules is not None:
+            self._launch(cluster, modules)
+        return cluster
 
-            self._workers.open(
-                cluster.id, lambda: Worker(environment, give_up, self._folder, modules)
+    def _admit(self, cluster: Cluster, fault: StartupFault | None = None) -> set[str] | None:
+        """Return the modules for the cluster's workers; None if it fails to start."""
+        match fault:
+            case StartupFails(message=message):
+                self._fail_to_start(cluster, message)
+                return None
+            case StartupTakes(seconds=seconds):
+                self._state.clusters.postpone(cluster, timedelta(seconds=seconds))
+        try:
+            return importable_modules(cluster.spec.requirements_txt)
+        except InvalidRequest as error:
+            self._fail_to_start(cluster, str(error))
+            return None
+
+    def _launch(self, cluster: Cluster, modules: set[str]) -> None:
+        """Start the cluster's first process."""
+        environment = {**self.environment, **cluster.spec.env_vars}
+
+        def give_up(reason: str) -> None:
+            self._run_in_background(
+                self._stop_by_itself(cluster.id, TerminationReason.FAILED, reason)
             )
+
+        self._workers.open(cluster.id, lambda: Worker(environment, give_up, self._folder, modules))
 
     def _launch_again(self, cluster: Cluster) -> None:
         try:
@@ -131,7 +152,9 @@ class Compute:
         except InvalidRequest as error:
             self._fail_to_start(cluster, str(error))
         else:
-            self.launch(cluster)
+            modules = self._admit(cluster)
+            if modules is not None:
+                self._launch(cluster, modules)
         if not cluster.is_live:
             print(
                 f"Cluster {cluster.id} failed at the restart: {cluster.termination_message}",
@@ -142,27 +165,64 @@ class Compute:
         self._state.begin_stop(cluster, TerminationReason.FAILED, reason)
         self._state.clusters.end_stop(cluster)
 
-    async def stop(
-        self, cluster_id: UUID, reason: TerminationReason, message: str | None = None
+    async def stop(self, cluster_id: UUID) -> None:
+        """Stop a cluster as its user asks.
+
+        Raises
+        ------
+        CannotKeep
+            It was not stopped.
+        """
+        cluster = self._state.clusters.find(cluster_id)
+        with self._kept.change(self._state):
+            has_begun = self._state.begin_stop(cluster, TerminationReason.STOPPED_BY_USER)
+        if has_begun:
+            await self._finish_stop(cluster)
+
+    async def _stop_by_itself(
+        self, cluster_id: UUID, reason: TerminationReason, message: str
     ) -> None:
         cluster = self._state.clusters.find(cluster_id)
         if self._state.begin_stop(cluster, reason, message):
-            self._announce_ends()
-            await self._end_workers(cluster_id)
-            self._state.clusters.end_stop(cluster)
-            self._start_queries(self._state.queries.waiting_clusters())
+            await self._finish_stop(cluster)
 
-    def queue(self, query: Query, fault: QueryFault | None = None) -> None:
-        """Let a submitted query run when its turn comes."""
-        self._ended[query.id] = asyncio.Event()
-        if isinstance(fault, QueryWaits):
-            self._state.queries.hold_back(query, timedelta(seconds=fault.seconds))
-        elif fault is not None:
+    async def _finish_stop(self, cluster: Cluster) -> None:
+        self._announce_ends()
+        await self._end_workers(cluster.id)
+        self._state.clusters.end_stop(cluster)
+        self._start_queries(self._state.queries.waiting_clusters())
+
+    def submit(self, begin: Callable[[], Query], fault: QueryFault | None = None) -> Query:
+        """Let a query that the state takes in run when its turn comes.
+
+        Raises
+        ------
+        CannotKeep
+            It was not taken in.
+        """
+        with self._kept.change(self._state):
+            query = begin()
+            if isinstance(fault, QueryWaits):
+                self._state.queries.hold_back(query, timedelta(seconds=fault.seconds))
+        if fault is not None and not isinstance(fault, QueryWaits):
             self._faults[query.id] = fault
+        self._queue(query)
+        return query
+
+    def _queue(self, query: Query) -> None:
+        self._ended[query.id] = asyncio.Event()
         self._start_queries([query.cluster_id])
 
     def cancel(self, query_id: UUID) -> None:
-        self._state.cancel(query_id)
+        """End a query as its user asks.
+
+        Raises
+        ------
+        CannotKeep
+            It was not canceled.
+        """
+        with self._kept.change(self._state):
+            self._state.cancel(query_id)
         self._announce_ends()
         if query_id in self._leases:
             self._leases[query_id].worker.kill()
@@ -191,13 +251,17 @@ class Compute:
 
         A cluster that cannot be started again fails: another emulator may have started it.
         """
-        self._plans.delete_all_but(self._state.queries.by_id)
         for cluster in self._state.clusters.by_id.values():
             if cluster.is_live:
                 self._launch_again(cluster)
-        for query in self._state.queries.by_id.values():
+        queries = self._state.queries.by_id.values()
+        self._plans.delete_all_but(
+            active=(query.id for query in queries if not query.has_ended),
+            ended=(query.id for query in queries if query.has_ended),
+        )
+        for query in queries:
             if not query.has_ended:
-                self.queue(query)
+                self._queue(query)
 
     async def watch_clock(self) -> None:
         """Start-ups, waits and idle timeouts, until canceled."""
@@ -205,12 +269,17 @@ class Compute:
             ready = self._state.clusters.become_ready()
             self._start_queries([*ready, *self._state.queries.end_waits()])
             for cluster_id in self._state.clusters.idle_too_long():
-                await self.stop(cluster_id, TerminationReason.STOPPED_INACTIVE, "idle timeout")
+                await self._stop_by_itself(
+                    cluster_id, TerminationReason.STOPPED_INACTIVE, "idle timeout"
+                )
             forgotten = self._state.forget_oldest()
             for query_id in forgotten:
                 self._plans.delete(query_id)
             for query_id in (*forgotten, *self._expire_results()):
-                await asyncio.to_thread(self._delete_result, query_id)
+                with contextlib.suppress(CannotKeep):
+                    await asyncio.to_thread(self._delete_result, query_id)
+            with contextlib.suppress(CannotKeep):  # there will be room at another time
+                self._kept.commit(self._state)
             if self._state.clusters.is_starting():
                 self._clock.pass_over(TICK * (self._realism.speed - 1))
             await asyncio.sleep(TICK.total_seconds())
@@ -224,13 +293,13 @@ class Compute:
         await self._workers.close_all()
 
     async def reset(self) -> None:
-        """End every process and forget what was waited for."""
-        await self.close()
+        """End every process of a state that was cleared, and forget what was waited for."""
         self.release_waiters()
         self._ended.clear()
         self._faults.clear()
         self._expired.clear()
-        self._plans.delete_all_but(())
+        self._plans.delete_all_but(active=(), ended=())
+        await self.close()
 
     async def _end_workers(self, cluster_id: UUID) -> None:
         for lease in self._leases_on(cluster_id):
@@ -319,7 +388,7 @@ class Compute:
                 return Failure(error)
             case ClusterLost(message=message):
                 self._run_in_background(
-                    self.stop(query.cluster_id, TerminationReason.FAILED, message)
+                    self._stop_by_itself(query.cluster_id, TerminationReason.FAILED, message)
                 )
             case WorkerKilled():
                 kill(process)
@@ -334,4 +403,3 @@ class Compute:
     def _announce_ends(self) -> None:
         for query_id in [q for q in self._ended if self._state.queries.by_id[q].has_ended]:
             self._ended.pop(query_id).set()
-            self._plans.delete_large(query_id)

@@ -1,0 +1,36 @@
+"""Moments of the state, to which it returns from a change that cannot be kept."""
+
+from collections import deque
+from collections.abc import Callable
+from copy import copy
+
+import msgspec
+
+from polars_cloud_emulator.model.queries import Query
+
+
+def way_back_to_now(*holders: object) -> Callable[[], None]:
+    """Return a function that gives the holders' tables, and all in them, their present values."""
+    tables = [
+        (holder, name, copy(table))
+        for holder in holders
+        for name, table in vars(holder).items()
+        if isinstance(table, dict | deque)
+    ]
+    values = [
+        (each, msgspec.structs.astuple(each))
+        for _, _, table in tables
+        if isinstance(table, dict)
+        for each in table.values()
+        # Thousands of queries have ended. Such a one is never changed, but replaced.
+        if not (isinstance(each, Query) and each.has_ended)
+    ]
+
+    def go_back() -> None:
+        for holder, name, table in tables:
+            setattr(holder, name, table)
+        for each, fields in values:
+            for name, value in zip(each.__struct_fields__, fields, strict=True):
+                setattr(each, name, value)
+
+    return go_back
