@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import platform
 import socket
 import sys
@@ -12,15 +13,15 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import date, timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import hypercorn
 import hypercorn.asyncio
 import polars as pl
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.faults.middleware import FaultMiddleware
@@ -36,10 +37,12 @@ from polars_cloud_emulator.planes.pages import Pages
 from polars_cloud_emulator.protocol.access_tokens import CLIENT_ID, AccessTokens
 from polars_cloud_emulator.protocol.client_check import ClientCheck
 from polars_cloud_emulator.protocol.connections import Connection
+from polars_cloud_emulator.protocol.device_logins import DeviceLogins
 from polars_cloud_emulator.protocol.door import Door
 from polars_cloud_emulator.protocol.grpc_transport import refusal_in_kind
 from polars_cloud_emulator.protocol.journal import Journal, JournalMiddleware
 from polars_cloud_emulator.protocol.request_bodies import RequestBodyMiddleware
+from polars_cloud_emulator.protocol.tls_listener import TlsListener, TlsOnlyMiddleware
 from polars_cloud_emulator.storage.kept_plans import KeptPlans
 from polars_cloud_emulator.storage.kept_state import CommitMiddleware, KeptState
 from polars_cloud_emulator.storage.object_store import ObjectStore, OutsideObjectStore
@@ -225,6 +228,7 @@ class Emulator:
         self._access_tokens = AccessTokens(
             self.clock, self._files.client_secret(), self._token_lifetime
         )
+        self._device_logins = DeviceLogins(self.clock)
         check_client = ClientCheck(self._access_tokens)
         ip, port = self._tls_listener.getsockname()[:2]
         control_plane = ControlPlane(
@@ -233,7 +237,9 @@ class Emulator:
             self._compute,
             self._plans,
             self._access_tokens,
+            self._device_logins,
             check_client,
+            pages_address=self.rest_url,
             certificate_authority=authority.cert_pem.bytes().decode(),
             # By its number: the client takes no name beside the one that it checks in TLS.
             compute_plane_address=f"{ip}:{port}",
@@ -255,9 +261,10 @@ class Emulator:
         )
         pages = Pages(
             self._state,
-            self._plans,
+            self._compute,
             self.clock,
-            environment=self._compute.environment,
+            self._access_tokens,
+            self._device_logins,
             workspace_id=WORKSPACE_ID,
             organization_id=ORGANIZATION_ID,
         )
@@ -269,18 +276,23 @@ class Emulator:
                 *admin.routes(),
                 *calls,
                 *control_plane.refusals(),
-                Route("/{path:path}", _unknown_call, methods=list(_METHODS)),
             ],
+            # Starlette raises it for an unknown path and for an unknown method of a known one.
+            exception_handlers={HTTPException: functools.partial(_unknown_call, pages)},
             lifespan=self._lifespan,
         )
+        application.router.redirect_slashes = False
         await hypercorn.asyncio.serve(
             RequestBodyMiddleware(  # type: ignore[arg-type]
                 Door(
                     JournalMiddleware(
-                        FaultMiddleware(
-                            CommitMiddleware(application, self._kept, self._state),
-                            self._faults,
-                            self._access_tokens,
+                        TlsOnlyMiddleware(
+                            FaultMiddleware(
+                                CommitMiddleware(application, self._kept, self._state),
+                                self._faults,
+                                self._access_tokens,
+                            ),
+                            port,
                         ),
                         self._journal,
                         self._access_tokens,
@@ -334,6 +346,7 @@ class Emulator:
         self._journal.entries.clear()
         self._faults.clear()
         self._access_tokens.forget_added_accounts()
+        self._device_logins.clear()
         self.clock.reset()
         await asyncio.to_thread(self._object_store.clear, self._last_day())
         await self._open_the_shop()
@@ -364,10 +377,12 @@ class _EventLoop(asyncio.SelectorEventLoop):
     async def create_server(
         self, protocol_factory: Callable[[], Any], *args: Any, **kwargs: Any
     ) -> asyncio.Server:
-        if kwargs.get("ssl") is not None:
-            # By default a client that holds a connection and sleeps holds up the end by 30 s.
-            kwargs["ssl_shutdown_timeout"] = 0.5
-        return await super().create_server(lambda: Connection(protocol_factory()), *args, **kwargs)
+        def connection() -> Connection:
+            return Connection(protocol_factory())
+
+        if (context := kwargs.get("ssl")) is not None:
+            return cast(asyncio.Server, TlsListener(connection, kwargs["sock"], context))
+        return await super().create_server(connection, *args, **kwargs)
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         error = context.get("exception")
@@ -383,10 +398,9 @@ class _EventLoop(asyncio.SelectorEventLoop):
         super().call_exception_handler(context)
 
 
-_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
-
-
-async def _unknown_call(request: Request) -> Response:
+async def _unknown_call(pages: Pages, request: Request, _: Exception) -> Response:
+    if request.method == "GET" and "text/html" in request.headers.get("accept", ""):
+        return pages.unknown(request.url.path)
     error = UnknownCall(f"the emulator does not know {request.method} {request.url.path}")
     return refusal_in_kind(request, error)
 

@@ -120,7 +120,11 @@ class RunningEmulator:
             The emulator refuses the call; with its words.
         """
         user = f"{self.environment['POLARS_CLOUD_CLIENT_ID']}@sa.cloud.pola.rs"
-        form = {"username": user, "password": self.environment["POLARS_CLOUD_CLIENT_SECRET"]}
+        form = {
+            "grant_type": "password",
+            "username": user,
+            "password": self.environment["POLARS_CLOUD_CLIENT_SECRET"],
+        }
         login = f"https://{self.environment['POLARS_CLOUD_DOMAIN'].partition('@')[2]}"
         [authority] = Path(self.environment["SSL_CERT_DIR"]).iterdir()
         token = _send(

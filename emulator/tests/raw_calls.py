@@ -40,7 +40,11 @@ def tls_client(environment: Mapping[str, str]) -> httpx.Client:
 
 def access_token(environment: Mapping[str, str]) -> str:
     user = f"{environment['POLARS_CLOUD_CLIENT_ID']}@sa.cloud.pola.rs"
-    form = {"username": user, "password": environment["POLARS_CLOUD_CLIENT_SECRET"]}
+    form = {
+        "grant_type": "password",
+        "username": user,
+        "password": environment["POLARS_CLOUD_CLIENT_SECRET"],
+    }
     with tls_client(environment) as client:
         answer = client.post(TOKEN_PATH, data=form)
     return str(answer.raise_for_status().json()["access_token"])

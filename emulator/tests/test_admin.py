@@ -15,7 +15,6 @@ from polars.testing import assert_frame_equal
 from emulator.tests.blocking_query import BlockingQuery
 from emulator.tests.processes import none_running
 from emulator.tests.raw_calls import (
-    COMPUTE_PLANE,
     VERSIONS,
     access_token,
     admin_client,
@@ -36,7 +35,11 @@ def test_health_answers_without_a_login(emulator: RunningEmulator) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", "/api/v1/invoices"), ("POST", "/api/v1/invoices"), ("PATCH", "/api/v1/user/me")],
+    [
+        *((method, "/api/v1/invoices") for method in ("GET", "POST", "OPTIONS")),
+        *((method, "/api/v1/user/me") for method in ("PATCH", "PUT")),
+        ("GET", "/api/v1/user/me/"),
+    ],
 )
 def test_unknown_rest_call_is_answered_at_once_and_listed(
     emulator: RunningEmulator, rest: httpx.Client, method: str, path: str
@@ -62,12 +65,13 @@ def test_unknown_grpc_call_leaves_the_channel_intact(
 ) -> None:
     query = pl.LazyFrame({"x": [1]}).remote(start_cluster()).execute(blocking=False)
     query.await_result()
+    method = "/arrow.flight.protocol.FlightService/PollFlightInfo"
     for _ in range(3):
-        with pytest.raises(RuntimeError, match=f"does not know POST {COMPUTE_PLANE}/GetQueryPlans"):
-            query.plan()
+        with pytest.raises(RuntimeError, match=f"does not know POST {method}"):
+            query._client.scan_flight(query._query_id)
         assert query.get_status().is_done()
     unmatched = emulator.state()["unmatched"]
-    assert [entry["path"] for entry in unmatched] == [f"{COMPUTE_PLANE}/GetQueryPlans"] * 3
+    assert [entry["path"] for entry in unmatched] == [method] * 3
     assert {entry["grpc_status"] for entry in unmatched} == {grpc.StatusCode.UNIMPLEMENTED.value[0]}
 
 

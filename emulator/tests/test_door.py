@@ -24,7 +24,9 @@ from emulator.tests.raw_calls import (
     tls_client,
 )
 from polars_cloud_emulator import server
+from polars_cloud_emulator.protocol.access_tokens import DEVICE_PATH
 from polars_cloud_emulator.protocol.door import Door
+from polars_cloud_emulator.protocol.journal import LOGIN_PREFIX
 from polars_cloud_emulator.testing import RunningEmulator
 
 ANY_ID = "5e41ce00-0000-4000-8000-00000000000f"
@@ -45,6 +47,10 @@ SENT_UNASKED = ["text/plain", "text/plain; application/json", "multipart/form-da
 
 Call = tuple[str, str]
 StartEmulator = Callable[..., RunningEmulator]
+
+
+def takes_form(path: str) -> bool:
+    return path in {TOKEN_PATH, DEVICE_PATH} or path.startswith(LOGIN_PREFIX)
 
 
 @pytest.fixture
@@ -84,7 +90,7 @@ def ask(
     )
 
     def ask(method: str, path: str, changed: dict[str, str]) -> httpx.Response:
-        kind = GRPC if path.startswith("/polars_cloud.") else FORM if path == TOKEN_PATH else JSON
+        kind = GRPC if path.startswith("/polars_cloud.") else FORM if takes_form(path) else JSON
         headers = {
             **VERSIONS,
             "authorization": admin if path.startswith("/_emulator/") else bearer,
@@ -110,7 +116,7 @@ def test_no_route_is_open_to_a_web_page(
         wrong = [*SENT_BY_PAGES]
         if call[0] != "GET":
             wrong += [{"content-type": each} for each in SENT_UNASKED]
-            wrong += [{"content-type": FORM}] * (call[1] != TOKEN_PATH)
+            wrong += [{"content-type": FORM}] * (not takes_form(call[1]))
         for headers in wrong:
             answer = ask(*call, headers)
             refused = answer.status_code == (415 if "content-type" in headers else 403)

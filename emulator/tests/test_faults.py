@@ -454,16 +454,16 @@ def test_call_meets_one_fault_and_the_first_posted_comes_first(
         ),
         (
             {"operation": "GET query", "kind": "grpc_error", "code": "INTERNAL", "message": ""},
-            "it fits CancelQuery, DeleteQueryResult, GetComputeVersions, GetQueryResult, "
-            "GetQueryStatus, SubmitQuery",
+            "it fits CancelQuery, DeleteQueryResult, GetComputeVersions, GetQueryPlans, "
+            "GetQueryResult, GetQueryStatus, SubmitQuery",
         ),
         (
             {"operation": "SubmitQuery", "kind": "http_error", "status": 500, "message": ""},
             "DELETE manifest, GET aws, GET cluster-defaults, GET compute, GET compute/{id}, "
             "GET compute/{id}/public_info, GET manifest/find, GET organization, "
             "GET organization/{id}, GET query, GET query/{id}, GET user/me, GET workspace, "
-            "GET workspace/{id}, POST compute/start, POST compute/{id}/stop, POST manifest, "
-            "POST manifest/start, POST query/{id}/cancel, POST token",
+            "GET workspace/{id}, POST compute/start, POST compute/{id}/stop, POST device, "
+            "POST manifest, POST manifest/start, POST query/{id}/cancel, POST token",
         ),
     ],
 )

@@ -66,7 +66,9 @@ def headers(emulator: RunningEmulator) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("message", MESSAGES.values(), ids=MESSAGES)
-@pytest.mark.parametrize("method", ["GetQueryStatus", "GetQueryResult", "CancelQuery"])
+@pytest.mark.parametrize(
+    "method", ["GetQueryStatus", "GetQueryResult", "GetQueryPlans", "CancelQuery"]
+)
 def test_malformed_reference_is_an_invalid_argument(
     emulator: RunningEmulator, headers: dict[str, str], method: str, message: bytes
 ) -> None:
@@ -134,6 +136,12 @@ def test_body_that_is_no_json_is_refused(rest: httpx.Client, path: str, body: by
     answer = rest.post(f"{WORKSPACE}{path}", content=body, headers=JSON)
     assert answer.status_code == 400
     assert "is not understood" in answer.json()["message"]
+
+
+def test_words_of_a_refusal_stay_in_the_status_line(emulator: RunningEmulator) -> None:
+    answer = httpx.get(f"{emulator.rest_url}/x%0d%0aset-cookie:%20a=b%00\u00fc", trust_env=False)
+    assert answer.reason_phrase == "the emulator does not know GET /xset-cookie: a=b "
+    assert "set-cookie" not in answer.headers
 
 
 def test_login_that_is_not_utf8_is_refused(emulator: RunningEmulator) -> None:

@@ -21,11 +21,14 @@ STATE = "/_emulator/state"
 
 StartCluster = Callable[..., Any]
 
+NAVIGATION = {"accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
+"""What a browser sends that opens an address."""
+
 
 @pytest.fixture
 def browser(emulator: RunningEmulator) -> Iterator[httpx.Client]:
     """Someone without a login."""
-    with httpx.Client(base_url=emulator.rest_url, trust_env=False) as client:
+    with httpx.Client(base_url=emulator.rest_url, trust_env=False, timeout=60) as client:
         yield client
 
 
@@ -135,7 +138,8 @@ def test_page_of_a_query_tells_all_about_it(
         "Run monday",
         "Rows 2",
         "Written to s3://your-bucket/pages/00000000.parquet",
-        "SORT BY [col(&#34;x&#34;)]",
+        "Plan SINK (file) SORT BY [col(&#34;x&#34;)]",
+        "Optimized plan SINK (file) SORT BY",
     ):
         assert words in page
 
@@ -155,6 +159,14 @@ def test_pages_that_are_asked_for_at_once_explain_two_plans_at_once(
                 most = max(most, sum("plan_text" in each for each in commands))
     assert {each.result().status_code for each in asked} == {200}
     assert 0 < most <= 2
+
+
+def test_page_of_a_query_that_was_only_planned_says_so(
+    emulator: RunningEmulator, browser: httpx.Client, start_cluster: StartCluster
+) -> None:
+    pl.LazyFrame({"x": [1]}).remote(start_cluster()).explain(plan_stage="ir")
+    [query] = emulator.state()["queries"]
+    assert "Writes to nothing: its plan was asked for" in text(browser.get(query_page(query)).text)
 
 
 def test_page_of_a_failed_query_has_its_whole_error_as_text(
@@ -188,6 +200,37 @@ def test_page_of_what_is_not_there_says_why(browser: httpx.Client) -> None:
     page = browser.get(f"/portal/{WORKSPACE_ID}/{nobody}/queries/{nobody}")
     assert page.status_code == 404
     assert f"Query {nobody} does not exist here: the emulator was started anew" in text(page.text)
+
+
+@pytest.mark.parametrize("stray", [")", "/", ".", "%29."])
+def test_address_with_a_stray_ending_leads_to_the_page(
+    emulator: RunningEmulator, browser: httpx.Client, start_cluster: StartCluster, stray: str
+) -> None:
+    run(start_cluster(), pl.LazyFrame({"x": [1]}), given=labels("sales", "sort"))
+    [query] = emulator.state()["queries"]
+    cluster = f"/portal/{ORGANIZATION_ID}/{WORKSPACE_ID}/compute/{query['cluster_id']}"
+    for address, name in ((query_page(query), "query sort"), (cluster, "cluster sales")):
+        page = browser.get(f"{address}{stray}", headers=NAVIGATION)
+        assert page.status_code == 404
+        assert f"This is the page of the {name}: {address} All clusters" in text(page.text)
+        assert f'<a href="{address}">' in page.text
+
+
+def test_unknown_address_is_a_page_for_a_browser_and_json_for_a_client(
+    emulator: RunningEmulator, browser: httpx.Client
+) -> None:
+    for address in ("/portal/", "/clusters", "/api/v1/clusters", "/<b>"):
+        page = browser.get(address, headers=NAVIGATION)
+        assert page.status_code == 404
+        assert page.headers["content-type"].startswith("text/html")
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        assert '<a href="/">All clusters</a>' in page.text
+        assert "<b>" not in page.text
+    assert emulator.state()["unmatched"] == []
+    refused = browser.get("/clusters")
+    assert (refused.status_code, refused.json()["errors"]) == (501, {})
+    assert browser.post("/clusters", json={}, headers=NAVIGATION).status_code == 501
+    assert len(emulator.state()["unmatched"]) == 2
 
 
 def test_pages_show_no_secret_and_are_no_calls_of_a_client(

@@ -295,11 +295,6 @@ def test_bucket_in_another_region_is_there_for_who_looks_there(context: Any) -> 
     assert pl.read_parquet(target, storage_options=options).height == 1
 
 
-def test_explaining_is_refused_in_words(context: Any) -> None:
-    with pytest.raises(pl.exceptions.ComputeError, match="executes queries; it does not explain"):
-        pl.LazyFrame({"x": [1]}).remote(context).explain()
-
-
 def test_labels_and_user_are_recorded(
     emulator: RunningEmulator, context: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,17 +12,25 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     file_type: Literal["parquet", "ipc", "csv", "ndjson"] | None
     n_rows: int
     head: bytes | None
+    ir_plan: str | None = None
+    """The optimized plan of a query that was planned only."""
+
+
+Engine = Literal["streaming", "in-memory"]
+PlanFormat = Literal["dot", "plain"]
 
 
 class Job(msgspec.Struct, kw_only=True):
     plan: str
     """File of the serialized plan."""
-    engine: str
+    engine: Engine
     optimization_flags: int | None
     temporary_uri: str
     """Where a result without a destination of its own goes."""
     part_name: str
     """Of a file in a directory, without its ending."""
+    plan_only: PlanFormat | None
+    """Format in which to tell the optimized plan instead of running it."""
 
 
 class Failure(msgspec.Struct, tag=True):

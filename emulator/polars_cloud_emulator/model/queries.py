@@ -11,7 +11,7 @@ import msgspec
 
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.model.errors import NotFound
-from polars_cloud_emulator.model.jobs import Outcome
+from polars_cloud_emulator.model.jobs import Outcome, PlanFormat
 
 MAX_ENDED_QUERIES = 1_000
 
@@ -32,6 +32,10 @@ class Query(msgspec.Struct, kw_only=True):
     max_workers: int | None = None
     engine: Literal["streaming", "in-memory"]
     optimization_flags: int | None
+    plan_format: PlanFormat = "dot"
+    """Preferred for telling its plan."""
+    only_planned: bool = False
+    """Ends when its plan is optimized, reads and writes nothing, and takes no worker."""
     priority: int
     labels: list[str]
     user: str | None
@@ -85,9 +89,12 @@ class Queries:
         )
 
     def next_on(self, cluster_id: UUID) -> Query | None:
-        """The query whose turn it is: higher priority first, then first come first served."""
+        """The query whose turn it is: higher priority first, then first come first served.
+
+        Before all of them comes one that is only planned: it waits for no worker.
+        """
         waiting = (query for query in self.active_on(cluster_id) if query.waits_for_workers)
-        return max(waiting, key=lambda query: query.priority, default=None)
+        return max(waiting, key=lambda query: (query.only_planned, query.priority), default=None)
 
     def waiting_clusters(self) -> list[UUID]:
         """Clusters on which a query waits for workers, the longest wait first."""

@@ -19,7 +19,7 @@ from polars_cloud_emulator.model.clusters import (
     TerminationReason,
 )
 from polars_cloud_emulator.model.errors import WrongState
-from polars_cloud_emulator.model.jobs import Outcome
+from polars_cloud_emulator.model.jobs import Outcome, PlanFormat
 from polars_cloud_emulator.model.manifests import Manifest, Manifests
 from polars_cloud_emulator.model.moments import way_back_to_now
 from polars_cloud_emulator.model.queries import Queries, Query, QueryStatus
@@ -99,6 +99,8 @@ class State:
         max_workers: int | None = None,
         engine: Literal["streaming", "in-memory"],
         optimization_flags: int | None,
+        plan_format: PlanFormat = "dot",
+        only_planned: bool = False,
         priority: int,
         labels: list[str],
         user: str | None,
@@ -115,6 +117,8 @@ class State:
             max_workers=max_workers,
             engine=engine,
             optimization_flags=optimization_flags,
+            plan_format=plan_format,
+            only_planned=only_planned,
             priority=priority,
             labels=labels,
             user=user,
@@ -125,6 +129,8 @@ class State:
 
     def most_workers(self, query: Query) -> int:
         """How many workers the query may use."""
+        if query.only_planned:
+            return 0
         if not query.distributed:
             return 1
         size = self.clusters.by_id[query.cluster_id].spec.cluster_size

@@ -14,11 +14,14 @@ from polars_cloud_emulator.model.errors import (
     DeadlineExceeded,
     EmulatorError,
     NotFound,
+    PermissionDenied,
     Unavailable,
+    WrongState,
 )
 from polars_cloud_emulator.model.state import State
 from polars_cloud_emulator.planes.query_messages import (
     ENGINE_NAMES,
+    NO_PHYSICAL_PLAN,
     QUERY_TYPE_NAMES,
     STATUS_CODES,
     parse_id,
@@ -35,6 +38,10 @@ from polars_cloud_emulator.protocol.messages import (
     DirectSubmitRequest,
     Empty,
     Head,
+    PlanFormat,
+    Plans,
+    PlansAnswer,
+    PlansRequest,
     QueryReference,
     QueryStatusAnswer,
 )
@@ -43,6 +50,7 @@ from polars_cloud_emulator.storage.kept_plans import KeptPlans
 from polars_cloud_emulator.workers.compute import Compute
 
 SERVICE = "/polars_cloud.compute_plane.client.v1.ClientService"
+PLAN_FORMATS = {"dot": PlanFormat.DOT, "plain": PlanFormat.EXPLAIN}
 LONGEST_HOLD = 30.0
 """Seconds. A longer wait is answered UNAVAILABLE, and the client asks again after one second."""
 ANSWER_SECONDS = 0.5
@@ -72,6 +80,7 @@ class ComputePlane:
             grpc_route(f"{SERVICE}/SubmitQuery", check, DirectSubmitRequest, self.submit_query),
             grpc_route(f"{SERVICE}/GetQueryStatus", check, QueryReference, self.get_query_status),
             grpc_route(f"{SERVICE}/GetQueryResult", check, QueryReference, self.get_query_result),
+            grpc_route(f"{SERVICE}/GetQueryPlans", check, PlansRequest, self.get_query_plans),
             grpc_route(f"{SERVICE}/CancelQuery", check, QueryReference, self.cancel_query),
             grpc_route(
                 f"{SERVICE}/DeleteQueryResult", check, QueryReference, self.delete_query_result
@@ -110,6 +119,18 @@ class ComputePlane:
             Head(query.outcome.head if query.outcome else None),
             STATUS_CODES[query.status],
         )
+
+    async def get_query_plans(self, message: PlansRequest, request: Request) -> BaseMessage:
+        query = self._state.queries.find(parse_id(message.query))
+        if message.mask.paths != ["plans.ir"]:
+            raise PermissionDenied(f"{NO_PHYSICAL_PLAN} plan_type='ir'")
+        plan = query.outcome.ir_plan if query.outcome else None
+        if plan is None:
+            text = await self._compute.plan_text(query, query.plan_format)
+            if text.optimized is None:
+                raise WrongState(text.error or "")
+            plan = text.optimized
+        return PlansAnswer(Plans(PLAN_FORMATS[query.plan_format], plan))
 
     async def cancel_query(self, message: QueryReference, request: Request) -> BaseMessage:
         self._compute.cancel(parse_id(message.query))

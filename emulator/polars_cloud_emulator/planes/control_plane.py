@@ -42,9 +42,16 @@ from polars_cloud_emulator.planes.rest_answers import (
     query_answer,
     workspace_answer,
 )
-from polars_cloud_emulator.protocol.access_tokens import ACCOUNT_ID, TOKEN_PATH, AccessTokens
+from polars_cloud_emulator.protocol.access_tokens import (
+    ACCOUNT_ID,
+    DEVICE_PATH,
+    TOKEN_PATH,
+    AccessTokens,
+)
 from polars_cloud_emulator.protocol.client_check import ClientCheck
+from polars_cloud_emulator.protocol.device_logins import LIFETIME, POLL_SECONDS, DeviceLogins
 from polars_cloud_emulator.protocol.grpc_transport import grpc_route
+from polars_cloud_emulator.protocol.journal import LOGIN_PREFIX
 from polars_cloud_emulator.protocol.messages import (
     ProxyQueryResultAnswer,
     ProxySubmitRequest,
@@ -60,16 +67,31 @@ SERVICE = "/polars_cloud.control_plane.client.v1.ClientService"
 FILE_TYPE_NAMES = {"parquet": "Parquet", "ipc": "IPC", "csv": "Csv", "ndjson": "NDJSON", None: None}
 
 ONE_EACH = "the emulator has one workspace in one organization: it makes and deletes none"
+NO_CLOUD = "the emulator runs on no cloud: there is none to connect"
+NO_DEFAULTS = "the emulator keeps no settings of a workspace: name the cluster's cpus and memory"
+NO_MACHINES = "the emulator's workers share one machine: there are no nodes to list"
+NO_ACCOUNTS = "the emulator adds service accounts at POST /_emulator/service-accounts alone"
+NO_MONITORING = "the emulator keeps no profile of a query that runs elsewhere"
+WORKSPACE_PATH = "/api/v1/workspace/{workspace_id:uuid}"
 NOT_EMULATED = [
     ("POST", "/api/v1/workspace", ONE_EACH),
-    ("DELETE", "/api/v1/workspace/{workspace_id:uuid}", ONE_EACH),
+    ("POST", "/api/v1/workspace/aws", ONE_EACH),
+    ("POST", "/api/v1/workspace/on-prem", ONE_EACH),
+    ("DELETE", WORKSPACE_PATH, ONE_EACH),
+    ("DELETE", "/api/v1/workspace/on-prem/{workspace_id:uuid}", ONE_EACH),
     ("POST", "/api/v1/organization", ONE_EACH),
     ("DELETE", "/api/v1/organization/{organization_id:uuid}", ONE_EACH),
-    (
-        "GET",
-        "/api/v1/workspace/aws/{workspace_id:uuid}/setup-url",
-        "the emulator runs on no cloud: there is none to connect",
-    ),
+    ("GET", "/api/v1/workspace/aws/{workspace_id:uuid}/setup-url", NO_CLOUD),
+    ("GET", "/api/v1/workspace/aws/{workspace_id:uuid}/stack", NO_CLOUD),
+    ("DELETE", f"{WORKSPACE_PATH}/aws", NO_CLOUD),
+    ("PUT", f"{WORKSPACE_PATH}/cluster-defaults", NO_DEFAULTS),
+    ("GET", f"{WORKSPACE_PATH}/compute/{{cluster_id:uuid}}/node", NO_MACHINES),
+    ("GET", f"{WORKSPACE_PATH}/token", NO_ACCOUNTS),
+    ("POST", f"{WORKSPACE_PATH}/token", NO_ACCOUNTS),
+    ("DELETE", f"{WORKSPACE_PATH}/token/{{account_id:uuid}}", NO_ACCOUNTS),
+    ("PUT", f"{WORKSPACE_PATH}/query/{{query_id:uuid}}", NO_MONITORING),
+    ("POST", f"{WORKSPACE_PATH}/query/{{query_id:uuid}}/started", NO_MONITORING),
+    ("POST", f"{WORKSPACE_PATH}/query/{{query_id:uuid}}/failed", NO_MONITORING),
     ("PATCH", "/api/v1/user", "the emulator keeps no settings of a user: name the workspace"),
 ]
 """Calls of the client that are refused, and why."""
@@ -90,6 +112,8 @@ class ControlPlane:
 
     Parameters
     ----------
+    pages_address
+        URL of the pages, one of which confirms a person's login.
     certificate_authority
         PEM that issued the compute plane's certificate.
     compute_plane_address
@@ -103,8 +127,10 @@ class ControlPlane:
         compute: Compute,
         plans: KeptPlans,
         access_tokens: AccessTokens,
+        device_logins: DeviceLogins,
         check_client: ClientCheck,
         *,
+        pages_address: str,
         certificate_authority: str,
         compute_plane_address: str,
     ) -> None:
@@ -113,37 +139,39 @@ class ControlPlane:
         self._compute = compute
         self._plans = plans
         self._access_tokens = access_tokens
+        self._device_logins = device_logins
+        self._pages_address = pages_address
         self._check_client = check_client
         self._certificate_authority = certificate_authority
         self._compute_plane_address = compute_plane_address
 
     def routes(self) -> list[Route]:
-        workspace = "/api/v1/workspace/{workspace_id:uuid}"
-        cluster = workspace + "/compute/{cluster_id:uuid}"
-        query = workspace + "/query/{query_id:uuid}"
+        cluster = WORKSPACE_PATH + "/compute/{cluster_id:uuid}"
+        query = WORKSPACE_PATH + "/query/{query_id:uuid}"
         rest = [
             ("GET", "/api/v1/user/me", self.get_user),
             ("GET", "/api/v1/organization", self.list_organizations),
             ("GET", "/api/v1/organization/{organization_id:uuid}", self.get_organization),
             ("GET", "/api/v1/workspace", self.list_workspaces),
-            ("GET", workspace, self.get_workspace),
-            ("GET", workspace + "/aws", self.get_aws_connection),
-            ("GET", workspace + "/cluster-defaults", self.get_cluster_defaults),
-            ("POST", workspace + "/compute/start", self.start_cluster),
-            ("GET", workspace + "/compute", self.list_clusters),
+            ("GET", WORKSPACE_PATH, self.get_workspace),
+            ("GET", WORKSPACE_PATH + "/aws", self.get_aws_connection),
+            ("GET", WORKSPACE_PATH + "/cluster-defaults", self.get_cluster_defaults),
+            ("POST", WORKSPACE_PATH + "/compute/start", self.start_cluster),
+            ("GET", WORKSPACE_PATH + "/compute", self.list_clusters),
             ("GET", cluster, self.get_cluster),
             ("POST", cluster + "/stop", self.stop_cluster),
             ("GET", cluster + "/public_info", self.get_public_info),
-            ("POST", workspace + "/manifest", self.register_manifest),
-            ("DELETE", workspace + "/manifest", self.unregister_manifest),
-            ("GET", workspace + "/manifest/find", self.find_manifest),
-            ("POST", workspace + "/manifest/start", self.start_manifest),
-            ("GET", workspace + "/query", self.list_queries),
+            ("POST", WORKSPACE_PATH + "/manifest", self.register_manifest),
+            ("DELETE", WORKSPACE_PATH + "/manifest", self.unregister_manifest),
+            ("GET", WORKSPACE_PATH + "/manifest/find", self.find_manifest),
+            ("POST", WORKSPACE_PATH + "/manifest/start", self.start_manifest),
+            ("GET", WORKSPACE_PATH + "/query", self.list_queries),
             ("GET", query, self.get_query),
             ("POST", query + "/cancel", self.cancel_query),
         ]
         return [
             Route(TOKEN_PATH, self.get_token, methods=["POST"]),
+            Route(DEVICE_PATH, self.begin_device_login, methods=["POST"]),
             *(Route(path, self._checked(call), methods=[method]) for method, path, call in rest),
             grpc_route(
                 f"{SERVICE}/SubmitQuery", self._check_client, ProxySubmitRequest, self.submit_query
@@ -184,15 +212,47 @@ class ControlPlane:
         try:
             form = dict(parse_qsl((await read_body(request, MAX_FORM)).decode()))
         except (TooLarge, ValueError) as error:
-            refused = {"error": "invalid_request", "error_description": str(error)}
-            return json_response(refused, 400)
-        user, password = form.get("username", ""), form.get("password", "")
+            return _oauth_error("invalid_request", error)
         try:
-            token = self._access_tokens.issue(user.removesuffix("@sa.cloud.pola.rs"), password)
+            match form.get("grant_type"):
+                case "password":
+                    user = form.get("username", "").removesuffix("@sa.cloud.pola.rs")
+                    token = self._access_tokens.issue(user, form.get("password", ""))
+                    return json_response({"access_token": token, "token_type": "Bearer"})
+                case "refresh_token":
+                    tokens = self._access_tokens.renew(form.get("refresh_token", ""))
+                case "urn:ietf:params:oauth:grant-type:device_code":
+                    confirmed = self._device_logins.collect(form.get("device_code", ""))
+                    if confirmed is None:
+                        return _oauth_error("authorization_pending", "the code is not confirmed")
+                    tokens = confirmed
+                case other:
+                    return _oauth_error("unsupported_grant_type", f"'{other}' is no grant type")
         except Unauthenticated as error:
-            refused = {"error": "invalid_grant", "error_description": str(error)}
-            return json_response(refused, error.http_status)
-        return json_response({"access_token": token, "token_type": "Bearer"})
+            return _oauth_error("invalid_grant", error, error.http_status)
+        except NotFound as error:
+            return _oauth_error("expired_token", error)
+        return json_response(
+            {
+                "access_token": tokens.access,
+                "refresh_token": tokens.refresh,
+                "token_type": "Bearer",
+            }
+        )
+
+    async def begin_device_login(self, request: Request) -> Response:
+        login = self._device_logins.begin()
+        address = f"{self._pages_address}{LOGIN_PREFIX}{login.user_code}"
+        return json_response(
+            {
+                "device_code": login.device_code,
+                "user_code": login.user_code,
+                "verification_uri": address,
+                "verification_uri_complete": address,
+                "expires_in": int(LIFETIME.total_seconds()),
+                "interval": POLL_SECONDS,
+            }
+        )
 
     # Users, organizations, workspaces
 
@@ -337,6 +397,10 @@ class ControlPlane:
         return ProxyQueryResultAnswer(
             query_result(self._state.queries.find(parse_id(message.query)))
         )
+
+
+def _oauth_error(error: str, description: object, status: int = 400) -> Response:
+    return json_response({"error": error, "error_description": str(description)}, status)
 
 
 async def _refuse(words: str, request: Request) -> None:

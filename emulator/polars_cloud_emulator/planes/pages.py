@@ -1,10 +1,12 @@
 """The emulator in a browser: what every cluster did, and each cluster and query by itself."""
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import parse_qsl
 from uuid import UUID
 
 import jinja2
@@ -15,17 +17,20 @@ from starlette.staticfiles import StaticFiles
 
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.model.clusters import Cluster, ClusterStatus, TerminationReason
-from polars_cloud_emulator.model.errors import NotFound
+from polars_cloud_emulator.model.errors import NotFound, TooLarge, Unauthenticated
 from polars_cloud_emulator.model.queries import Query, QueryStatus
 from polars_cloud_emulator.model.state import State
 from polars_cloud_emulator.planes.credentials_in_urls import without_credentials
 from polars_cloud_emulator.planes.timeline import Axis, Interval, Span, total_seconds
-from polars_cloud_emulator.protocol.journal import ADMIN_PREFIX, PORTAL_PREFIX
-from polars_cloud_emulator.storage.kept_plans import KeptPlans
-from polars_cloud_emulator.workers.plan_text import explain
+from polars_cloud_emulator.protocol.access_tokens import CLIENT_ID, AccessTokens
+from polars_cloud_emulator.protocol.device_logins import DeviceLogins
+from polars_cloud_emulator.protocol.journal import ADMIN_PREFIX, LOGIN_PREFIX, PORTAL_PREFIX
+from polars_cloud_emulator.protocol.request_bodies import MAX_FORM, read_body
+from polars_cloud_emulator.workers.compute import Compute
 
 FOLDER = Path(__file__).parent
-NOT_SHOWN = "The plan is not kept: it was large, or read by Python objects, which may hold secrets"
+LONGEST_PLAN = 100_000
+"""Characters of a plan that are shown."""
 CLUSTERS = 50
 """As many of the latest are shown."""
 EXPLAINED_AT_ONCE = 2
@@ -44,6 +49,8 @@ WORDS = {
     QueryStatus.FAILED: "failed",
     QueryStatus.CANCELED: "canceled",
 }
+ELSEWHERE = "here: the emulator was started anew or emptied since, or the page is of another one."
+IDENTIFIER = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'self'; "
@@ -85,8 +92,6 @@ class Pages:
 
     Parameters
     ----------
-    environment
-        Of a process that explains a plan: a worker's.
     workspace_id, organization_id
         They stand in the addresses that the client gives to its pages.
     """
@@ -94,17 +99,19 @@ class Pages:
     def __init__(
         self,
         state: State,
-        plans: KeptPlans,
+        compute: Compute,
         clock: Clock,
+        access_tokens: AccessTokens,
+        device_logins: DeviceLogins,
         *,
-        environment: Mapping[str, str],
         workspace_id: UUID,
         organization_id: UUID,
     ) -> None:
         self._state = state
-        self._plans = plans
+        self._compute = compute
         self._clock = clock
-        self._environment = environment
+        self._access_tokens = access_tokens
+        self._device_logins = device_logins
         self._workspace_id = workspace_id
         self._organization_id = organization_id
         self._explaining = asyncio.Semaphore(EXPLAINED_AT_ONCE)
@@ -127,6 +134,8 @@ class Pages:
                 f"{PORTAL_PREFIX}{{organization:uuid}}/{{workspace:uuid}}/compute/{{cluster:uuid}}",
                 self.get_cluster,
             ),
+            Route(f"{LOGIN_PREFIX}{{code}}", self.get_login),
+            Route(f"{LOGIN_PREFIX}{{code}}", self.confirm_login, methods=["POST"]),
             Mount(f"{ADMIN_PREFIX}static", StaticFiles(directory=FOLDER / "static")),
         ]
 
@@ -160,7 +169,7 @@ class Pages:
         try:
             cluster = self._state.clusters.find(request.path_params["cluster"])
         except NotFound as error:
-            return self._missing(error)
+            return self._missing(f"{error} {ELSEWHERE}")
         axis = Axis([self._life(cluster)])
         return self._page("cluster.html", row=self._row(cluster, axis), axis=axis)
 
@@ -169,22 +178,60 @@ class Pages:
             query = self._state.queries.find(request.path_params["query"])
             cluster = self._state.clusters.find(query.cluster_id)
         except NotFound as error:
-            return self._missing(error)
-        plan = f"{NOT_SHOWN}."
+            return self._missing(f"{error} {ELSEWHERE}")
         async with self._explaining:
-            if path := self._plans.best_path(query.id):
-                plan = await explain(path, self._environment)
+            plan = await self._compute.plan_text(query, "plain")
         row = self._row(cluster, Axis([self._life(cluster)]))
         return self._page(
-            "query.html", query=query, name=_name(query), row=row, labels=_labels(query), plan=plan
+            "query.html",
+            query=query,
+            name=_name(query),
+            row=row,
+            labels=_labels(query),
+            plan=plan,
+            longest=LONGEST_PLAN,
         )
+
+    async def get_login(self, request: Request) -> Response:
+        try:
+            login = self._device_logins.find(request.path_params["code"])
+        except NotFound as error:
+            return self._missing(f"{error}.")
+        return self._page("login.html", login=login, client_id=CLIENT_ID, error=None)
+
+    async def confirm_login(self, request: Request) -> Response:
+        try:
+            login = self._device_logins.find(request.path_params["code"])
+            form = dict(parse_qsl((await read_body(request, MAX_FORM)).decode(errors="replace")))
+            client_id, secret = form.get("client_id", ""), form.get("client_secret", "")
+            login.tokens = self._access_tokens.issue_to_person(client_id, secret)
+        except (NotFound, TooLarge) as error:
+            return self._missing(f"{error}.")
+        except Unauthenticated as error:
+            return self._page("login.html", 401, login=login, client_id=client_id, error=error)
+        return self._page("login.html", login=login, client_id=client_id, error=None)
+
+    def unknown(self, path: str) -> Response:
+        """Return a page for an address that no route knows, with a link to what it may mean."""
+        words = f"There is no page at {path}."
+        for identifier in map(UUID, reversed(IDENTIFIER.findall(path))):
+            if query := self._state.queries.by_id.get(identifier):
+                words += f" This is the page of the query {_name(query)}:"
+                return self._missing(words, self._query_href(query))
+            if cluster := self._state.clusters.by_id.get(identifier):
+                row = self._row(cluster, Axis([self._life(cluster)]))
+                words += f" This is the page of the cluster {row.name}:"
+                return self._missing(words, row.href)
+        return self._missing(words)
 
     def _page(self, template: str, status: int = 200, **values: Any) -> Response:
         text = self._templates.get_template(template).render(now=self._clock.now(), **values)
         return HTMLResponse(without_credentials(text), status, HEADERS)
 
-    def _missing(self, error: NotFound) -> Response:
-        return self._page("missing.html", 404, error=error)
+    def _missing(self, words: str, href: str | None = None) -> Response:
+        """Say what is not there, and where it may be."""
+        words = words[0].upper() + words[1:]
+        return self._page("missing.html", 404, words=words, href=href)
 
     def _row(self, cluster: Cluster, axis: Axis, dag: str = "") -> Row:
         life = self._life(cluster)
@@ -210,10 +257,13 @@ class Pages:
         return Lane(
             query,
             _name(query),
-            f"{PORTAL_PREFIX}{self._workspace_id}/{query.cluster_id}/queries/{query.id}",
+            self._query_href(query),
             axis.span(Interval(query.submitted_at, ran.start)),
             axis.span(ran),
         )
+
+    def _query_href(self, query: Query) -> str:
+        return f"{PORTAL_PREFIX}{self._workspace_id}/{query.cluster_id}/queries/{query.id}"
 
     def _life(self, cluster: Cluster) -> Interval:
         return Interval(cluster.requested_at, cluster.stopped_at or self._clock.now())

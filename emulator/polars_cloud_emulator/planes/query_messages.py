@@ -18,6 +18,7 @@ from polars_cloud_emulator.protocol.messages import (
     FileType,
     Id,
     Output,
+    PreferredFormat,
     ProxySubmitRequest,
     QueryError,
     QueryResult,
@@ -43,6 +44,10 @@ FILE_TYPES = {
     "csv": FileType.CSV,
     "ndjson": FileType.NDJSON,
 }
+NO_PHYSICAL_PLAN = (
+    "the emulator has no physical plan, because one worker runs the whole query; "
+    "ask for the optimized plan with"
+)
 QUERY_TYPE_NAMES = {False: "Single", True: "Distributed"}
 ENGINE_NAMES = {"streaming": "Streaming", "in-memory": "InMemory"}
 
@@ -72,8 +77,8 @@ async def submitted(
         There is no room for it.
     """
     settings = message.settings
-    if settings.execute_until not in {ExecuteUntil.UNSET, ExecuteUntil.EXECUTE}:
-        raise InvalidRequest("the emulator executes queries; it does not explain them")
+    if settings.execute_until is ExecuteUntil.PLAN:
+        raise InvalidRequest(f"{NO_PHYSICAL_PLAN} plan_stage='ir'")
     if not -(2**31) <= (settings.priority or 0) < 2**31:
         raise InvalidRequest("priority has to fit into 32 bits")
     if (settings.optimization_flags or 0) >= 2**32:
@@ -81,10 +86,11 @@ async def submitted(
     _check_workers(settings.workers)
     labels = [label.name for label in message.info.labels]
     check_labels(labels)
+    only_planned = settings.execute_until is ExecuteUntil.OPTIMIZE_IR
     spec = state.clusters.find(cluster_id).spec
     try:
         document = plan.read(message.plan)
-        submission.check(document, spec)
+        submission.check(document, spec, only_planned=only_planned)
         output_location = plan.output_location(document)
         shown = without_secrets(message.plan, document)
     except (msgspec.DecodeError, LookupError, TypeError, ValueError, RecursionError):
@@ -97,12 +103,14 @@ async def submitted(
             lambda: state.submit(
                 cluster_id,
                 query_id=query_id,
-                output_location=output_location,
+                output_location=None if only_planned else output_location,
                 distributed=settings.single is None,
                 min_workers=settings.workers.least,
                 max_workers=settings.workers.most,
                 engine="in-memory" if settings.engine is Engine.IN_MEMORY else "streaming",
                 optimization_flags=settings.optimization_flags,
+                plan_format="plain" if settings.plan_format is PreferredFormat.EXPLAIN else "dot",
+                only_planned=only_planned,
                 priority=settings.priority or 0,
                 labels=labels,
                 user=request.headers.get("x-polars-user"),
@@ -127,7 +135,7 @@ def _check_workers(workers: WorkerCounts) -> None:
 def query_result(query: Query) -> QueryResult:
     """What the client is told of a query's end; one stage, since one worker runs the plan."""
     result = QueryResult(total_stages=1)  # type: ignore[arg-type]
-    if query.outcome is not None:
+    if query.outcome is not None and not query.only_planned:
         result.finished_stages = 1  # type: ignore[assignment]
         result.output = Output(
             [Destination(uri) for uri in query.outcome.destinations],

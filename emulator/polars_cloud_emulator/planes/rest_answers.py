@@ -152,4 +152,5 @@ def query_answer(query: Query) -> Model:
         "updated_at": changed,
         "query_type": QUERY_TYPE_NAMES[query.distributed],
         "engine": ENGINE_NAMES[query.engine],
+        "execute_until": "OptimizeIr" if query.only_planned else "Execute",
     }

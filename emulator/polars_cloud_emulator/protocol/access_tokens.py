@@ -4,6 +4,7 @@ import base64
 import hashlib
 import secrets
 from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import jwt
@@ -12,9 +13,20 @@ from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.model.errors import Conflict, Unauthenticated
 
 TOKEN_PATH = "/realms/Polars/protocol/openid-connect/token"
-"""Of the identity provider behind the real service."""
+DEVICE_PATH = "/realms/Polars/protocol/openid-connect/auth/device"
+"""Both of the identity provider behind the real service."""
 CLIENT_ID = "polars-cloud-emulator"
 ACCOUNT_ID = UUID("5e41ce00-acc0-4000-8000-000000000001")
+ACCESS, REFRESH = "access", "refresh"
+REFRESH_LIFETIME = timedelta(days=1)
+"""How long a person stays logged in."""
+
+
+class PersonTokens(NamedTuple):
+    """The tokens of a person, who acts as a service account."""
+
+    access: str
+    refresh: str
 
 
 class AccessTokens:
@@ -64,21 +76,78 @@ class AccessTokens:
         Unauthenticated
             The id or the secret is wrong, or the secret is revoked.
         """
+        self._check_secret(client_id, client_secret)
+        return self._token(ACCESS, client_id, self._lifetime)
+
+    def issue_to_person(self, client_id: str, client_secret: str) -> PersonTokens:
+        """Return tokens for a person who knows the secret of a service account.
+
+        Raises
+        ------
+        Unauthenticated
+            The id or the secret is wrong, or the secret is revoked.
+        """
+        self._check_secret(client_id, client_secret)
+        return self._person_tokens(client_id)
+
+    def renew(self, refresh_token: str) -> PersonTokens:
+        """Return new tokens for the person who has a refresh token.
+
+        Raises
+        ------
+        Unauthenticated
+            The token is no refresh token from here or has expired, its account is forgotten, or
+            the secrets are revoked.
+        """
+        claims = self._claims(REFRESH, refresh_token)
+        if claims["good_until"] <= self._clock.now_for_logins().timestamp():
+            raise Unauthenticated("the refresh token has expired")
+        return self._person_tokens(self._account_of(claims))
+
+    def _person_tokens(self, client_id: str) -> PersonTokens:
+        return PersonTokens(
+            self._token(ACCESS, client_id, self._lifetime),
+            self._token(REFRESH, client_id, REFRESH_LIFETIME),
+        )
+
+    def _token(self, kind: str, client_id: str, lifetime: timedelta) -> str:
         if self.revoked:
             raise Unauthenticated("the client secret is revoked")
-        self._check_secret(client_id, client_secret)
         # The client decodes the payload with the standard alphabet and without padding:
         # ASCII text never needs the two letters in which the alphabets differ.
         claims = {
+            "typ": kind,
             "sub": client_id,
             # What the client goes by: the system's time, which is its own.
-            "exp": int((datetime.now(UTC) + self._lifetime).timestamp()),
+            "exp": int((datetime.now(UTC) + lifetime).timestamp()),
             # What counts here.
-            "good_until": int((self._clock.now_for_logins() + self._lifetime).timestamp()),
+            "good_until": int((self._clock.now_for_logins() + lifetime).timestamp()),
             "generation": self._generation,
-            "secret": _digest(client_secret),
+            "secret": _digest(self._secrets[client_id]),
         }
         return jwt.encode(claims, self._signing_key)
+
+    def _claims(self, kind: str, token: str) -> dict[str, Any]:
+        try:
+            claims: dict[str, Any] = jwt.decode(
+                token,
+                self._signing_key,
+                algorithms=["HS256"],
+                # By the emulator's clock, not by the system's.
+                options={"verify_exp": False},
+            )
+        except jwt.InvalidTokenError:
+            claims = {}
+        if claims.get("typ") != kind:
+            raise Unauthenticated(f"this {kind} token was not issued here")
+        return claims
+
+    def _account_of(self, claims: dict[str, Any]) -> str:
+        client_id: str = claims["sub"]
+        # An account that was added again under the same name has another secret.
+        if _digest(self._secrets.get(client_id, "")) != claims["secret"]:
+            raise Unauthenticated(f"service account '{client_id}' is forgotten")
+        return client_id
 
     def check_basic(self, authorization: str | None) -> None:
         """Accept ``Basic <client id and secret>``, also while secrets are revoked.
@@ -119,26 +188,13 @@ class AccessTokens:
         """
         if authorization is None or not authorization.startswith("Bearer "):
             raise Unauthenticated("no access token")
-        try:
-            claims = jwt.decode(
-                authorization.removeprefix("Bearer "),
-                self._signing_key,
-                algorithms=["HS256"],
-                # By the emulator's clock below, not by the system's.
-                options={"verify_exp": False},
-            )
-        except jwt.InvalidTokenError:
-            raise Unauthenticated("this access token was not issued here") from None
+        claims = self._claims(ACCESS, authorization.removeprefix("Bearer "))
         if (
             claims["good_until"] <= self._clock.now_for_logins().timestamp()
             or claims["generation"] < self._generation
         ):
             raise Unauthenticated("the access token has expired")
-        client_id: str = claims["sub"]
-        # An account that was added again under the same name has another secret.
-        if _digest(self._secrets.get(client_id, "")) != claims["secret"]:
-            raise Unauthenticated(f"service account '{client_id}' is forgotten")
-        return client_id
+        return self._account_of(claims)
 
 
 def _digest(secret: str) -> str:

@@ -5,7 +5,7 @@ import socket
 import ssl
 import struct
 from contextvars import ContextVar
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 
 class Connection(asyncio.Protocol):
@@ -16,6 +16,8 @@ class Connection(asyncio.Protocol):
     def __init__(self, protocol: asyncio.Protocol) -> None:
         self._protocol = protocol
         self.ended = asyncio.Event()
+        self.reason = ""
+        """Words for the status line of the next answer."""
 
     def reset(self) -> None:
         connection: socket.socket = self._transport.get_extra_info("socket")
@@ -27,7 +29,8 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         # Inherited by the task that hypercorn creates here, and by those of its calls.
         self.current.set(self)
-        self._protocol.connection_made(transport)
+        worded = _WordedTransport(self._transport, self)
+        self._protocol.connection_made(cast(asyncio.BaseTransport, worded))
 
     def data_received(self, data: bytes) -> None:
         self._protocol.data_received(data)
@@ -48,3 +51,20 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._protocol.resume_writing()
+
+
+class _WordedTransport:
+    """A transport whose status lines have a reason: hypercorn writes none."""
+
+    def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
+        self._transport = transport
+        self._connection = connection
+
+    def write(self, data: bytes) -> None:
+        if self._connection.reason and data.startswith(b"HTTP/1.1 "):
+            data = data.replace(b" \r\n", f" {self._connection.reason}\r\n".encode(), 1)
+            self._connection.reason = ""
+        self._transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)

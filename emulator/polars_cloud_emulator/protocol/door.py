@@ -18,7 +18,8 @@ from polars_cloud_emulator.model.errors import (
 )
 from polars_cloud_emulator.model.workspace import CLUSTER_DOMAIN
 from polars_cloud_emulator.protocol import grpc_transport
-from polars_cloud_emulator.protocol.access_tokens import TOKEN_PATH
+from polars_cloud_emulator.protocol.access_tokens import DEVICE_PATH, TOKEN_PATH
+from polars_cloud_emulator.protocol.journal import LOGIN_PREFIX
 from polars_cloud_emulator.protocol.own_hosts import is_own_host
 
 CLUSTER_HOST = re.compile(rf"[0-9a-f-]{{36}}\.{re.escape(CLUSTER_DOMAIN)}(:[0-9]{{1,5}})?")
@@ -96,7 +97,7 @@ def _check_content_type(request: Request) -> None:
         return
     path, headers = request.scope["path"], request.headers
     expected = "application/json"
-    if path == TOKEN_PATH:
+    if path in {TOKEN_PATH, DEVICE_PATH} or path.startswith(LOGIN_PREFIX):
         expected = "application/x-www-form-urlencoded"
     elif GRPC_PATH.fullmatch(path):
         expected = grpc_transport.CONTENT_TYPE

@@ -18,6 +18,8 @@ MAX_TEXT = 1_000
 ADMIN_PREFIX = "/_emulator/"
 PORTAL_PREFIX = "/portal/"
 """Of the pages of clusters and queries; the first page is at the root."""
+LOGIN_PREFIX = f"{PORTAL_PREFIX}login/"
+"""Of the page on which a person confirms a login."""
 
 
 class Entry(msgspec.Struct):

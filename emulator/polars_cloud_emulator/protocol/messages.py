@@ -27,6 +27,21 @@ class ExecuteUntil(IntEnum):
     EXECUTE = 3
 
 
+class PreferredFormat(IntEnum):
+    """Of a plan, as a query asks for it."""
+
+    UNSET = 0
+    DOT = 2
+    EXPLAIN = 3
+
+
+class PlanFormat(IntEnum):
+    """Of a plan, as it is told."""
+
+    DOT = 1
+    EXPLAIN = 2
+
+
 class StatusCode(IntEnum):
     SCHEDULED = 1
     IN_PROGRESS = 2
@@ -70,6 +85,7 @@ class QuerySettings(BaseMessage):
     engine: Annotated[Engine, Field(1)] = Engine.UNSET
     single: Annotated[Empty | None, Field(2)] = None
     distributed: Annotated[Empty | None, Field(4)] = None
+    plan_format: Annotated[PreferredFormat, Field(5)] = PreferredFormat.UNSET
     optimization_flags: Annotated[uint | None, Field(7)] = None
     workers: Annotated[WorkerCounts, Field(9)] = field(default_factory=WorkerCounts)
     priority: Annotated[int, Field(11)] = 0
@@ -164,6 +180,30 @@ class DirectQueryResultAnswer(BaseMessage):
 @dataclass
 class ProxyQueryResultAnswer(BaseMessage):
     result: Annotated[QueryResult, Field(1)]
+
+
+@dataclass
+class FieldMask(BaseMessage):
+    paths: Annotated[list[str], Field(1)] = field(default_factory=list)
+
+
+@dataclass
+class PlansRequest(BaseMessage):
+    query: Annotated[Id, Field(1)] = field(default_factory=Id)
+    mask: Annotated[FieldMask, Field(2)] = field(default_factory=FieldMask)
+
+
+@dataclass
+class Plans(BaseMessage):
+    """``ir`` is the optimized plan, in the format that was preferred when it was submitted."""
+
+    format: Annotated[PlanFormat, Field(1)]
+    ir: Annotated[str, Field(2)]
+
+
+@dataclass
+class PlansAnswer(BaseMessage):
+    plans: Annotated[Plans, Field(2)]
 
 
 @dataclass

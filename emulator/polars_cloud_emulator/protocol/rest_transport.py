@@ -6,8 +6,10 @@ from typing import TypeVar
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from polars_cloud_emulator.model.errors import EmulatorError, InvalidRequest
+from polars_cloud_emulator.protocol.connections import Connection
 from polars_cloud_emulator.protocol.request_bodies import MAX_JSON, read_body
 
 T = TypeVar("T")
@@ -17,9 +19,26 @@ def json_response(content: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(content), status, media_type="application/json")
 
 
+class Refusal(Response):
+    """An error whose message the client shows as it is; any other form it shows raw.
+
+    Some of its calls show the status line alone: the message stands there, too.
+    """
+
+    def __init__(self, error: EmulatorError) -> None:
+        content = msgspec.json.encode({"message": str(error), "errors": {}})
+        super().__init__(content, error.http_status, media_type="application/json")
+        # What the caller sent may stand in it, and nothing of that may end the line.
+        self._reason = re.sub(r"[^ -~]+", " ", str(error))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (connection := Connection.current.get(None)) is not None:
+            connection.reason = self._reason
+        await super().__call__(scope, receive, send)
+
+
 def refusal(error: EmulatorError) -> Response:
-    """An error whose message the client shows as it is; any other form it shows raw."""
-    return json_response({"message": str(error), "errors": {}}, error.http_status)
+    return Refusal(error)
 
 
 def positive_parameter(request: Request, name: str, default: int) -> int:

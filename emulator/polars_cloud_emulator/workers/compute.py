@@ -25,7 +25,7 @@ from polars_cloud_emulator.faults.kinds import (
 )
 from polars_cloud_emulator.model.clusters import Cluster, TerminationReason
 from polars_cloud_emulator.model.errors import CannotKeep, InvalidRequest
-from polars_cloud_emulator.model.jobs import Answer, Failure, Job, Success
+from polars_cloud_emulator.model.jobs import Answer, Failure, Job, PlanFormat, Success
 from polars_cloud_emulator.model.queries import Query
 from polars_cloud_emulator.model.realism import Realism
 from polars_cloud_emulator.model.state import State
@@ -33,9 +33,11 @@ from polars_cloud_emulator.storage.kept_plans import KeptPlans
 from polars_cloud_emulator.storage.kept_state import KeptState
 from polars_cloud_emulator.workers.handle import Worker, WorkerDied, hang, kill, run
 from polars_cloud_emulator.workers.isolated_python import worker_environment
+from polars_cloud_emulator.workers.plan_text import PlanText, explain
 from polars_cloud_emulator.workers.pool import WorkerPool
 from polars_cloud_emulator.workers.requirements import importable_modules
 
+NOT_KEPT = "The plan is not kept: it was large, or read by Python objects, which may hold secrets"
 TICK = timedelta(milliseconds=50)
 """How often the clock is looked at for start-ups and idle timeouts."""
 
@@ -137,7 +139,7 @@ class Compute:
 
     def _launch(self, cluster: Cluster, modules: set[str]) -> None:
         """Start the cluster's first process."""
-        environment = {**self.environment, **cluster.spec.env_vars}
+        environment = self._environment_of(cluster)
 
         def give_up(reason: str) -> None:
             self._run_in_background(
@@ -145,6 +147,9 @@ class Compute:
             )
 
         self._workers.open(cluster.id, lambda: Worker(environment, give_up, self._folder, modules))
+
+    def _environment_of(self, cluster: Cluster) -> dict[str, str]:
+        return {**self.environment, **cluster.spec.env_vars}
 
     def _launch_again(self, cluster: Cluster) -> None:
         try:
@@ -232,6 +237,20 @@ class Compute:
     async def delete_result(self, query_id: UUID) -> None:
         """Delete what the query left, unless it has a destination of its own."""
         await asyncio.to_thread(self._delete_result, self._state.queries.find(query_id).id)
+
+    async def plan_text(self, query: Query, plan_format: PlanFormat) -> PlanText:
+        """Return what Polars tells of a query's plan, the optimized one in this format."""
+        path = self._plans.best_path(query.id)
+        if path is None:
+            return PlanText(error=NOT_KEPT)
+        cluster = self._state.clusters.find(query.cluster_id)
+        return await explain(
+            path,
+            self._environment_of(cluster),
+            plan_format,
+            query.engine,
+            query.optimization_flags,
+        )
 
     async def wait_for_end(self, query_id: UUID, timeout: float) -> bool:
         """Whether the query ended within ``timeout`` seconds."""
@@ -359,6 +378,7 @@ class Compute:
             optimization_flags=query.optimization_flags,
             temporary_uri=f"{self._temporary_uri}/{query.id}/00000000.parquet",
             part_name=f"{query.id}-00000000" if self._realism.names_differ else "00000000",
+            plan_only=query.plan_format if query.only_planned else None,
         )
         process = await worker.ready()
         # A cancel or a stop may have come while the process started.

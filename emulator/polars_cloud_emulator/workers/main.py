@@ -23,23 +23,8 @@ from polars_cloud_emulator.model.jobs import Answer, Failure, Job, Outcome, Succ
 from polars_cloud_emulator.workers import plan as query_plan
 from polars_cloud_emulator.workers import written_rows
 from polars_cloud_emulator.workers.declared_imports import DeclaredImports
-
-OPTIMIZATION_BITS = {
-    "projection_pushdown": 0,
-    "predicate_pushdown": 2,
-    "cluster_with_columns": 3,
-    "simplify_expression": 5,
-    "slice_pushdown": 7,
-    "comm_subplan_elim": 8,
-    "comm_subexpr_elim": 9,
-    "row_estimate": 13,
-    "fast_projection": 14,
-    "check_order_observe": 15,
-    "sort_collapse": 16,
-    "pre_partition_hive": 17,
-    "join_order": 19,
-}
-"""Where the client's bit mask keeps each option of ``polars.QueryOptFlags``."""
+from polars_cloud_emulator.workers.optimizations import optimizations
+from polars_cloud_emulator.workers.plan_text import optimized
 
 
 def run(job: Job) -> Answer:
@@ -59,10 +44,12 @@ def run(job: Job) -> Answer:
 
 def _run_plan(job: Job) -> Outcome:
     prepared = query_plan.prepare(Path(job.plan), job.temporary_uri, job.part_name)
+    if job.plan_only is not None:
+        text = optimized(Path(job.plan), job.plan_only, job.engine, job.optimization_flags)
+        return Outcome(destinations=[], file_type=None, n_rows=0, head=None, ir_plan=text)
     written_rows.forget()
     prepared.runnable().collect(
-        engine="in-memory" if job.engine == "in-memory" else "streaming",
-        optimizations=_optimizations(job.optimization_flags),
+        engine=job.engine, optimizations=optimizations(job.optimization_flags)
     )
     head = written_rows.head()
     if head is None:
@@ -74,14 +61,6 @@ def _run_plan(job: Job) -> Outcome:
         file_type=prepared.sinks[0].file_type if prepared.sinks else None,
         n_rows=written_rows.count(),
         head=head_file.getvalue(),
-    )
-
-
-def _optimizations(mask: int | None) -> pl.QueryOptFlags:
-    if mask is None:
-        return pl.QueryOptFlags()
-    return pl.QueryOptFlags(
-        **{name: bool(mask >> bit & 1) for name, bit in OPTIMIZATION_BITS.items()}
     )
 
 

@@ -1,24 +1,53 @@
-"""A query's plan as Polars explains it, made in a process of its own: a plan may hold any code."""
+"""A query's plan as Polars tells it, made in a process of its own: a plan may hold any code."""
 
 import asyncio
 import contextlib
+import os
 import sys
 from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
 import polars as pl
 
+from polars_cloud_emulator.model.jobs import Engine, PlanFormat
 from polars_cloud_emulator.workers.isolated_python import python
+from polars_cloud_emulator.workers.optimizations import optimizations
 
 TIMEOUT = 20.0
 """Seconds until an explanation is given up: a scan may wait for its files."""
-LONGEST = 100_000
-"""Characters of an explanation."""
 
 
-async def explain(plan: Path, environment: Mapping[str, str]) -> str:
-    """The plan before its optimization, or why there is none to be shown.
+class PlanText(msgspec.Struct):
+    """``error`` says why a text is missing."""
+
+    unoptimized: str | None = None
+    optimized: str | None = None
+    error: str | None = None
+
+
+def optimized(
+    plan: Path, plan_format: PlanFormat, engine: Engine, optimization_flags: int | None
+) -> str:
+    """Return the optimized plan in a file as text, or as a graph in the DOT language."""
+    lf = pl.LazyFrame.deserialize(plan)
+    flags = optimizations(optimization_flags)
+    if plan_format == "plain":
+        return lf.explain(engine=engine, optimizations=flags)
+    graph = lf.show_graph(raw_output=True, engine=engine, plan_stage="ir", optimizations=flags)
+    assert graph is not None
+    return graph
+
+
+async def explain(
+    plan: Path,
+    environment: Mapping[str, str],
+    plan_format: PlanFormat,
+    engine: Engine,
+    optimization_flags: int | None,
+) -> PlanText:
+    """Return what Polars tells of a plan.
 
     Parameters
     ----------
@@ -26,9 +55,12 @@ async def explain(plan: Path, environment: Mapping[str, str]) -> str:
         File of the serialized plan.
     environment
         What a worker has to reach the object store: Polars looks at the files of a scan.
+    plan_format
+        Of the optimized plan; the other one is always text.
     """
+    arguments = msgspec.json.encode((str(plan), plan_format, engine, optimization_flags))
     process = await asyncio.create_subprocess_exec(
-        *python("polars_cloud_emulator.workers.plan_text", str(plan)),
+        *python("polars_cloud_emulator.workers.plan_text", arguments.decode()),
         stdin=DEVNULL,
         stdout=PIPE,
         env=environment,
@@ -37,19 +69,31 @@ async def explain(plan: Path, environment: Mapping[str, str]) -> str:
     try:
         output, _ = await asyncio.wait_for(process.communicate(), TIMEOUT)
     except TimeoutError:
-        return f"Polars did not explain the plan within {TIMEOUT:.0f} s."
+        return PlanText(error=f"Polars did not explain the plan within {TIMEOUT:.0f} s")
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
-    return output.decode()[:LONGEST]
+    try:
+        return msgspec.json.decode(output, type=PlanText)
+    except msgspec.DecodeError:
+        return PlanText(error="The process that explains the plan died")
 
 
 def main() -> None:
+    answer = os.dup(sys.stdout.fileno())
+    # A user function that prints must not end up in the answer.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    plan, plan_format, engine, optimization_flags = msgspec.json.decode(
+        sys.argv[1], type=tuple[str, PlanFormat, Engine, int | None]
+    )
+    text = PlanText()
     try:
-        lf = pl.LazyFrame.deserialize(sys.argv[1])
-        print(lf.explain(optimized=False))
-    except Exception as error:
-        print(f"Polars cannot explain the plan here: {error}")
+        text.unoptimized = pl.LazyFrame.deserialize(plan).explain(optimized=False)
+        text.optimized = optimized(Path(plan), plan_format, engine, optimization_flags)
+    except (Exception, pl.exceptions.PanicException) as error:
+        text.error = f"Polars cannot explain the plan here: {error}"
+    with os.fdopen(answer, "wb") as file:
+        file.write(msgspec.json.encode(text))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,15 @@ ICEBERG = {"pyiceberg", "pyarrow"}
 """Modules with which Polars commits to an Iceberg table."""
 
 
-def check(document: Document, spec: ClusterSpec) -> None:
+def check(document: Document, spec: ClusterSpec, *, only_planned: bool) -> None:
     """Refuse the plan, or let it pass.
 
     Parameters
     ----------
     spec
         Of the cluster that is to run it.
+    only_planned
+        Whether nothing of it will run.
 
     Raises
     ------
@@ -38,7 +40,7 @@ def check(document: Document, spec: ClusterSpec) -> None:
                 "'pyiceberg[pyarrow]'"
             )
         uri = uri_of(payload)
-        if uri is None or uri == TEMPORARY:
+        if uri is None or uri == TEMPORARY or (uri == TO_CLIENT and only_planned):
             continue
         if uri == TO_CLIENT:
             raise InvalidRequest(

@@ -1,0 +1,109 @@
+"""A TLS port that also takes a connection without TLS, to be able to refuse it in words."""
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from polars_cloud_emulator.model.errors import WrongState
+from polars_cloud_emulator.protocol.grpc_transport import refusal_in_kind
+
+HANDSHAKE = b"\x16"
+"""The first byte of every TLS connection."""
+FIRST_BYTE_TIMEOUT = 60.0
+"""Seconds until a connection on which nothing comes is closed."""
+SHUTDOWN_TIMEOUT = 0.5
+"""By default a client that holds a connection and sleeps holds up the end by 30 s."""
+ACCEPT_PAUSE = 1.0
+"""Seconds until a connection is accepted again after that failed, as without a free descriptor."""
+
+
+class TlsListener:
+    """Accepts connections, with TLS or without, until closed; looks like ``asyncio.Server``."""
+
+    def __init__(
+        self,
+        protocol_factory: Callable[[], asyncio.Protocol],
+        listener: socket.socket,
+        context: ssl.SSLContext,
+    ) -> None:
+        self._protocol_factory = protocol_factory
+        self._listener = listener
+        self._context = context
+        self._starting: set[asyncio.Task[None]] = set()
+        listener.setblocking(False)
+        self._accepting = asyncio.create_task(self._accept())
+
+    def close(self) -> None:
+        for task in (self._accepting, *self._starting):
+            task.cancel()
+
+    async def wait_closed(self) -> None:
+        await asyncio.gather(self._accepting, *self._starting, return_exceptions=True)
+        self._listener.close()
+
+    async def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = await asyncio.get_running_loop().sock_accept(self._listener)
+            except OSError:
+                await asyncio.sleep(ACCEPT_PAUSE)
+                continue
+            task = asyncio.create_task(self._start(connection))
+            self._starting.add(task)
+            task.add_done_callback(self._starting.discard)
+
+    async def _start(self, connection: socket.socket) -> None:
+        """Let the protocol have the connection, behind TLS if that is how it begins."""
+        tls: dict[str, Any] = {"ssl": self._context, "ssl_shutdown_timeout": SHUTDOWN_TIMEOUT}
+        try:
+            begins_with_tls = await _first_byte(connection) == HANDSHAKE
+            await asyncio.get_running_loop().connect_accepted_socket(
+                self._protocol_factory, connection, **(tls if begins_with_tls else {})
+            )
+        except OSError:  # the client left, or TLS failed
+            connection.close()
+        except asyncio.CancelledError:
+            connection.close()
+            raise
+
+
+async def _first_byte(connection: socket.socket) -> bytes:
+    """Return the first byte, which stays there to be read, or nothing if none will come."""
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    connection.setblocking(False)
+    loop.add_reader(connection, readable.set)
+    try:
+        await asyncio.wait_for(readable.wait(), FIRST_BYTE_TIMEOUT)
+    finally:
+        loop.remove_reader(connection)
+    return connection.recv(1, socket.MSG_PEEK)
+
+
+class TlsOnlyMiddleware:
+    """Refuses every call that came to the TLS port without TLS.
+
+    Parameters
+    ----------
+    port
+        The TLS port.
+    """
+
+    def __init__(self, app: ASGIApp, port: int) -> None:
+        self._app = app
+        self._port = port
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (scope["scheme"], scope["server"][1]) == (
+            "http",
+            self._port,
+        ):
+            error = WrongState("this port speaks TLS alone; leave out insecure=True")
+            await refusal_in_kind(Request(scope), error)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
