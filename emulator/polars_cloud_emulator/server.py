@@ -221,7 +221,6 @@ class Emulator:
             environment=self._object_store.environment,
             temporary_uri=self._object_store.temporary_uri,
             delete_result=self._object_store.delete_result,
-            folder=self._files.workers,
             realism=self._realism,
             max_processes=processes_that_fit(),
         )

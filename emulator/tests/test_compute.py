@@ -190,7 +190,7 @@ def test_workspace_that_the_account_does_not_have_is_not_found(
     assert [each.name for each in pc.Workspace.list()] == ["playground"]
 
 
-@pytest.mark.parametrize("broken", [{"PYTHONHOME": "/nowhere"}, {"NOT=A=NAME": ""}])
+@pytest.mark.parametrize("broken", [{"POLARS_FORCE_PKG": "none"}, {"NOT=A=NAME": ""}])
 def test_cluster_whose_workers_cannot_start_has_failed(
     emulator: RunningEmulator, start_cluster: StartCluster, broken: dict[str, str]
 ) -> None:

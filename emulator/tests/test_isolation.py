@@ -1,5 +1,6 @@
 """What the emulator and its workers see of the machine and of whoever started them: nothing."""
 
+import ast
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from emulator.tests.processes import descendants, none_running
 from emulator.tests.raw_calls import CLUSTER, WORKSPACE
+from emulator.tests.user_functions import ask_worker
 from polars_cloud_emulator.testing import RunningEmulator, eventually
 
 StartCluster = Callable[..., Any]
@@ -26,16 +28,6 @@ with running_emulator() as emulator:
     print(emulator.pid, flush=True)
     {then}
 """
-
-
-def ask_worker(context: Any, answer: Callable[[], str]) -> str:
-    """What a user's function finds on a worker."""
-
-    def find(_: pl.DataFrame) -> pl.DataFrame:
-        return pl.DataFrame({"answer": [answer()]})
-
-    frame = pl.LazyFrame({"answer": [""]}).map_batches(find)
-    return str(frame.remote(context).execute().head["answer"].item())
 
 
 def test_script_named_like_a_standard_module_is_not_run_by_the_emulator(tmp_path: Path) -> None:
@@ -81,21 +73,85 @@ def test_emulator_and_its_workers_end_with_the_process_that_started_them(
     ) as process:
         assert process.stdout is not None
         _, emulator, _ = (process.stdout.readline() for _ in range(3))
-        eventually(lambda: len(descendants(int(emulator))) == 2)
+        eventually(lambda: len(descendants(int(emulator))) >= 2)
         processes = [int(emulator), *descendants(int(emulator))]
         process.send_signal(number)
         process.wait(30)
     eventually(lambda: none_running(processes))
 
 
-@pytest.mark.parametrize("module", ["include", "airflow", "boto3", "moto", "numpy"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("include", "airflow", "boto3", "moto", "numpy"),
+        # What runs the worker, and what is installed beside it.
+        *("msgspec", "polars_cloud_emulator", "polars_cloud_emulator.model", "polars_cloud"),
+        *("packaging", "pip", "google.protobuf"),
+    ],
+)
 def test_user_function_imports_what_a_cluster_has(start_cluster: StartCluster, module: str) -> None:
     def import_it() -> str:
         __import__(module)
         return "imported"
 
-    with pytest.raises(ModuleNotFoundError, match=f"No module named '{module}'"):
-        ask_worker(start_cluster(), import_it)
+    context = start_cluster()
+    with pytest.raises(ModuleNotFoundError, match=f"No module named '{module.partition('.')[0]}'"):
+        ask_worker(context, import_it)
+
+
+def test_program_of_a_user_function_imports_what_a_cluster_has(
+    start_cluster: StartCluster,
+) -> None:
+    def errors() -> object:
+        return [
+            subprocess.run(
+                [program, "-c", f"import {module}"], capture_output=True, text=True
+            ).stderr[-40:]
+            for program in (sys.executable, "python")
+            for module in ("polars", "moto", "msgspec")
+        ]
+
+    found = ast.literal_eval(ask_worker(start_cluster(), errors))
+    lines = ["", "No module named 'moto'\n", "No module named 'msgspec'\n"] * 2
+    assert [error.rpartition(": ")[2] for error in found] == lines
+
+
+def test_user_function_finds_no_other_distribution_than_a_cluster_has(
+    start_cluster: StartCluster,
+) -> None:
+    def names() -> str:
+        import importlib.metadata
+
+        return " ".join(sorted(each.name for each in importlib.metadata.distributions()))
+
+    has = ask_worker(start_cluster(), names).split()
+    assert {"cloudpickle", "polars"} <= {*has}
+    assert {*has} <= {"cloudpickle", "polars", "polars-runtime-32", "polars-runtime-64", "tzdata"}
+    declares = ask_worker(start_cluster(requirements=b"six"), names).split()
+    assert {*declares} == {*has, "six"}
+
+
+@pytest.mark.parametrize("module", ["numpy", "msgspec", "moto"])
+def test_user_function_is_told_of_no_module_that_a_cluster_does_not_have(
+    start_cluster: StartCluster, module: str
+) -> None:
+    def look() -> object:
+        import importlib.util
+
+        return importlib.util.find_spec(module), module in sys.modules
+
+    assert ask_worker(start_cluster(), look) == "(None, False)"
+
+
+def test_user_function_imports_of_the_workers_own_what_its_cluster_declares(
+    start_cluster: StartCluster,
+) -> None:
+    def use_it() -> object:
+        import msgspec
+
+        return msgspec.json.decode(b"[1]")
+
+    assert ask_worker(start_cluster(requirements=b"msgspec"), use_it) == "[1]"
 
 
 def test_user_function_imports_what_its_cluster_declares(start_cluster: StartCluster) -> None:
@@ -138,6 +194,32 @@ def test_worker_has_the_variables_that_its_cluster_declares_and_none_of_the_call
     found = ask_worker(start_cluster(env_vars={"SHOP": "1"}), names).split()
     assert "SHOP" in found
     assert not [name for name in found if name.startswith(("AIRFLOW", "POLARS_CLOUD", "PYTEST"))]
+
+
+def test_variables_of_a_cluster_make_python_and_the_loader_run_nothing(
+    start_cluster: StartCluster, tmp_path: Path
+) -> None:
+    ran = tmp_path / "ran"
+    for name in ("sitecustomize", "usercustomize", "polars", "start"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(ran)!r}, 'w')")
+    variables = {
+        "PYTHONPATH": str(tmp_path),
+        "PYTHONSTARTUP": str(tmp_path / "start.py"),
+        "PYTHONHOME": str(tmp_path),
+        "PYTHONUSERBASE": str(tmp_path),
+        "PYTHONWARNINGS": "error",
+        "LD_PRELOAD": str(tmp_path / "none.so"),
+        "LD_LIBRARY_PATH": str(tmp_path),
+        "BASH_ENV": str(tmp_path / "start.py"),
+        "POLARS_MAX_THREADS": "1",
+    }
+    context = start_cluster(env_vars=variables)
+    found = ask_worker(context, lambda: [sys.path, pl.thread_pool_size(), {**os.environ}])
+    path, threads, environment = ast.literal_eval(found)
+    assert str(tmp_path) not in path
+    assert threads == 1, "Polars does not heed its own"
+    assert environment | variables == environment
+    assert not ran.exists()
 
 
 def test_worker_begins_in_an_empty_folder(start_cluster: StartCluster) -> None:

@@ -61,7 +61,7 @@ def test_signal_ends_the_emulator_and_every_process_in_the_middle_of_a_query(
     run_client(served.environment, SUBMIT.format(directory=blocking.directory))
     blocking.wait_for_start()
     processes = descendants(served.pid)
-    assert len(processes) == 2
+    assert len(processes) >= 2
     assert served.stop(number) == (0, "", "")
     assert none_running(processes)
 
@@ -73,7 +73,7 @@ def test_emulator_that_is_killed_leaves_no_worker_behind(
     run_client(served.environment, SUBMIT.format(directory=blocking.directory))
     blocking.wait_for_start()
     processes = descendants(served.pid)
-    assert len(processes) == 2
+    assert len(processes) >= 2
     served.stop(signal.SIGKILL)
     eventually(lambda: none_running(processes))
 

@@ -20,7 +20,7 @@ Engine = Literal["streaming", "in-memory"]
 PlanFormat = Literal["dot", "plain"]
 
 
-class Job(msgspec.Struct, kw_only=True):
+class Job(msgspec.Struct, kw_only=True, tag=True):
     plan: str
     """File of the serialized plan."""
     engine: Engine
@@ -31,6 +31,24 @@ class Job(msgspec.Struct, kw_only=True):
     """Of a file in a directory, without its ending."""
     plan_only: PlanFormat | None
     """Format in which to tell the optimized plan instead of running it."""
+
+
+class Hold(msgspec.Struct, tag=True):
+    """Do nothing, as if a query ran, until a ``Kill``."""
+
+
+class Kill(msgspec.Struct, tag=True):
+    """End the query that runs, which fails by it."""
+
+
+Command = Job | Hold | Kill
+
+
+class Ready(msgspec.Struct, tag=True):
+    """The next query can come."""
+
+    pid: int
+    """Of the process that will run it."""
 
 
 class Failure(msgspec.Struct, tag=True):

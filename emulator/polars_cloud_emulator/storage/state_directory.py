@@ -35,7 +35,6 @@ class StateDirectory:
         self.client_config = path / "client-config"
         self.objects = path / "buckets"
         self.results = path / "results"
-        self.workers = path / "workers"
         self.plans = path / "plans"
         self.server_certificate = path / "server.pem"
         self._authority_key = path / "certificate-authority.key"
@@ -52,7 +51,7 @@ class StateDirectory:
                 )
             path.chmod(0o700)
             self._lock = self._locked()
-            for folder in (self.trusted_certificates, self.client_config, self.workers, self.plans):
+            for folder in (self.trusted_certificates, self.client_config, self.plans):
                 folder.mkdir(mode=0o700, exist_ok=True)
 
     def close(self) -> None:

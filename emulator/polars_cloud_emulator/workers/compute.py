@@ -3,11 +3,9 @@
 import asyncio
 import contextlib
 import sys
-from asyncio.subprocess import Process
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from uuid import UUID
 
 from polars_cloud_emulator.clock import Clock
@@ -25,17 +23,17 @@ from polars_cloud_emulator.faults.kinds import (
 )
 from polars_cloud_emulator.model.clusters import Cluster, TerminationReason
 from polars_cloud_emulator.model.errors import CannotKeep, InvalidRequest
-from polars_cloud_emulator.model.jobs import Answer, Failure, Job, PlanFormat, Success
+from polars_cloud_emulator.model.jobs import Answer, Failure, Hold, Job, PlanFormat, Success
 from polars_cloud_emulator.model.queries import Query
 from polars_cloud_emulator.model.realism import Realism
 from polars_cloud_emulator.model.state import State
 from polars_cloud_emulator.storage.kept_plans import KeptPlans
 from polars_cloud_emulator.storage.kept_state import KeptState
-from polars_cloud_emulator.workers.handle import Worker, WorkerDied, hang, kill, run
+from polars_cloud_emulator.workers.handle import Worker
 from polars_cloud_emulator.workers.isolated_python import worker_environment
 from polars_cloud_emulator.workers.plan_text import PlanText, explain
 from polars_cloud_emulator.workers.pool import WorkerPool
-from polars_cloud_emulator.workers.requirements import importable_modules
+from polars_cloud_emulator.workers.requirements import declared_distributions
 
 NOT_KEPT = "The plan is not kept: it was large, or read by Python objects, which may hold secrets"
 TICK = timedelta(milliseconds=50)
@@ -64,8 +62,6 @@ class Compute:
         Prefix for results without a destination.
     delete_result
         Called in a thread with the id of each query whose result without a destination goes.
-    folder
-        Working directory of the workers, empty as a cluster's.
     realism
         How long a start takes and a result is kept.
     max_processes
@@ -82,7 +78,6 @@ class Compute:
         environment: Mapping[str, str],
         temporary_uri: str,
         delete_result: Callable[[UUID], None],
-        folder: Path,
         realism: Realism,
         max_processes: int,
     ) -> None:
@@ -91,7 +86,6 @@ class Compute:
         self._kept = kept
         self._plans = plans
         self._realism = realism
-        self._folder = folder
         self.environment = {**worker_environment(), **environment}
         """Of a worker, beside what its cluster declares."""
         self._temporary_uri = temporary_uri
@@ -118,13 +112,13 @@ class Compute:
         with self._kept.change(self._state):
             cluster = begin()
             is_new = cluster.id not in self._workers
-            modules = self._admit(cluster, fault) if is_new else None
-        if modules is not None:
-            self._launch(cluster, modules)
+            distributions = self._admit(cluster, fault) if is_new else None
+        if distributions is not None:
+            self._launch(cluster, distributions)
         return cluster
 
     def _admit(self, cluster: Cluster, fault: StartupFault | None = None) -> set[str] | None:
-        """Return the modules for the cluster's workers; None if it fails to start."""
+        """Return what the cluster's workers may import; None if it fails to start."""
         match fault:
             case StartupFails(message=message):
                 self._fail_to_start(cluster, message)
@@ -132,24 +126,21 @@ class Compute:
             case StartupTakes(seconds=seconds):
                 self._state.clusters.postpone(cluster, timedelta(seconds=seconds))
         try:
-            return importable_modules(cluster.spec.requirements_txt)
+            return declared_distributions(cluster.spec.requirements_txt)
         except InvalidRequest as error:
             self._fail_to_start(cluster, str(error))
             return None
 
-    def _launch(self, cluster: Cluster, modules: set[str]) -> None:
+    def _launch(self, cluster: Cluster, distributions: set[str]) -> None:
         """Start the cluster's first process."""
-        environment = self._environment_of(cluster)
+        environment = {**self.environment, **cluster.spec.env_vars}
 
         def give_up(reason: str) -> None:
             self._run_in_background(
                 self._stop_by_itself(cluster.id, TerminationReason.FAILED, reason)
             )
 
-        self._workers.open(cluster.id, lambda: Worker(environment, give_up, self._folder, modules))
-
-    def _environment_of(self, cluster: Cluster) -> dict[str, str]:
-        return {**self.environment, **cluster.spec.env_vars}
+        self._workers.open(cluster.id, lambda: Worker(environment, give_up, distributions))
 
     def _launch_again(self, cluster: Cluster) -> None:
         try:
@@ -157,9 +148,9 @@ class Compute:
         except InvalidRequest as error:
             self._fail_to_start(cluster, str(error))
         else:
-            modules = self._admit(cluster)
-            if modules is not None:
-                self._launch(cluster, modules)
+            distributions = self._admit(cluster)
+            if distributions is not None:
+                self._launch(cluster, distributions)
         if not cluster.is_live:
             print(
                 f"Cluster {cluster.id} failed at the restart: {cluster.termination_message}",
@@ -243,13 +234,9 @@ class Compute:
         path = self._plans.best_path(query.id)
         if path is None:
             return PlanText(error=NOT_KEPT)
-        cluster = self._state.clusters.find(query.cluster_id)
+        # Without the cluster's own variables: some make Python run something.
         return await explain(
-            path,
-            self._environment_of(cluster),
-            plan_format,
-            query.engine,
-            query.optimization_flags,
+            path, self.environment, plan_format, query.engine, query.optimization_flags
         )
 
     async def wait_for_end(self, query_id: UUID, timeout: float) -> bool:
@@ -380,13 +367,9 @@ class Compute:
             part_name=f"{query.id}-00000000" if self._realism.names_differ else "00000000",
             plan_only=query.plan_format if query.only_planned else None,
         )
-        process = await worker.ready()
         # A cancel or a stop may have come while the process started.
-        if process is not None and not query.has_ended:
-            try:
-                answer = await self._answer(query, process, job)
-            except WorkerDied as death:
-                answer = Failure(f"RuntimeError: {death}")
+        if await worker.ready() and not query.has_ended:
+            answer = await self._answer(query, worker, job)
             match answer:
                 case Success(outcome):
                     self._state.succeed(query, outcome)
@@ -400,10 +383,11 @@ class Compute:
             waiting = self._state.queries.waiting_clusters() if was_busy else []
             self._start_queries([*waiting, query.cluster_id])
 
-    async def _answer(self, query: Query, process: Process, job: Job) -> Answer:
+    async def _answer(self, query: Query, worker: Worker, job: Job) -> Answer | None:
+        """The answer of a worker that is ready; None to a query that was canceled before."""
         match self._faults.pop(query.id, None):
             case None:
-                return await run(process, job)
+                return await worker.run(job)
             case QueryFails(error=error):
                 return Failure(error)
             case ClusterLost(message=message):
@@ -411,14 +395,14 @@ class Compute:
                     self._stop_by_itself(query.cluster_id, TerminationReason.FAILED, message)
                 )
             case WorkerKilled():
-                kill(process)
+                asyncio.get_running_loop().call_soon(worker.kill)
             case QueryTakes(seconds=seconds):
                 while self._state.queries.seconds(query) < seconds and not query.has_ended:
                     await asyncio.sleep(TICK.total_seconds())
-                return await run(process, job)
+                return None if query.has_ended else await worker.run(job)
             case QueryHangs():
                 pass
-        return await hang(process)
+        return await worker.run(Hold())
 
     def _announce_ends(self) -> None:
         for query_id in [q for q in self._ended if self._state.queries.by_id[q].has_ended]:

@@ -2,159 +2,212 @@
 
 import asyncio
 import contextlib
-import signal
-import struct
-from asyncio.subprocess import PIPE, Process
-from collections.abc import Callable, Iterable, Mapping
+import json
+import os
+import socket
+import tempfile
+from asyncio import StreamReader, StreamWriter
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NoReturn
 
 import msgspec
 
-from polars_cloud_emulator.model.jobs import Answer, Job
-from polars_cloud_emulator.workers.isolated_python import python
+from polars_cloud_emulator.model.jobs import (
+    Answer,
+    Command,
+    Failure,
+    Hold,
+    Job,
+    Kill,
+    Ready,
+    Success,
+)
+from polars_cloud_emulator.workers import environment, processes, start
+from polars_cloud_emulator.workers.connection import LENGTH
+from polars_cloud_emulator.workers.isolated_python import SEARCH_PATH
 
+PATIENCE = 5.0
+"""Seconds in which a worker ends its query, or itself, before its process is killed."""
+PACKAGE_PATH = (str(SEARCH_PATH), str(Path(msgspec.__file__).parents[1]))
+"""Where a process imports the emulator's package and what that needs from."""
 
-class WorkerDied(Exception):
-    """The process ended before it answered."""
+FOLDERS = ("HOME", "TMPDIR", "POLARS_OOC_SPILL_DIR")
+"""Variables that name the folder of a query."""
+LIBRARIES = {name: os.environ[name] for name in {"LD_LIBRARY_PATH"} & os.environ.keys()}
+"""Where this Python finds its own."""
 
 
 class Worker:
-    """One worker of a cluster.
+    """One worker of a cluster, with a folder and a Python of its own.
 
     Parameters
     ----------
-    environment
-        Variables of the process.
+    variables
+        Environment variables of its queries.
     give_up
         Called with the reason when a process cannot be started; there will be no further one.
-    folder
-        Working directory of the process.
-    modules
-        Top-level modules that it may import, beside those of Python and Polars.
+    distributions
+        What its queries can import, beside Python and Polars.
     """
 
     def __init__(
         self,
-        environment: Mapping[str, str],
+        variables: Mapping[str, str],
         give_up: Callable[[str], None],
-        folder: Path,
-        modules: Iterable[str],
+        distributions: Iterable[str],
     ) -> None:
-        self._environment = environment
-        self._folder = folder
-        self._modules = modules
+        self._variables = variables
         self._give_up = give_up
+        self._distributions = distributions
+        self.pid: int | None = None
+        """The process of the query that runs, or of the next."""
         self._process: Process | None = None
+        self._commands: StreamWriter | None = None
+        self._answer: asyncio.Future[Answer] | None = None
         self._ready = asyncio.Event()
-        self._killed = False
         self._supervisor = asyncio.create_task(self._keep_running())
+        self._is_over = False
 
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process else None
-
-    async def ready(self) -> Process | None:
-        """The process that takes jobs, once there is one; None if none could be started.
-
-        Until a job is done, the process may have died and been replaced: the job ends with it.
-        """
-        await self._ready.wait()
-        while self._is_dead() and not self._supervisor.done():
-            await asyncio.sleep(0)  # the supervisor is about to notice
+    async def ready(self) -> bool:
+        """Wait until a query can come; False if none ever can."""
+        while not self._ready.is_set():
             await self._ready.wait()
-        return self._process
+        return not self._is_over
 
-    def _is_dead(self) -> bool:
-        return self._process is not None and self._process.returncode is not None
+    async def run(self, job: Job | Hold) -> Answer:
+        """Run one job on a worker that was ready. If it has died or dies, the job fails."""
+        if self._is_over or not self._ready.is_set():
+            return _death("SIGKILL")
+        self._ready.clear()
+        self._answer = asyncio.get_running_loop().create_future()
+        self._send(job)
+        return await self._answer
 
     def kill(self) -> None:
-        """End the process now, whether or not it is ready."""
-        self._killed = True
-        self._ready.clear()
-        if self._process is not None:
-            kill(self._process)
+        """End the query that runs now, if there is one, and all that it has started."""
+        if self._answer is not None and not self._answer.done():
+            self._send(Kill())
+            asyncio.get_running_loop().call_later(PATIENCE, self._kill_process, self._answer)
 
     async def close(self) -> None:
+        """End the worker, whatever it does."""
         self._supervisor.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._supervisor
-        self._ready.set()  # nobody shall wait for a process that will not come
+
+    def _send(self, command: Command) -> None:
+        assert self._commands is not None
+        frame = msgspec.msgpack.encode(command)
+        self._commands.write(LENGTH.pack(len(frame)) + frame)
+
+    def _kill_process(self, unless: asyncio.Future[Answer]) -> None:
+        if not unless.done() and self._process is not None:
+            _kill(self._process)
+
+    def _end_query(self, answer: Answer) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(answer)
 
     async def _keep_running(self) -> None:
         try:
             while True:
-                self._process = process = await asyncio.create_subprocess_exec(
-                    *python("polars_cloud_emulator.workers.main", *self._modules),
-                    stdin=PIPE,
-                    stdout=PIPE,
-                    env=self._environment,
-                    cwd=self._folder,
-                    # Ctrl-C in the emulator's terminal is the emulator's to handle.
-                    start_new_session=True,
-                )
-                self._killed = False
-                try:
-                    await _read_frame(process)
-                except asyncio.IncompleteReadError:
-                    if not self._killed:
-                        self._give_up(f"a worker could not start: {await _exit_of(process)}")
-                        return
-                if not self._killed:  # a process that was killed as it became ready is about to die
-                    self._ready.set()
-                await process.wait()
-                self._ready.clear()
-        except (OSError, ValueError) as error:  # variables that no process can have
+                async with self._running_process() as (process, replies):
+                    with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                        while True:
+                            self._take(await _read_frame(replies))
+                    self._ready.clear()
+                if self.pid is None:
+                    self._give_up(f"a worker could not start: {await _last_words(process)}")
+                    return
+                self._end_query(_death(_exit_of(process)))
+        except OSError as error:
             self._give_up(f"a worker could not start: {error}")
         finally:
-            self.kill()
-            if self._process is not None:
-                await self._process.wait()
+            self._is_over = True
+            self._ready.set()  # nobody shall wait for a process that will not come
+            self._end_query(_death("SIGKILL"))
+
+    def _take(self, frame: bytes) -> None:
+        reply: Ready | Answer = msgspec.msgpack.decode(frame, type=Ready | Success | Failure)
+        if isinstance(reply, Ready):
+            self.pid = reply.pid
+            self._ready.set()
+        else:
+            self._end_query(reply)
+
+    @contextlib.asynccontextmanager
+    async def _running_process(self) -> AsyncIterator[tuple[Process, StreamReader]]:
+        """A process, and its replies; at the end it is gone, with its folder and all below it."""
+        with tempfile.TemporaryDirectory(
+            prefix="polars-cloud-", ignore_cleanup_errors=True
+        ) as name:
+            folder = Path(name)
+            self.pid = None
+            python = environment.create(folder / "python", self._distributions)
+            ours, theirs = socket.socketpair()
+            replies, self._commands = await asyncio.open_connection(sock=ours)
+            with contextlib.closing(self._commands):
+                with theirs:
+                    self._process = process = await self._start(python, theirs, folder / "work")
+                try:
+                    yield process, replies
+                finally:
+                    self._commands.close()
+                    # One that was never ready would finish its start before it looks.
+                    await _end(process, folder, patience=PATIENCE if self.pid else 0)
+
+    async def _start(self, python: Path, end: socket.socket, work: Path) -> Process:
+        work.mkdir()
+        process = await asyncio.create_subprocess_exec(
+            *(python, "-I", start.__file__, str(end.fileno()), work, *PACKAGE_PATH),
+            stdin=PIPE,
+            stdout=DEVNULL,
+            stderr=PIPE,
+            pass_fds=[end.fileno()],
+            # The variables of a cluster come later, as Python and its loader heed some of them.
+            env=dict.fromkeys(FOLDERS, str(work)) | LIBRARIES,
+            cwd=work.parent,
+            # Ctrl-C in the emulator's terminal is the emulator's to handle.
+            start_new_session=True,
+        )
+        path = f"{python.parent}{os.pathsep}{self._variables.get('PATH', os.defpath)}"
+        assert process.stdin is not None
+        process.stdin.write(json.dumps({**self._variables, "PATH": path}).encode())
+        process.stdin.close()
+        return process
 
 
-async def run(process: Process, job: Job) -> Answer:
-    """Run one job on a process that is ready.
+async def _read_frame(replies: StreamReader) -> bytes:
+    [length] = LENGTH.unpack(await replies.readexactly(LENGTH.size))
+    return await replies.readexactly(length)
 
-    Raises
-    ------
-    WorkerDied
-        With the way the process ended.
-    """
-    assert process.stdin is not None
-    frame = msgspec.msgpack.encode(job)
+
+async def _end(process: Process, folder: Path, patience: float) -> None:
+    """Wait for the end of a process whose connection is closed, or force it."""
     try:
-        process.stdin.write(struct.pack(">I", len(frame)) + frame)
-        await process.stdin.drain()
-        answer = await _read_frame(process)
-    except (asyncio.IncompleteReadError, ConnectionError):
-        raise WorkerDied(f"worker process died with {await _exit_of(process)}") from None
-    decoded: Answer = msgspec.msgpack.decode(answer, type=Answer)
-    return decoded
+        await asyncio.wait_for(process.wait(), patience)
+    except TimeoutError:
+        _kill(process)
+        await process.wait()
+    if process.returncode != 0:
+        processes.kill_those_of(folder)
 
 
-async def hang(process: Process) -> NoReturn:
-    """Hold a process without a job.
-
-    Raises
-    ------
-    WorkerDied
-        With the way the process ended.
-    """
-    raise WorkerDied(f"worker process died with {await _exit_of(process)}")
-
-
-def kill(process: Process) -> None:
-    """End a process now; nothing softer reaches a thread in native code."""
+def _kill(process: Process) -> None:
     with contextlib.suppress(ProcessLookupError):
         process.kill()
 
 
-async def _read_frame(process: Process) -> bytes:
-    assert process.stdout is not None
-    [length] = struct.unpack(">I", await process.stdout.readexactly(4))
-    return await process.stdout.readexactly(length)
+async def _last_words(process: Process) -> str:
+    assert process.stderr is not None
+    lines = (await process.stderr.read()).decode(errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), _exit_of(process))
 
 
-async def _exit_of(process: Process) -> str:
-    code = await process.wait()
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+def _exit_of(process: Process) -> str:
+    return processes.exit_in_words(process.returncode or 0)
+
+
+def _death(how: str) -> Failure:
+    return Failure(f"RuntimeError: worker process died with {how}")

@@ -14,7 +14,7 @@ START = (
     "import runpy, sys; sys.path.append(sys.argv.pop(1)); "
     "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 )
-KEPT = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "TMPDIR", "TZ")
+KEPT = ("LANG", "LC_ALL", "PATH", "TZ")
 """Variables that a worker shares with this machine."""
 QUIET = {"POLARS_DISABLE_HTTP_RATE_LIMIT": "1"}
 """Once a process has read from S3, Polars 2.0's limit of requests wakes it every millisecond."""

@@ -1,101 +1,195 @@
-"""A worker process: runs serialized LazyFrames with Polars, one at a time.
+"""A worker process: forks a process for its queries, and ends it with all that it has started.
 
-Jobs arrive on standard input and answers leave on standard output, each a 4-byte big-endian
-length and a MessagePack document; an empty one comes first, when the process is ready. The process
-ends when its standard input does, even in the middle of a query, so that it never outlives the
-emulator.
+Polars is loaded here, so that the next process is there in a moment, and runs nothing here, so that
+each begins as the first did. A process that has run a user's code gets no other query: none finds
+a thread, a variable or a file of an earlier one. The worker ends when its connection does.
 """
 
-import io
+import contextlib
 import os
-import queue
-import struct
-import sys
-import threading
+import select
+import shutil
+import socket
+import time
+import traceback
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple, NoReturn
 
 import msgspec
 import polars as pl
 
-from polars_cloud_emulator.model.errors import InvalidRequest
-from polars_cloud_emulator.model.jobs import Answer, Failure, Job, Outcome, Success
-from polars_cloud_emulator.workers import plan as query_plan
-from polars_cloud_emulator.workers import written_rows
-from polars_cloud_emulator.workers.declared_imports import DeclaredImports
-from polars_cloud_emulator.workers.optimizations import optimizations
-from polars_cloud_emulator.workers.plan_text import optimized
+from polars_cloud_emulator.model.jobs import (
+    Answer,
+    Command,
+    Failure,
+    Hold,
+    Job,
+    Kill,
+    Ready,
+    Success,
+)
+from polars_cloud_emulator.workers import plan, processes, query, user_code, written_rows
+from polars_cloud_emulator.workers.connection import Connection
+
+EXIT_TIMEOUT = 1.0
+"""Seconds in which a process ends after its connection has."""
+STALL_TIMEOUT = 5.0
+"""Seconds in which the next part of an answer follows."""
 
 
-def run(job: Job) -> Answer:
-    """Run one job. What the plan raises is its failure, never the worker's."""
+class Done(NamedTuple):
+    """What comes back from the process of a query."""
+
+    answer: Answer
+    is_clean: bool
+    """Whether another query may come."""
+
+
+class QueryProcess:
+    """A process for queries, forked from this one."""
+
+    def __init__(self, emulator: Connection, folder: Path) -> None:
+        ours, theirs = map(Connection, socket.socketpair())
+        worker = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            emulator.close()
+            ours.close()
+            processes.end_with(worker)
+            _run_queries(theirs, folder)
+        theirs.close()
+        self.connection = ours
+        self._is_gone = False
+
+    def death(self) -> Failure:
+        """Why there is no answer, after the end of the connection to the process."""
+        deadline = time.monotonic() + EXIT_TIMEOUT
+        while time.monotonic() < deadline:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._is_gone = True
+                how = processes.exit_in_words(os.waitstatus_to_exitcode(status))
+                return _worker_process(f"died with {how}")
+            time.sleep(0.001)
+        return _worker_process("closed its connection to the emulator")
+
+    def end(self) -> None:
+        """End the process, if it is there, and all that it has started."""
+        if not self._is_gone:
+            processes.kill_group(self.pid)
+            self._is_gone = True
+        processes.end_children()
+        self.connection.close()
+
+
+def serve(end: socket.socket, folder: Path) -> None:
+    """Run queries until the emulator closes the connection.
+
+    Parameters
+    ----------
+    folder
+        Working directory of each process, empty at its beginning. What it lies in is the worker's.
+    """
+    processes.adopt_orphans()
+    # What every query needs is made once.
+    plan.own_header()
+    written_rows.observed()
+    emulator = Connection(end)
+    # Without a connection, the emulator or the process is gone that was to be ready.
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            _serve_from_one_process(emulator, folder)
+    shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def _serve_from_one_process(emulator: Connection, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    process = QueryProcess(emulator, folder)
     try:
-        return Success(_run_plan(job))
-    except InvalidRequest as error:
-        return Failure(f"ComputeError: {error}")
-    except UnicodeError as error:
-        # The client cannot construct this type from a message alone.
-        return Failure(f"ValueError: {error}")
-    except Exception as error:
-        return Failure(f"{type(error).__name__}: {error}")
-    except pl.exceptions.PanicException as panic:
-        return Failure(f"ComputeError: {panic}")
+        process.connection.receive()  # it is ready
+        is_clean = True
+        while is_clean:
+            emulator.send(msgspec.msgpack.encode(Ready(process.pid)))
+            done = _next_done(emulator, process)
+            if done is None:
+                return
+            answer, is_clean = done
+            if not is_clean:
+                process.end()
+            emulator.send(msgspec.msgpack.encode(answer))
+    finally:
+        process.end()
+        shutil.rmtree(folder)
 
 
-def _run_plan(job: Job) -> Outcome:
-    prepared = query_plan.prepare(Path(job.plan), job.temporary_uri, job.part_name)
-    if job.plan_only is not None:
-        text = optimized(Path(job.plan), job.plan_only, job.engine, job.optimization_flags)
-        return Outcome(destinations=[], file_type=None, n_rows=0, head=None, ir_plan=text)
-    written_rows.forget()
-    prepared.runnable().collect(
-        engine=job.engine, optimizations=optimizations(job.optimization_flags)
-    )
-    head = written_rows.head()
-    if head is None:
-        head = prepared.head_without_rows()
-    head_file = io.BytesIO()
-    head.write_ipc(head_file)
-    return Outcome(
-        destinations=[sink.uri for sink in prepared.sinks],
-        file_type=prepared.sinks[0].file_type if prepared.sinks else None,
-        n_rows=written_rows.count(),
-        head=head_file.getvalue(),
-    )
+def _next_done(emulator: Connection, process: QueryProcess) -> Done | None:
+    """The end of the next query; None if its process ended before it came.
 
-
-def read_frame(stream: BinaryIO) -> bytes | None:
-    """The next document, or None at the end of the stream."""
-    header = stream.read(4)
-    if len(header) < 4:
-        return None
-    body: bytes = stream.read(struct.unpack(">I", header)[0])
-    return body
-
-
-def main() -> None:
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    # A user function that prints must not end up between the answers.
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-    jobs: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-
-    def receive() -> None:
-        while (frame := read_frame(sys.stdin.buffer)) is not None:
-            jobs.put(frame)
-        os._exit(0)
-
-    def send(frame: bytes) -> None:
-        answers.write(struct.pack(">I", len(frame)) + frame)
-        answers.flush()
-
-    sys.meta_path.insert(0, DeclaredImports(sys.argv[1:]))
-    threading.Thread(target=receive, daemon=True).start()
-    send(b"")
+    Raises
+    ------
+    EOFError
+        The emulator has closed its connection.
+    """
+    is_busy = False
     while True:
-        job = msgspec.msgpack.decode(jobs.get(), type=Job)
-        send(msgspec.msgpack.encode(run(job)))
+        timeout = STALL_TIMEOUT if process.connection.has_part else None
+        readable, _, _ = select.select([process.connection, emulator], [], [], timeout)
+        if not readable:
+            return _NO_ANSWER
+        if process.connection in readable:
+            try:
+                frame = process.connection.receive_part()
+            except (EOFError, ConnectionError):
+                return Done(process.death(), False) if is_busy else None
+            if frame is not None:
+                return _decoded(frame)
+        else:
+            command: Command = msgspec.msgpack.decode(emulator.receive(), type=Command)
+            match command:
+                case Job():
+                    process.connection.send(msgspec.msgpack.encode(command))
+                    is_busy = True
+                case Hold():
+                    is_busy = True
+                case Kill() if is_busy:
+                    return Done(_worker_process("died with SIGKILL"), False)
 
 
-if __name__ == "__main__":
-    main()
+def _decoded(frame: bytes) -> Done:
+    try:
+        done: Done = msgspec.msgpack.decode(frame, type=Done)
+    except (msgspec.DecodeError, UnicodeError):
+        return _NO_ANSWER
+    return done
+
+
+def _worker_process(did: str) -> Failure:
+    return Failure(f"RuntimeError: worker process {did}")
+
+
+_NO_ANSWER = Done(_worker_process("wrote what is no answer to its connection"), False)
+
+
+def _run_queries(connection: Connection, folder: Path) -> NoReturn:
+    try:
+        os.setsid()
+        os.chdir(folder)
+        processes.be_killed_first()
+        os.register_at_fork(after_in_child=connection.close)
+        # Starts the threads that a first query would have to wait for.
+        pl.LazyFrame({"x": [0]}).collect(engine="streaming")
+        user_code.watch()
+        # Until here an error is for the emulator; from here on there are a user's words.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        connection.send(b"")
+        while True:
+            job = msgspec.msgpack.decode(connection.receive(), type=Job)
+            answer = query.run(job)
+            is_clean = isinstance(answer, Success) and not user_code.has_run()
+            connection.send(msgspec.msgpack.encode(Done(answer, is_clean)))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)

@@ -1,6 +1,10 @@
-"""Which optimizations of Polars a query asks for."""
+"""Which optimizations of Polars a query asks for, and the plan that comes of them."""
+
+from pathlib import Path
 
 import polars as pl
+
+from polars_cloud_emulator.model.jobs import Engine, PlanFormat
 
 BITS = {
     "projection_pushdown": 0,
@@ -25,3 +29,16 @@ def optimizations(mask: int | None) -> pl.QueryOptFlags:
     if mask is None:
         return pl.QueryOptFlags()
     return pl.QueryOptFlags(**{name: bool(mask >> bit & 1) for name, bit in BITS.items()})
+
+
+def optimized(
+    plan: Path, plan_format: PlanFormat, engine: Engine, optimization_flags: int | None
+) -> str:
+    """Return the optimized plan in a file as text, or as a graph in the DOT language."""
+    lf = pl.LazyFrame.deserialize(plan)
+    flags = optimizations(optimization_flags)
+    if plan_format == "plain":
+        return lf.explain(engine=engine, optimizations=flags)
+    graph = lf.show_graph(raw_output=True, engine=engine, plan_stage="ir", optimizations=flags)
+    assert graph is not None
+    return graph

@@ -186,7 +186,7 @@ def _check_scans(document: Document, results: str) -> None:
 
 def _observe(document: Document, rows: Node) -> Node:
     """Add the steps that note the rows of a node; the reference to their end."""
-    steps = _taken_apart(written_rows.observed().serialize())
+    steps = _taken_apart(written_rows.observed())
     for step in steps.nodes[2:]:  # after an empty entry and the frame
         [arguments] = step["value"].values()
         arguments["input"] = rows

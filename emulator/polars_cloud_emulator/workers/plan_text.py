@@ -13,7 +13,7 @@ import polars as pl
 
 from polars_cloud_emulator.model.jobs import Engine, PlanFormat
 from polars_cloud_emulator.workers.isolated_python import python
-from polars_cloud_emulator.workers.optimizations import optimizations
+from polars_cloud_emulator.workers.optimizations import optimized
 
 TIMEOUT = 20.0
 """Seconds until an explanation is given up: a scan may wait for its files."""
@@ -25,19 +25,6 @@ class PlanText(msgspec.Struct):
     unoptimized: str | None = None
     optimized: str | None = None
     error: str | None = None
-
-
-def optimized(
-    plan: Path, plan_format: PlanFormat, engine: Engine, optimization_flags: int | None
-) -> str:
-    """Return the optimized plan in a file as text, or as a graph in the DOT language."""
-    lf = pl.LazyFrame.deserialize(plan)
-    flags = optimizations(optimization_flags)
-    if plan_format == "plain":
-        return lf.explain(engine=engine, optimizations=flags)
-    graph = lf.show_graph(raw_output=True, engine=engine, plan_stage="ir", optimizations=flags)
-    assert graph is not None
-    return graph
 
 
 async def explain(

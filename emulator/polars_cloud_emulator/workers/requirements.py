@@ -4,9 +4,7 @@ A cluster installs what is in its ``requirements_txt``. The emulator installs no
 import that from where the emulator itself is installed, and a cluster that needs more fails.
 """
 
-import functools
 import importlib.metadata
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from packaging.requirements import Requirement
@@ -23,15 +21,14 @@ class Part(NamedTuple):
     extra: str
 
 
-def importable_modules(requirements_txt: str | None) -> set[str]:
-    """Top-level modules of what is declared, and of all that it needs.
+def declared_distributions(requirements_txt: str | None) -> set[str]:
+    """Names of what is declared, and of all that it needs.
 
     Raises
     ------
     InvalidRequest
         A line is no requirement, or is not met by what is installed beside the emulator.
     """
-    modules: set[str] = set()
     seen: set[Part] = set()
     pending: list[Part] = []
     for requirement in requirements_in(requirements_txt or ""):
@@ -43,12 +40,11 @@ def importable_modules(requirements_txt: str | None) -> set[str]:
         if part in seen:
             continue
         seen.add(part)
-        modules |= set(_modules_by_distribution().get(part.name, ()))
         for requirement in _needed_by(part):
             if part.extra:
                 _check_installed(requirement)
             pending += _parts(requirement)
-    return modules
+    return {part.name for part in seen}
 
 
 def _check_installed(requirement: Requirement) -> None:
@@ -81,12 +77,3 @@ def _needed_by(part: Part) -> list[Requirement]:
 
 def _applies(requirement: Requirement, extra: str = "") -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
-
-
-@functools.cache
-def _modules_by_distribution() -> Mapping[str, list[str]]:
-    modules: dict[str, list[str]] = {}
-    for module, distributions in importlib.metadata.packages_distributions().items():
-        for distribution in distributions:
-            modules.setdefault(canonicalize_name(distribution), []).append(module)
-    return modules

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from polars_cloud_emulator.model.errors import InvalidRequest
 from polars_cloud_emulator.model.specs import ClusterSpec
 from polars_cloud_emulator.workers.plan import Document
-from polars_cloud_emulator.workers.requirements import importable_modules
+from polars_cloud_emulator.workers.requirements import declared_distributions
 from polars_cloud_emulator.workers.sink_targets import OTHERS, TEMPORARY, Node, check_uri, uri_of
 
 TO_CLIENT = "<flight>"
 """Target of a result that the client fetches from the cluster."""
 ICEBERG = {"pyiceberg", "pyarrow"}
-"""Modules with which Polars commits to an Iceberg table."""
+"""What Polars commits to an Iceberg table with."""
 
 
 def check(document: Document, spec: ClusterSpec, *, only_planned: bool) -> None:
@@ -33,7 +33,7 @@ def check(document: Document, spec: ClusterSpec, *, only_planned: bool) -> None:
         check_credentials(source.uri, source.cloud_options, spec.env_vars)
     places: set[str] = set()
     for payload in (sink["payload"] for sink in document.sinks()):
-        if "Iceberg" in payload and not importable_modules(spec.requirements_txt) >= ICEBERG:
+        if "Iceberg" in payload and not declared_distributions(spec.requirements_txt) >= ICEBERG:
             raise InvalidRequest(
                 "sink_iceberg commits to the catalog on a worker, which needs pyiceberg and "
                 "PyArrow: declare them in the requirements of the ComputeContext, as in "

@@ -1,0 +1,62 @@
+"""Frames between two processes: each a 4-byte big-endian length and so many bytes."""
+
+import socket
+import struct
+
+LENGTH = struct.Struct(">I")
+
+
+class Connection:
+    """One end of a pair of sockets."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self._received = bytearray()
+        self.fileno = end.fileno
+        self.close = end.close
+
+    @property
+    def has_part(self) -> bool:
+        """Whether some bytes of a frame have come, and not all of them."""
+        return bool(self._received)
+
+    def send(self, frame: bytes) -> None:
+        self._end.sendall(LENGTH.pack(len(frame)) + frame)
+
+    def receive(self) -> bytes:
+        """The next frame.
+
+        Raises
+        ------
+        EOFError
+            The other end is closed.
+        """
+        while (frame := self.receive_part()) is None:
+            pass
+        return frame
+
+    def receive_part(self) -> bytes | None:
+        """Wait for bytes of a frame; the frame, once it is whole.
+
+        Raises
+        ------
+        EOFError
+            The other end is closed.
+        """
+        missing = self._missing()
+        if missing:
+            part = self._end.recv(min(missing, 2**20))
+            if not part:
+                raise EOFError
+            self._received += part
+        if self._missing():
+            return None
+        frame = bytes(self._received[LENGTH.size :])
+        self._received.clear()
+        return frame
+
+    def _missing(self) -> int:
+        if len(self._received) < LENGTH.size:
+            return LENGTH.size - len(self._received)
+        [length] = LENGTH.unpack_from(self._received)
+        return LENGTH.size + int(length) - len(self._received)
