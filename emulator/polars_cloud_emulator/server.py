@@ -158,7 +158,7 @@ class Emulator:
             if self._outside_s3 is None:
                 [s3_listener] = s3_listeners
                 self._object_store = ObjectStore(
-                    s3_listener, self._address(s3_listener), self._files.objects
+                    s3_listener, self._host, self._files.objects, self._files.object_store_secret()
                 )
             else:
                 self._object_store = OutsideObjectStore(self._outside_s3, self._files.results)

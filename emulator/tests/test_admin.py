@@ -85,7 +85,8 @@ def test_unknown_grpc_service_is_unimplemented(emulator: RunningEmulator) -> Non
 def test_journal_has_every_call_and_neither_it_nor_the_state_a_secret(
     emulator: RunningEmulator, start_cluster: StartCluster
 ) -> None:
-    secrets = {"aws_access_key_id": "storage-key", "aws_secret_access_key": "storage-secret"}
+    keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    secrets = {name.lower(): emulator.environment[name] for name in keys}
     context = start_cluster(env_vars={"SHOP_PASSWORD": "worker-secret"})
     remote = pl.LazyFrame({"x": [1]}).remote(context)
     remote.sink_parquet("s3://your-bucket/x/", storage_options=secrets).await_result()
@@ -110,8 +111,7 @@ def test_journal_has_every_call_and_neither_it_nor_the_state_a_secret(
     for secret in (
         emulator.environment["POLARS_CLOUD_CLIENT_SECRET"],
         jwt_header,
-        "storage-key",
-        "storage-secret",
+        emulator.environment["AWS_SECRET_ACCESS_KEY"],
         "worker-secret",
         "query-secret",
     ):

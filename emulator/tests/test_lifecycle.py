@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import boto3
 import polars as pl
 import psutil
 import pytest
@@ -24,6 +23,7 @@ from emulator.tests.blocking_query import BlockingQuery
 from emulator.tests.command_line import Served, command
 from emulator.tests.processes import descendants, none_running
 from emulator.tests.raw_calls import access_token, rest_client, tls_client
+from emulator.tests.s3_calls import s3_client
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.env_file import read_env_file, write_env_file
 from polars_cloud_emulator.server import Emulator
@@ -255,18 +255,15 @@ def test_the_shop_is_open_on_the_day_of_a_later_start_and_on_every_day_after_it(
 
 
 def object_exists(emulator: Emulator, key: str) -> bool:
-    url = emulator.environment["AWS_ENDPOINT_URL"]
-    keys = {"aws_access_key_id": "any", "aws_secret_access_key": "any", "region_name": "us-east-1"}
-    s3 = boto3.client("s3", endpoint_url=url, **keys)
-    return s3.list_objects_v2(Bucket="your-bucket", Prefix=key)["KeyCount"] == 1
+    listed = s3_client(emulator.environment).list_objects_v2(Bucket="your-bucket", Prefix=key)
+    return bool(listed["KeyCount"])
 
 
 def last_day_of_returns(emulator: Emulator) -> date:
     options = {
-        "aws_endpoint_url": emulator.environment["AWS_ENDPOINT_URL"],
-        "aws_access_key_id": "any",
-        "aws_secret_access_key": "any",
-        "aws_region": "us-east-1",
+        name.lower(): value
+        for name, value in emulator.environment.items()
+        if name.startswith("AWS_")
     }
     returns = pl.scan_parquet("s3://your-bucket/returns/", storage_options=options)
     day: date = returns.select(pl.max("date")).collect().item()

@@ -167,9 +167,10 @@ def test_sink_to_a_bucket_that_does_not_exist_fails_its_query(context: Any) -> N
         query.await_result()
 
 
-def test_secrets_of_a_sink_read_its_result_back(context: Any) -> None:
+def test_secrets_of_a_sink_read_its_result_back(emulator: RunningEmulator, context: Any) -> None:
     frame = pl.LazyFrame({"x": [1, 2]})
-    options = {"aws_access_key_id": "the-key", "aws_secret_access_key": "a-storage-secret"}
+    keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    options = {name.lower(): emulator.environment[name] for name in keys}
     remote = frame.remote(context)
     result = remote.sink_parquet("s3://your-bucket/x/", storage_options=options).await_result()
     assert result.n_rows_total == 2

@@ -5,36 +5,30 @@ and forgets all of them with its process.
 """
 
 import contextlib
-import io
 import os
-import re
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 from moto.core.models import DEFAULT_ACCOUNT_ID
 from moto.s3.exceptions import S3ClientError
-from moto.s3.models import FakeKey, s3_backends
+from moto.s3.models import FakeBucket, FakeKey, s3_backends
 from moto.s3.utils import _VersionedKeyStore
-from werkzeug.exceptions import RequestedRangeNotSatisfiable
-from werkzeug.utils import send_file
 from werkzeug.wrappers import Request, Response
-from werkzeug.wsgi import FileWrapper
 
 from polars_cloud_emulator.model.errors import CannotKeep
+from polars_cloud_emulator.storage import plain_reads
+from polars_cloud_emulator.storage.plain_reads import EPOCH, written_at
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 LONGEST_NAME = 200
 """Characters of a file's or folder's name."""
-PLAIN_READ = {"x-id"}
-"""Parameters of a read that change nothing."""
-EPOCH = datetime(1970, 1, 1)
-"""Of moto's times, which are in UTC and do not say so."""
 
 
 class KeptObjects:
@@ -56,11 +50,7 @@ class KeptObjects:
         self._refused: OSError | None = None
         """Why the disk did not take what is being written."""
         for bucket in self._buckets:
-            (folder / bucket).mkdir(parents=True, exist_ok=True)
-            if bucket not in _moto().buckets:  # of an emulator that this process ran before
-                _moto().create_bucket(bucket, region)
-            _moto().buckets[bucket].keys = _KeysOnDisk(self, bucket)
-            _moto().buckets[bucket].multiparts = {}  # none of which ends by being taken out
+            self._make_bucket(bucket, _KeysOnDisk(self, bucket))
 
     def load(self) -> None:
         """Let moto know the objects on disk."""
@@ -104,6 +94,32 @@ class KeptObjects:
             except _Refused as refused:
                 raise CannotKeep(refused.cause) from None
 
+    def renew_buckets(self) -> None:
+        """Delete all other buckets, and leave these as they were made, but with their objects."""
+        with self._turn:
+            for name in _moto().buckets.keys() - self._buckets:
+                _moto().buckets[name].keys.clear()
+                _moto().delete_bucket(name)
+            for name in self._buckets:
+                before = _moto().buckets.get(name)
+                # Not those of a bucket with versions, or of one that a client has made.
+                if (
+                    before is not None
+                    and before.versioning_status is None
+                    and isinstance(before.keys, _KeysOnDisk)
+                ):
+                    self._make_bucket(name, before.keys)
+                else:
+                    shutil.rmtree(self._folder / name)
+                    self._make_bucket(name, _KeysOnDisk(self, name))
+
+    def _make_bucket(self, name: str, keys: "_KeysOnDisk") -> None:
+        (self._folder / name).mkdir(parents=True, exist_ok=True)
+        bucket: Any = FakeBucket(name, DEFAULT_ACCOUNT_ID, self._region)  # type: ignore[abstract]
+        bucket.keys = keys
+        bucket.multiparts = {}  # none of which ends by being taken out
+        _moto().buckets[name] = bucket
+
     def kept(self, moto: "WSGIApplication") -> "WSGIApplication":
         """moto's application, with these buckets on disk."""
 
@@ -111,56 +127,27 @@ class KeptObjects:
             environ: "WSGIEnvironment", start_response: "StartResponse"
         ) -> Iterable[bytes]:
             request = Request(environ)
-            bucket, _, key = request.path.lstrip("/").partition("/")
-            if bucket not in self._buckets or not (key or "delete" in request.args):
+            name, _, key = request.path.lstrip("/").partition("/")
+            if name not in self._buckets or name not in _moto().buckets:
                 return moto(environ, start_response)
-            if request.method == "GET" and not request.args.keys() - PLAIN_READ:
-                response = self._read(request, bucket, key)
-                if response is not None:
-                    return response(environ, start_response)
-            # Before its turn: a client may take long to send it.
-            body = request.get_data()
-            environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
+            bucket = _moto().buckets[name]
+            answer = (
+                plain_reads.reading(request, _moto(), bucket, key, self._path(name, key))
+                if key
+                else plain_reads.listing(request, _moto(), bucket)
+            )
+            if answer is not None:
+                start_response(answer.status, answer.headers)
+                return answer.content
+            if not (key or "delete" in request.args):
+                return moto(environ, start_response)
             # One at a time: moto closes an object that is replaced while others read it.
             with self._turn:
                 if request.method in {"PUT", "POST", "DELETE"}:
-                    return self._write(environ, start_response, moto, bucket)
+                    return self._write(environ, start_response, moto, name)
                 return list(moto(environ, start_response))
 
         return application
-
-    def _read(self, request: Request, bucket: str, key: str) -> Response | None:
-        """The object, or what was asked of it; None if moto has to answer."""
-        backend = _moto()
-        found = backend.get_object(bucket, key)
-        path = self._path(bucket, key)
-        # Whether somebody may read is for moto to say, and what is being written is there alone.
-        if (
-            found is None
-            or backend.buckets[bucket].policy is not None
-            or not _is_up_to_date(path, found)
-        ):
-            return None
-        tail = re.fullmatch(r"bytes=-(\d+)", request.headers.get("range", ""))
-        try:
-            # To S3 a tail longer than the object is the whole object.
-            asked = {"HTTP_RANGE": f"bytes=-{min(int(tail[1]), found.size)}"} if tail else {}
-            response = send_file(
-                path,
-                {**request.environ, **asked, "wsgi.file_wrapper": _in_large_parts},
-                mimetype="binary/octet-stream",
-                etag=found.etag.strip('"'),
-                last_modified=found.last_modified,
-                conditional=True,
-            )
-        # The latter two of one that has been replaced or deleted since.
-        except (RequestedRangeNotSatisfiable, ValueError, FileNotFoundError):
-            return None
-        response.headers["accept-ranges"] = "bytes"
-        for name, value in found.metadata.items():
-            if name.lower().startswith(("content-type", "x-amz-meta-")):
-                response.headers[name] = value
-        return response
 
     def _write(
         self,
@@ -204,6 +191,7 @@ class KeptObjects:
             It cannot be written, as on a full disk; the file is as it was.
         """
         path = self._path(bucket, key)
+        _ = found.etag  # moto would compute it for the first who asks, and for two at once wrong
         # Beside the buckets: what is not whole is no object.
         part = self._folder / "part"
         with self._refusing():
@@ -212,7 +200,7 @@ class KeptObjects:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 part.write_bytes(found.value)
-                os.utime(part, ns=(_written_at(found),) * 2)
+                os.utime(part, ns=(written_at(found),) * 2)
                 part.replace(path)
             except OSError:
                 found.multipart = None  # else its end would be that of the uploaded parts
@@ -281,22 +269,12 @@ class _KeysOnDisk(_VersionedKeyStore):
             self._objects.forget(self._bucket, key)
 
 
-def _in_large_parts(file: IO[bytes], size: int) -> FileWrapper:
-    """Send a megabyte at a time: of the usual 8 kB, Python would have to handle each."""
-    return FileWrapper(file, 2**20)
-
-
 def _moto() -> Any:
     return s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
 
 
-def _is_up_to_date(path: Path, found: Any) -> bool:
+def _is_up_to_date(path: Path, found: FakeKey) -> bool:
     try:
-        return path.stat().st_mtime_ns == _written_at(found)
+        return path.stat().st_mtime_ns == written_at(found)
     except FileNotFoundError:
         return False
-
-
-def _written_at(found: Any) -> int:
-    microseconds: int = (found.last_modified - EPOCH) // timedelta(microseconds=1)
-    return microseconds * 1000

@@ -1,37 +1,27 @@
 """Where queries read and write: moto's S3 server, or an S3 outside the emulator."""
 
 import hashlib
-import logging
-import re
 import shutil
 import socket
-import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moto.core.models import DEFAULT_ACCOUNT_ID
-from moto.moto_server.werkzeug_app import (
-    DomainDispatcherApplication,
-    MotoRequestHandler,
-    create_backend_app,
-)
+from moto.moto_server import werkzeug_app
 from moto.s3.models import s3_backends
-from werkzeug.serving import make_server
-from werkzeug.wrappers import Request, Response
 
 from polars_cloud_emulator import sample_data
 from polars_cloud_emulator.model.workspace import DATA_BUCKET, TEMPORARY_BUCKET
 from polars_cloud_emulator.storage.kept_objects import KeptObjects
-
-if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+from polars_cloud_emulator.storage.s3_door import Door
+from polars_cloud_emulator.storage.s3_server import S3Server
+from polars_cloud_emulator.storage.s3_signatures import SignatureCheck
 
 REGION = "us-east-1"
-STOP_CHECK_SECONDS = 0.05
 ACCESS_KEY = "emulator"
-"""moto accepts any pair of keys; its clients insist on having one."""
+"""The id of the only pair of keys."""
 
 
 class UnusableEnvironment(Exception):
@@ -43,35 +33,32 @@ class ObjectStore:
 
     Parameters
     ----------
-    address
-        ``host:port`` under which clients find it.
+    host
+        Name or address under which clients find it.
     folder
         Where the objects are kept.
+    secret_key
+        What clients sign their requests with.
     """
 
     temporary_uri = f"s3://{TEMPORARY_BUCKET}"
     """Prefix for results without a destination."""
 
-    def __init__(self, listener: socket.socket, address: str, folder: Path) -> None:
-        self.endpoint_url = f"http://{address}"
-        logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    def __init__(self, listener: socket.socket, host: str, folder: Path, secret_key: str) -> None:
+        self.endpoint_url = f"http://{host}:{listener.getsockname()[1]}"
+        self._secret_key = secret_key
         self._kept = KeptObjects(folder, (DATA_BUCKET, TEMPORARY_BUCKET), REGION)
-        host, port = listener.getsockname()[:2]
-        self._server = make_server(
-            host,
-            port,
-            _in_their_regions(self._kept.kept(DomainDispatcherApplication(create_backend_app))),
-            threaded=True,
-            request_handler=MotoRequestHandler,
-            fd=listener.fileno(),
+        # moto's server lets the scripts of every web page read its answers.
+        werkzeug_app.DISABLE_GLOBAL_CORS = True  # type: ignore[attr-defined]
+        # Of all the services that it has, only this one.
+        moto = werkzeug_app.create_backend_app("s3")
+        door = Door(
+            self._kept.kept(moto),
+            SignatureCheck(ACCESS_KEY, secret_key),
+            host=host,
+            region_of=self._region_of,
         )
-        self._thread = threading.Thread(
-            target=self._server.serve_forever,
-            kwargs={"poll_interval": STOP_CHECK_SECONDS},
-            name="object-store",
-            daemon=True,
-        )
-        self._thread.start()
+        self._server = S3Server(listener, door)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -79,7 +66,7 @@ class ObjectStore:
         return {
             "AWS_ENDPOINT_URL": self.endpoint_url,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": self._secret_key,
             "AWS_REGION": REGION,
             "AWS_DEFAULT_REGION": REGION,
         }
@@ -99,6 +86,7 @@ class ObjectStore:
 
     def clear(self, last_day: date) -> None:
         """Delete everything, but leave the sample data where it is as it was."""
+        self._kept.renew_buckets()
         sample = {key: _tag(content) for key, content in sample_data.parquet_files(last_day)}
         for bucket, kept in ((DATA_BUCKET, sample), (TEMPORARY_BUCKET, {})):
             for key, tag in self._tags(bucket).items():
@@ -110,8 +98,7 @@ class ObjectStore:
         self._kept.load()
 
     def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
+        self._server.close()
 
     def _tags(self, bucket: str) -> dict[str, str]:
         """Keys of the objects, each with the ETag of what it holds."""
@@ -121,35 +108,15 @@ class ObjectStore:
     def _bucket(name: str) -> Any:
         return s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[name]
 
+    @staticmethod
+    def _region_of(name: str) -> str | None:
+        bucket = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets.get(name)
+        return None if bucket is None else str(bucket.region_name)
+
 
 def _tag(content: bytes) -> str:
     """The ETag of an object that was written as a whole."""
     return f'"{hashlib.md5(content, usedforsecurity=False).hexdigest()}"'
-
-
-def _in_their_regions(moto: "WSGIApplication") -> "WSGIApplication":
-    """Refuse a client that looks for a bucket in the wrong region, as S3 does and moto does not."""
-
-    def application(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        request = Request(environ)
-        bucket = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets.get(request.path.split("/")[1])
-        signed_for = re.search(
-            r"Credential=[^,]*/([^/]+)/s3/", request.headers.get("authorization", "")
-        )
-        if bucket is None or signed_for is None or signed_for[1] == bucket.region_name:
-            return moto(environ, start_response)
-        request.get_data()  # an answer before its end would break the connection
-        refusal = Response(
-            "<Error><Code>PermanentRedirect</Code><Message>The bucket you are attempting to access "
-            "must be addressed using the specified endpoint. Please send all future requests to "
-            f"this endpoint.</Message><Bucket>{bucket.name}</Bucket></Error>",
-            status=301,
-            content_type="application/xml",
-            headers={"x-amz-bucket-region": bucket.region_name},
-        )
-        return refusal(environ, start_response)
-
-    return application
 
 
 class OutsideObjectStore:

@@ -1,4 +1,4 @@
-"""What outlives one run of the emulator: certificates, the first account's secret, the rest."""
+"""What outlives one run of the emulator: certificates, secrets, the rest."""
 
 import contextlib
 import fcntl
@@ -40,6 +40,7 @@ class StateDirectory:
         self._authority_key = path / "certificate-authority.key"
         self._authority = self.trusted_certificates / "certificate-authority.pem"
         self._client_secret = path / "client-secret"
+        self._object_store_secret = path / "object-store-secret"
         self.state = path / "state.sqlite"
         self._check_path()
         with self._explaining():
@@ -78,15 +79,12 @@ class StateDirectory:
         return authority
 
     def client_secret(self) -> str:
-        if not self._client_secret.exists():
-            self.write(self._client_secret, secrets.token_urlsafe(32).encode())
-        with self._explaining():
-            secret = self._client_secret.read_bytes()
-        if re.fullmatch(rb"[!-~]+", secret) is None:
-            raise UnusableStateDirectory(
-                f"{self._client_secret} is damaged; delete it, and give clients the new secret"
-            )
-        return secret.decode()
+        """The first service account's."""
+        return self._secret(self._client_secret)
+
+    def object_store_secret(self) -> str:
+        """The secret access key of the emulator's own S3."""
+        return self._secret(self._object_store_secret)
 
     def write(self, path: Path, content: bytes) -> None:
         """Write a file of the directory, whole or not at all.
@@ -142,3 +140,15 @@ class StateDirectory:
             raise UnusableStateDirectory(
                 f"the state directory {self._path} cannot be used: {error}"
             ) from None
+
+    def _secret(self, path: Path) -> str:
+        """The secret of the first run, so that a client's environment survives a restart."""
+        if not path.exists():
+            self.write(path, secrets.token_urlsafe(32).encode())
+        with self._explaining():
+            secret = path.read_bytes()
+        if re.fullmatch(rb"[!-~]+", secret) is None:
+            raise UnusableStateDirectory(
+                f"{path} is damaged; delete it, and give clients the new secret"
+            )
+        return secret.decode()

@@ -8,7 +8,11 @@ from polars_cloud_emulator.workers.plan import NODES_KEY, Document
 
 LARGEST = 50_000
 """Bytes of a plan that is shown."""
-SECRETS: dict[str, Any] = {"cloud_options": None, "catalog_properties": {}}
+SECRETS: dict[str, Any] = {
+    "cloud_options": None,
+    "catalog_properties": {},
+    "iceberg_storage_properties": {},
+}
 """Keys of what may hold secrets, and what stands in its place."""
 
 

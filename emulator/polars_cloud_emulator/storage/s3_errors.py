@@ -1,0 +1,58 @@
+"""Refusals as S3 words them: a code that clients tell apart, and a sentence for people."""
+
+from xml.sax.saxutils import escape
+
+from werkzeug.wrappers import Response
+
+STATUS = {
+    "AccessDenied": 403,
+    "AuthorizationHeaderMalformed": 400,
+    "AuthorizationQueryParametersError": 400,
+    "EntityTooLarge": 400,
+    "IncompleteBody": 400,
+    "InternalError": 500,
+    "InvalidAccessKeyId": 403,
+    "InvalidRequest": 400,
+    "InvalidToken": 400,
+    "InvalidURI": 400,
+    "KeyTooLongError": 400,
+    "MissingContentLength": 411,
+    "NoSuchBucket": 404,
+    "NoSuchService": 404,
+    "NotImplemented": 501,
+    "PermanentRedirect": 301,
+    "RequestTimeTooSkewed": 403,
+    "SignatureDoesNotMatch": 403,
+    "XAmzContentSHA256Mismatch": 400,
+}
+"""HTTP status of each code. ``NoSuchService`` is the emulator's own."""
+
+
+class S3Error(Exception):
+    """A request is refused.
+
+    Parameters
+    ----------
+    code
+        One of ``STATUS``.
+    message
+        What is wrong.
+    headers
+        Headers of the answer, beside its type and length.
+    """
+
+    def __init__(self, code: str, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self._headers = headers
+
+    def response(self) -> Response:
+        # A tab, a line feed and a carriage return are the only control characters of XML.
+        message = "".join(c for c in str(self) if c.isprintable() or c in "\t\n\r")
+        return Response(
+            '<?xml version="1.0" encoding="UTF-8"?>\n'
+            f"<Error><Code>{self.code}</Code><Message>{escape(message)}</Message></Error>",
+            status=STATUS[self.code],
+            headers=self._headers,
+            content_type="application/xml",
+        )
