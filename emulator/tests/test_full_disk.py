@@ -25,7 +25,7 @@ StartCluster = Callable[..., Any]
 
 CALL_ERRORS = (ValueError, RuntimeError)
 READS = re.compile("GET .*|Get.*")
-CHANGE_NO_STATE = {"DeleteQueryResult", "POST token"}
+CHANGE_NO_STATE = {"DeleteQueryResult", "POST device", "POST token"}
 PASSING = {"billed_seconds", "seconds"}
 """What differs from look to look."""
 
@@ -176,6 +176,7 @@ def test_end_that_cannot_be_kept_is_shown_and_told_when_there_is_room(
 def test_emulator_that_ends_on_a_full_disk_says_what_is_lost(serve: Callable[..., Served]) -> None:
     served = serve("--port-base", 0)
     served.call("POST", "compute/start", CLUSTER)
+    eventually(lambda: served.state()["clusters"][0]["worker_pids"])
     with full_disk(served.pid):
         served.advance_clock(timedelta(hours=1))
         eventually(lambda: seen(served)["clusters"][0]["status"] == "Stopped")

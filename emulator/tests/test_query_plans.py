@@ -132,7 +132,7 @@ def test_planning_ends_with_its_query_and_its_cluster(
     eventually(lambda: [q["status"] for q in emulator.state()["queries"]] == ["InProgress"])
     if end == "cancel":
         [query] = emulator.state()["queries"]
-        [pid] = emulator.state()["clusters"][0]["worker_pids"]
+        [pid] = eventually(lambda: emulator.state()["clusters"][0]["worker_pids"])
         emulator.call("POST", f"query/{query['id']}/cancel")
         eventually(lambda: none_running([pid]))
     else:
@@ -145,7 +145,9 @@ def test_planning_ends_with_its_query_and_its_cluster(
 def test_plan_shows_no_storage_options(
     emulator: RunningEmulator, pc: Any, start_cluster: StartCluster
 ) -> None:
-    options = {"aws_access_key_id": "of-the-user", "aws_secret_access_key": "a-secret-of-the-user"}
+    keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    options = {name.lower(): emulator.environment[name] for name in keys}
+    options["user_agent"] = "a-secret-of-the-user"
     sales = pl.scan_parquet("s3://your-bucket/sales/", storage_options=options)
     dst = pc.ParquetDst(TARGET, storage_options=options)
     query = pc.spawn(sales, dst=dst, context=start_cluster(), plan_type="plain")
@@ -159,3 +161,4 @@ def test_plan_shows_no_storage_options(
     for text in (query.plan("ir"), page.text):
         assert "Parquet SCAN [s3://your-bucket/sales/" in text
         assert "of-the-user" not in text
+        assert options["aws_secret_access_key"] not in text

@@ -2,7 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,16 @@ def holding_the_secret(folder: Path) -> list[Path]:
     return [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
+def with_the_secret(environment: Mapping[str, str]) -> dict[str, str]:
+    """Storage options that the emulator's S3 takes, with one that it does not look at."""
+    keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    return {**{name.lower(): environment[name] for name in keys}, "user_agent": SECRET}
+
+
 def frame(emulator: RunningEmulator, source: str, rows: int) -> tuple[pl.LazyFrame, dict[str, str]]:
     """A frame that reads with the secret, and the options with which to write."""
     options = {
-        "aws_access_key_id": "any",
-        "aws_secret_access_key": SECRET,
-        "aws_session_token": SECRET,
+        **with_the_secret(emulator.environment),
         "aws_endpoint_url": emulator.environment["AWS_ENDPOINT_URL"],
         "aws_region": "us-east-1",
     }
@@ -92,7 +96,7 @@ def test_secret_of_a_query_ends_with_it_after_a_restart(
         f"""
 ctx = pc.ComputeContext(workspace="playground", cpus=2, memory=4)
 ctx.start()
-options = {{"aws_access_key_id": "any", "aws_secret_access_key": "{SECRET}"}}
+options = {with_the_secret(served.environment)}
 scan = pl.scan_parquet("s3://your-bucket/returns/", storage_options=options)
 scan.remote(ctx).sink_parquet("s3://your-bucket/mine/")
 """,

@@ -323,6 +323,9 @@ def test_queries_without_a_users_code_share_a_process(
     assert worker_pids(emulator) == first
 
 
+S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+
+
 def with_a_users_code() -> Iterator[Any]:
     frame = pl.LazyFrame({"x": [1]})
     frames = {
@@ -337,7 +340,7 @@ def with_a_users_code() -> Iterator[Any]:
         "credentials": lambda: pl.scan_parquet(
             "s3://your-bucket/sales/*.parquet",
             credential_provider=lambda: (
-                {"aws_access_key_id": "any", "aws_secret_access_key": "any"},
+                {name.lower(): os.environ[name] for name in S3_KEYS},
                 None,
             ),
         ),
