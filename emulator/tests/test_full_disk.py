@@ -184,3 +184,17 @@ def test_emulator_that_ends_on_a_full_disk_says_what_is_lost(serve: Callable[...
     assert (code, output) == (0, "")
     [line] = errors.splitlines()
     assert "cannot keep its state" in line
+
+
+def test_reset_that_cannot_be_kept_empties_nothing(
+    emulator: RunningEmulator, start_cluster: StartCluster
+) -> None:
+    start_cluster()
+    eventually(lambda: len(seen(emulator)["clusters"][0]["worker_pids"]) == 1)
+    before = seen(emulator)
+    with full_disk(emulator.pid):
+        with pytest.raises(ValueError, match="cannot keep its state"):
+            emulator.reset()
+        assert seen(emulator) == before
+    emulator.reset()
+    assert seen(emulator)["clusters"] == []
