@@ -17,7 +17,7 @@ export UV_COMPILE_BYTECODE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo emulator airflow copy preflight check check-style check-file check-run test \
-	test-template failures versions wheel celery lint benchmark bench-calls comparison load waiting lock upgrade clean
+	test-template failures versions mutations wheel celery lint benchmark bench-calls comparison load waiting lock upgrade clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -47,15 +47,17 @@ test: .venv/installed ## Run the tests of the DAGs and of what they share
 test-template: .venv/installed ## Run those of the template itself: its pages, scripts and layouts, the emulator
 	.venv/bin/python -m pytest emulator/tests tests/template
 
-failures: .venv/installed ## Run the DAGs through all that can go wrong; ALL=1: each; REALISTIC=1: some
-	.venv/bin/python -m pytest tests/failures --dist=worksteal $(if $(REALISTIC),--realistic) \
-		$(if $(ALL),,-m '$(if $(REALISTIC),any_airflow,not further)')
+failures: .venv/installed ## Run the DAGs while things go wrong, under a scheduler; ALL=1: each DAG
+	.venv/bin/python -m pytest tests/failures --dist=worksteal $(if $(ALL),,-m 'not further')
 
 versions: $(OLDER_AIRFLOWS:%=.venv/airflow-%/installed) ## Run the DAGs on older Airflows, and let some things go wrong
 	for version in $(OLDER_AIRFLOWS); do \
 		.venv/airflow-$$version/bin/python -m pytest tests/failures --dist=load \
 			-m any_airflow -W default || exit; \
 	done
+
+mutations: .venv/installed ## Break each promise once, and tell which break no test notices; WORDS=...: some
+	.venv/bin/python scripts/mutations.py $(WORDS)
 
 wheel: .venv/installed ## Build the emulator's wheel, and try it where nothing else is installed
 	rm -rf .venv/wheel && .venv/bin/uv build --quiet --wheel --out-dir .venv/wheel emulator

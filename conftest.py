@@ -1,13 +1,25 @@
 """What all tests share: an emulator, and the real client that talks to it."""
 
 import os
+from datetime import UTC, datetime, timedelta
 from types import ModuleType
 
 import pytest
 
-from polars_cloud_emulator.testing import RunningEmulator
+from polars_cloud_emulator.testing import RunningEmulator, eventually
 
 pytest_plugins = ["polars_cloud_emulator.pytest_plugin"]
+
+
+@pytest.fixture(autouse=True)
+def one_day() -> None:
+    """Begin no test at midnight (UTC), when the emulator writes the sample data of another day."""
+
+    def is_of_one_day() -> bool:
+        now = datetime.now(UTC)
+        return (now - timedelta(seconds=10)).date() == (now + timedelta(seconds=60)).date()
+
+    eventually(is_of_one_day, pause=0.5)
 
 
 @pytest.fixture(scope="session")

@@ -500,10 +500,10 @@ def test_words_of_the_rest_api_come_through() -> None:
 
 
 def test_unreachable_service_is_retried_and_says_what_to_check() -> None:
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        closed_port = server.getsockname()[1]
-    nowhere = f"emulator@127.0.0.1:{closed_port}"
-    ran = run_python("-c", LOG_IN, POLARS_CLOUD_DOMAIN=nowhere, POLARS_CLOUD_OUTAGE="1")
+    with closing(socket.socket()) as bound:
+        bound.bind(("127.0.0.1", 0))  # without listening: the port is taken, and refuses
+        nowhere = f"emulator@127.0.0.1:{bound.getsockname()[1]}"
+        ran = run_python("-c", LOG_IN, POLARS_CLOUD_DOMAIN=nowhere, POLARS_CLOUD_OUTAGE="1")
     assert "\nConnectionError: Polars Cloud could not be reached: check the network" in ran.stderr
     assert "LoginRefusedError" not in ran.stderr
     assert os.environ["POLARS_CLOUD_CLIENT_SECRET"] not in ran.stderr

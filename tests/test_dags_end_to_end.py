@@ -17,7 +17,7 @@ from polars.testing import assert_frame_equal
 from sqlalchemy import select
 
 from include.polars_remote import use_cluster
-from include.polars_remote.waiting import deferral
+from include.polars_remote.waiting import deferral, in_triggerer
 from local_airflow import PATTERNS, ROOT
 from polars_cloud_emulator.testing import RunningEmulator, eventually
 from tests.observed import cluster_statuses, query_statuses, variables
@@ -322,10 +322,14 @@ def test_tasks_that_are_deferred_hand_over_and_announce_the_same(
     caplog.set_level("INFO", "include")
     monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.0)
     monkeypatch.setattr(deferral, "LONGEST_RESUME_DELAY", 0.0)
+    sweeps = []
+    monkeypatch.setattr(in_triggerer, "FIRST_SWEEP_SECONDS", 0.0)
+    monkeypatch.setattr(in_triggerer, "end_orphans", lambda **options: sweeps.append(options) or [])
     emulator.add_fault("SubmitQuery", "query_takes", seconds=2, times=4)
     run = dags["complete_pipeline"].test(logical_date=datetime.now(UTC))
     assert run.state == DagRunState.SUCCESS
     assert caplog.text.count("Deferred until query") == 4
+    assert sweeps == []  # a thread beside that of `dag.test()` would disturb it
     day = run.logical_date.date()
     file = f"reports/daily/{day}.parquet"
     report = pl.read_parquet(f"{DATA}/{file}")

@@ -317,6 +317,7 @@ def test_each_call_of_the_clients_private_api_is_still_there(pc: ModuleType) -> 
 def test_each_private_name_of_airflow_is_still_there(supervisor: object) -> None:
     from airflow.sdk.api.datamodels._generated import DagRun, TIRunContext
     from airflow.sdk.bases import operator
+    from airflow.sdk.execution_time import supervisor as supervisors
 
     looked_up = {
         "task_runner.SUPERVISOR_COMMS": hasattr(task_runner, "SUPERVISOR_COMMS"),
@@ -328,6 +329,7 @@ def test_each_private_name_of_airflow_is_still_there(supervisor: object) -> None
         in TIRunContext.model_fields
         and "_ti_context_from_server" in task_runner.RuntimeTaskInstance.__private_attributes__,
         "airflow.sdk.bases.operator.TRIGGER_FAIL_REPR": hasattr(operator, "TRIGGER_FAIL_REPR"),
+        "supervisor.InProcessSupervisorComms": hasattr(supervisors, "InProcessSupervisorComms"),
         "airflow.sdk.serde": find_spec("airflow.sdk.serde") is not None,
     }
     vanished = [name for name, is_there in looked_up.items() if not is_there]

@@ -27,6 +27,8 @@ from tests.tries import Supervisor, TriedTask, start_try
 CLUSTER = {"name": "shop", "cpus": 2, "memory": 4, "cluster_size": 2}
 FILE = "s3://your-bucket/results/one.parquet"
 FOR_GOOD = 1_000_000
+NO_OUTAGE = 60.0
+"""Seconds for which a call is retried that nobody interrupts for good."""
 QUERY_ENDS, CLUSTER_ENDS = {"Success", "Failed", "Canceled"}, {"Stopped", "Failed"}
 
 
@@ -280,7 +282,9 @@ class Stage:
         session._login = session._Login()
         states = self._supervisor.states["manual__1"]
         states.update(dict.fromkeys(states, "failed"))
-        left = ", ".join(map(str, end_orphans()))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(retry, "OUTAGE_SECONDS", NO_OUTAGE)
+            left = ", ".join(map(str, end_orphans()))
         return left or self.find_rest()
 
     def find_rest(self) -> str:
@@ -371,7 +375,10 @@ def test_a_worker_that_dies_at_a_call_to_polars_cloud_leaves_nothing_after_the_s
 
 
 @pytest.mark.parametrize("kind", ["connection_reset", "answer_lost"])
-def test_a_call_to_polars_cloud_that_fails_once_changes_nothing(stage: Stage, kind: str) -> None:
+def test_a_call_to_polars_cloud_that_fails_once_changes_nothing(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(retry, "OUTAGE_SECONDS", NO_OUTAGE)
     errors, holes = {}, {}
     scenario = Scenario(succeed)
     for at in stage.record(scenario)[1]:

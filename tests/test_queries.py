@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import boto3
@@ -39,7 +39,9 @@ from include.polars_remote.errors import (
 )
 from include.polars_remote.ownership.kills import TaskKilled
 from include.polars_remote.ownership.labels import get_labels
+from include.polars_remote.ownership.record import QueryRecord
 from include.polars_remote.ownership.scope import current_scope
+from include.polars_remote.queries import _Submission
 from polars_cloud_emulator.testing import RunningEmulator, eventually
 from tests.observed import calls, cluster_statuses, entries, query_statuses
 from tests.tries import StartTry, Supervisor, kill
@@ -839,12 +841,16 @@ def test_a_cluster_that_failed_to_start_is_started_again_by_the_next_query(
 def test_a_query_is_not_sent_before_the_cluster_that_a_killed_worker_started_is_running(
     emulator: RunningEmulator, start_try: StartTry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    stands_still = threading.Event()
+
+    def stand_still(_: float) -> None:
+        stands_still.set()
+        threading.Event().wait()
+
     def body() -> Iterator[None]:
         with use_cluster(CLUSTER) as ctx:
             Thread(target=submit, args=(ctx,), name="killed-worker", daemon=True).start()
-            eventually(lambda: cluster_statuses(emulator) == ["Starting"])
-            [cluster] = emulator.state()["clusters"]
-            eventually(lambda: calls(emulator, cluster["id"]))  # it polls
+            assert stands_still.wait(60)  # between two polls
             yield
 
     def start_up() -> int:
@@ -855,9 +861,11 @@ def test_a_query_is_not_sent_before_the_cluster_that_a_killed_worker_started_is_
         emulator.advance_clock(timedelta(minutes=3))
         return sent
 
-    monkeypatch.setattr("include.polars_remote.clusters.STARTING_PAUSE_SECONDS", 600.0)
     emulator.add_fault("POST manifest/start", "startup_takes", seconds=180)
-    kill(body)
+    with monkeypatch.context() as of_first_try:
+        standing = SimpleNamespace(sleep=stand_still, monotonic=time.monotonic)
+        of_first_try.setattr("include.polars_remote.clusters.time", standing)
+        kill(body)
     monkeypatch.setattr("include.polars_remote.clusters.STARTING_PAUSE_SECONDS", 0.1)
     with ThreadPoolExecutor() as background:
         starting_up = background.submit(start_up)
@@ -1061,7 +1069,7 @@ def test_a_submission_that_is_accepted_after_it_was_repeated_leaves_no_second_qu
     monkeypatch: pytest.MonkeyPatch,
     uri: str | None,
 ) -> None:
-    monkeypatch.setitem(CloudSession.call.__kwdefaults__, "call_timeout", 0.5)
+    monkeypatch.setitem(CloudSession.call.__kwdefaults__, "call_timeout", 2.0)
     emulator.add_fault("SubmitQuery", "delay", seconds=60)
     query = submit(ctx, uri) if uri else TWO_ROWS.remote(ctx).execute(blocking=False)
     query.await_result()
@@ -1125,6 +1133,22 @@ def test_a_submission_that_is_given_up_after_it_was_accepted_is_canceled(
     assert query_statuses(emulator) == ["Canceled"]
     assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}
+
+
+def test_a_temporary_result_that_is_accepted_as_the_task_is_interrupted_is_canceled(
+    ctx: Any, pc: ModuleType, emulator: RunningEmulator
+) -> None:
+    submit(ctx).await_result()
+    emulator.add_fault("SubmitQuery", "query_hangs")
+    submission = _Submission(
+        current_scope().session,
+        ctx,
+        QueryRecord(cluster_id=get_cluster_id(ctx) or "", manifest="shop", known=[]),
+        lambda: submit_as_somebody_else(pc, emulator, None),
+    )
+    submission.attempt()
+    submission.end(None)
+    eventually(lambda: query_statuses(emulator) == ["Success", "Canceled"])
 
 
 # An expired result
@@ -1456,14 +1480,14 @@ def test_the_next_try_does_not_end_a_query_that_the_first_has_detached(
     def body() -> Iterator[None]:
         emulator.add_fault("SubmitQuery", "query_hangs", times=2)
         with use_cluster(CLUSTER, stop=False) as ctx:
-            detach(submit(ctx))
             submit(ctx, OTHER_FILE)
+            detach(submit(ctx))
             yield
 
     kill(body)
     with start_try(2, clear_number=1):
         pass
-    eventually(lambda: query_statuses(emulator) == ["InProgress", "Canceled"])
+    eventually(lambda: query_statuses(emulator) == ["Canceled", "InProgress"])
 
 
 # The plan
@@ -1693,10 +1717,15 @@ def test_a_new_try_does_not_wait_behind_an_earlier_query_that_it_has_not_resumed
     assert query_statuses(emulator) == ["Canceled", "Success"]
 
 
+@pytest.mark.parametrize("kind", ["query_takes", "query_waits"])
 def test_a_detached_query_keeps_its_cluster(
-    pc: ModuleType, emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
+    pc: ModuleType,
+    emulator: RunningEmulator,
+    start_try: StartTry,
+    supervisor: Supervisor,
+    kind: str,
 ) -> None:
-    emulator.add_fault("SubmitQuery", "query_takes", seconds=60)
+    emulator.add_fault("SubmitQuery", kind, seconds=60)
     with start_try(), use_cluster(CLUSTER) as ctx:
         detach(TWO_ROWS.remote(ctx).single_node().sink_parquet(FILE))
     emulator.advance_clock(timedelta(seconds=60))

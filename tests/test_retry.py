@@ -188,11 +188,13 @@ def test_an_outage_that_outlasts_the_budget_is_an_error(
     query: Any, emulator: RunningEmulator
 ) -> None:
     fault = {"operation": "GetQueryStatus", "kind": "grpc_error", "code": "UNAVAILABLE"}
-    emulator.add_fault(**fault, message="at first")
-    emulator.add_fault(**fault, message="at last", times=1_000)
-    with pytest.raises(RuntimeError, match="at last"):
+    for number in range(1, 9):
+        emulator.add_fault(**fault, message=f"refusal {number}")
+    with pytest.raises(RuntimeError) as raised:
         retry(query.get_status)
-    assert 2 <= calls(emulator, "GetQueryStatus") <= 4
+    # A slow machine makes fewer calls.
+    assert 1 <= calls(emulator, "GetQueryStatus") <= 4
+    assert f"refusal {calls(emulator, 'GetQueryStatus')}" in str(raised.value)
 
 
 def test_an_outage_that_ends_just_within_the_budget_is_survived(
@@ -210,16 +212,17 @@ def test_an_outage_that_ends_just_within_the_budget_is_survived(
 
 
 def test_an_outage_that_outlasts_the_time_limit_is_an_error(
-    query: Any, emulator: RunningEmulator
+    query: Any, emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Each of these calls is the last that the limit leaves time for.
+    monkeypatch.setattr("include.polars_remote.cloud.retry.LAST_TRY_SECONDS", 60.0)
     fault = {"kind": "grpc_error", "code": "UNAVAILABLE", "message": "down", "times": 1_000}
     emulator.add_fault("GetQueryStatus", **fault)
-    began = time.monotonic()
-    with time_limit(0.5):
+    with time_limit(60.0):
         for _ in range(3):
             with pytest.raises(RuntimeError, match="down"):
                 retry(query.get_status)
-    assert time.monotonic() - began < 10
+    assert calls(emulator, "GetQueryStatus") == 3
 
 
 def test_a_time_limit_ends_with_its_body(query: Any, emulator: RunningEmulator) -> None:

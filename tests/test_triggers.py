@@ -336,7 +336,7 @@ def test_an_outage_that_lasts_too_long_resumes_the_task(
 def test_a_call_without_a_reply_holds_up_nothing_and_is_abandoned(
     defer: Defer, emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(in_triggerer, "CALL_SECONDS", 2.0)
+    monkeypatch.setattr(in_triggerer, "CALL_SECONDS", 4.0)
     trigger = defer()
     emulator.add_fault("GetQueryStatus", "stall", times=2)
     emulator.advance_clock(MINUTE)

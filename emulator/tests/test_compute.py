@@ -68,7 +68,8 @@ def test_worker_that_has_read_from_s3_takes_no_cpu_while_it_waits(
     sales = pl.scan_parquet("s3://your-bucket/sales/*.parquet")
     sales.select(pl.len()).remote(context).execute()
     [pid] = worker_pids(emulator, 1)
-    assert psutil.Process(pid).cpu_percent(interval=2) < 2
+    worker = psutil.Process(pid)
+    eventually(lambda: worker.cpu_percent(interval=2) < 2, 20)  # it may have its query to clear up
 
 
 def test_status_follows_the_cluster(

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import sqlite3
@@ -43,12 +44,11 @@ query = blocking.lazy_frame().remote(ctx).sink_parquet("s3://your-bucket/mine/")
 
 @pytest.fixture
 def port_base() -> int:
-    """The first of three free ports in a row."""
+    """The first of three free ports in a row, below those that the system gives out by itself."""
     while True:
-        with contextlib.ExitStack() as held, contextlib.suppress(OSError, OverflowError):
-            first = held.enter_context(socket.create_server(("127.0.0.1", 0)))
-            base: int = first.getsockname()[1]
-            for port in (base + 1, base + 2):
+        base = random.randrange(10_000, 32_000)
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
+            for port in range(base, base + 3):
                 held.enter_context(socket.create_server(("127.0.0.1", port)))
             return base
 

@@ -7,22 +7,16 @@ import pytest
 from tests.failures.deployment import Deployment, running_deployment
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--realistic", action="store_true", help="with clusters that take minutes")
-
-
 @pytest.fixture(scope="session")
-def running_airflow(
-    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
-) -> Iterator[Deployment]:
-    options = ["--realistic"] if pytestconfig.getoption("--realistic") else []
-    folder = tmp_path_factory.mktemp("deployment")
-    with running_deployment(folder, emulator_options=options) as deployment:
+def running_airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    with running_deployment(tmp_path_factory.mktemp("deployment")) as deployment:
         yield deployment
 
 
 @pytest.fixture
-def airflow(running_airflow: Deployment) -> Deployment:
+def airflow(running_airflow: Deployment, request: pytest.FixtureRequest) -> Deployment:
     """Airflow in which nothing runs, with an emulator as it was at its start."""
+    options = ["--realistic"] if request.node.get_closest_marker("realistic") else []
+    running_airflow.emulator.restart_with(*options)
     running_airflow.end_runs()
     return running_airflow

@@ -13,7 +13,7 @@ import sys
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -124,17 +124,21 @@ def write_dags(folder: Path, sources: Mapping[str, str] | None = None) -> None:
 class Emulator:
     """An emulator in a process of its own, which finds its state again when it is restarted."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self._env_file = folder / "env"
         self._command = [sys.executable, "-m", "polars_cloud_emulator", "serve"]
         self._command += ["--port-base", str(free_ports(3)), "--env-file", str(self._env_file)]
-        self._command += ["--state-dir", str(folder / "state"), *options]
+        self._command += ["--state-dir", str(folder / "state")]
+        self._options: list[str] = []
         self.start()
 
     def start(self) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         self._process = subprocess.Popen(
-            self._command, stdout=subprocess.PIPE, env=environment, start_new_session=True
+            [*self._command, *self._options],
+            stdout=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,
         )
         assert self._process.stdout is not None
         assert self._process.stdout.readline(), "the emulator did not start"
@@ -145,6 +149,13 @@ class Emulator:
         self._process.wait(30)
         assert self._process.stdout is not None
         self._process.stdout.close()
+
+    def restart_with(self, *options: str) -> None:
+        """Restart the emulator, unless it was started with these options."""
+        if self._options != [*options]:
+            self.stop()
+            self._options = [*options]
+            self.start()
 
     # What happened, as the emulator counted it
 
@@ -473,7 +484,6 @@ def running_deployment(
     *,
     slots: int = 6,
     options: Mapping[str, str] = QUICK_INTERVALS,
-    emulator_options: Iterable[str] = (),
 ) -> Iterator[Deployment]:
     """Run Airflow while the context is open.
 
@@ -485,13 +495,11 @@ def running_deployment(
         How many tasks may run at once.
     options
         Settings of Airflow's, beside its defaults.
-    emulator_options
-        Of the command that serves the emulator.
     """
     home = folder / "airflow"
     home.mkdir()
     write_dags(folder / "dags", sources)
-    emulator = Emulator(folder, *emulator_options)
+    emulator = Emulator(folder)
     port = free_ports(1)
     before = os.environ.copy()
     try:

@@ -777,3 +777,107 @@ SCENARIOS: Mapping[str, Scenario] = {
         },
     ),
 }
+
+SHOWN_WITHOUT_SCHEDULER: Mapping[str, str] = {
+    "a query fails": (
+        "tests/test_dags_end_to_end.py::"
+        "test_a_failed_query_fails_the_run_with_its_own_exception_and_leaves_no_more_behind"
+    ),
+    "nobody waits for a query": (
+        "tests/test_scope.py::test_a_query_that_nobody_has_waited_for_is_an_error_and_canceled"
+    ),
+    "a query is canceled from elsewhere": (
+        "tests/test_queries.py::test_a_query_canceled_from_elsewhere_fails_the_task_for_good"
+    ),
+    "the cluster does not start": (
+        "tests/test_clusters.py::test_a_cluster_that_does_not_start_says_why"
+    ),
+    "the cluster is lost in mid-query": (
+        "tests/test_queries.py::"
+        "test_a_query_whose_cluster_has_failed_under_it_is_not_submitted_anew"
+    ),
+    "the shutdown finds nothing to stop": (
+        "tests/test_clusters.py::test_stop_is_quiet_when_nothing_is_running"
+    ),
+    "the shutdown fails": (
+        "tests/test_clusters.py::test_a_stop_that_fails_is_a_warning_and_left_to_the_sweep"
+    ),
+    "the stop is refused after the query has succeeded": (
+        "tests/test_clusters.py::"
+        "test_a_stop_that_is_refused_after_a_good_body_is_a_warning_and_left_to_the_sweep"
+    ),
+    "429, 500, 503 and a reset while logging in": (
+        "tests/test_retry.py::test_an_outage_at_the_login_is_waited_for"
+    ),
+    "429, 500, 503 and a reset while looking up the cluster": (
+        "tests/test_clusters.py::test_an_outage_at_any_step_is_survived"
+    ),
+    "429, 500, 503 and a reset while starting": (
+        "tests/test_clusters.py::test_an_outage_at_any_step_is_survived"
+    ),
+    "429, 500, 503 and a reset while submitting": (
+        "tests/test_queries.py::test_a_submission_that_was_not_accepted_is_repeated"
+    ),
+    "429, 500, 503 and a reset while polling": (
+        "tests/test_queries.py::test_an_outage_while_waiting_is_survived"
+    ),
+    "a status that says nothing about the query": (
+        "tests/test_retry.py::test_a_scheduler_that_is_unavailable_is_waited_for"
+    ),
+    "a call that is never answered while submitting": (
+        "tests/test_queries.py::"
+        "test_a_submission_that_is_accepted_after_it_was_repeated_leaves_no_second_query"
+    ),
+    "a call that is never answered while polling": (
+        "tests/test_retry.py::test_a_call_without_a_reply_is_abandoned_and_repeated"
+    ),
+    "the answer to a submission is lost": (
+        "tests/test_queries.py::test_a_submission_whose_reply_is_lost_is_found_again"
+    ),
+    "the answer to a cluster's start is lost": (
+        "tests/test_clusters.py::test_a_start_whose_reply_is_lost_starts_no_second_cluster"
+    ),
+    "an outage outlasts the budget": (
+        "tests/test_retry.py::test_an_outage_that_outlasts_the_budget_is_an_error"
+    ),
+    "the login expires in mid-wait": "tests/test_auth.py::test_task_logs_in_again_and_goes_on",
+    "the manifest is missing": "tests/test_manifests.py::test_an_absent_manifest_is_registered",
+    "the manifest is for another Python": (
+        "tests/test_manifests.py::test_a_manifest_of_other_versions_is_registered_anew"
+    ),
+    "the manifest is for another Polars": (
+        "tests/test_manifests.py::test_a_manifest_of_other_versions_is_registered_anew"
+    ),
+    "two runs of a DAG share a cluster": (
+        "tests/test_clusters.py::test_stop_leaves_a_query_of_another_run_running"
+    ),
+    "the worker of two queries is killed": (
+        "tests/test_queries.py::test_the_next_try_of_a_killed_worker_resumes_all_its_queries"
+    ),
+    "a user marks the task success": (
+        "tests/test_scope.py::"
+        "test_sigterm_to_a_task_that_was_ended_ends_its_queries_and_its_cluster"
+    ),
+    "a user marks the task skipped": (
+        "tests/test_scope.py::"
+        "test_sigterm_to_a_task_that_was_ended_ends_its_queries_and_its_cluster"
+    ),
+    "the first of two queries fails": (
+        "tests/test_scope.py::test_one_query_that_fails_ends_the_other_with_the_task"
+    ),
+    "the second try is killed before it has done anything": (
+        "tests/test_end.py::"
+        "test_what_a_second_try_has_left_that_died_before_it_resumed_anything_is_found"
+    ),
+    "the cluster's size was changed in the code": (
+        "tests/test_manifests.py::test_a_changed_specification_is_applied_and_logged"
+    ),
+    "one task is cleared after Polars was upgraded": (
+        "tests/test_clusters.py::"
+        "test_a_task_that_is_run_alone_after_an_upgrade_registers_the_manifest_anew"
+    ),
+    "a query is left to itself beside a scope": (
+        "tests/test_clusters.py::test_stop_leaves_a_query_alone_that_a_task_of_the_run_has_detached"
+    ),
+}
+"""Tests that show the same as some scenarios, in which it matters not who runs the tasks."""

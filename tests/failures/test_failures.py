@@ -7,7 +7,7 @@ import pytest
 from polars_cloud_emulator.testing import eventually
 from tests.failures.deployment import Deployment
 from tests.failures.outcome import observe
-from tests.failures.scenarios import IDLE_TIMEOUT, SCENARIOS
+from tests.failures.scenarios import IDLE_TIMEOUT, SCENARIOS, SHOWN_WITHOUT_SCHEDULER
 
 ON_ANY_AIRFLOW = {
     "a user marks the task failed",
@@ -15,13 +15,14 @@ ON_ANY_AIRFLOW = {
     "the worker is killed at every try",
     "two DAGs share a manifest",
 }
-"""What shows that the record of queries and clusters holds on older Airflows, too."""
+"""What shows that the record of queries and clusters holds on older Airflows, too, and on clusters
+that take minutes to start."""
 
 
 def marks(what: str, further: bool) -> list[pytest.MarkDecorator]:
-    if further:
+    if further or what in SHOWN_WITHOUT_SCHEDULER:
         return [pytest.mark.further]
-    return [pytest.mark.any_airflow] if what in ON_ANY_AIRFLOW else []
+    return [pytest.mark.any_airflow, pytest.mark.realistic] if what in ON_ANY_AIRFLOW else []
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ LEAVE_THEIR_CLUSTER = {"airflow-production", "airflow-single-query", "airflow-st
 
 
 @pytest.mark.any_airflow
+@pytest.mark.realistic
 @pytest.mark.further  # on the newest Airflow tests/template/test_standalone.py has run them all
 def test_every_pattern_succeeds_and_leaves_nothing(airflow: Deployment) -> None:
     emulator = airflow.emulator

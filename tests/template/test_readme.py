@@ -16,6 +16,7 @@ from include.shop import PLACEHOLDER
 from local_airflow import ROOT
 from polars_cloud_emulator.protocol.client_check import CLIENT_VERSION
 from polars_cloud_emulator.testing import RunningEmulator
+from tests.failures.scenarios import SCENARIOS, SHOWN_WITHOUT_SCHEDULER
 from tests.failures.table import table
 from tests.test_versions import AIRFLOW, minor, pythons
 
@@ -133,6 +134,13 @@ def test_the_table_of_failures_says_what_is_tested() -> None:
     assert table() in page, f"write this into docs/failures.md:\n{table()}"
     rows = len(table().splitlines()) - 2
     assert f"[{rows} kinds of failure]" in README.read_text()
+
+
+def test_a_failure_that_needs_no_scheduler_is_shown_by_a_test_that_there_is() -> None:
+    assert SHOWN_WITHOUT_SCHEDULER.keys() < SCENARIOS.keys()
+    for test in SHOWN_WITHOUT_SCHEDULER.values():
+        file, _, name = test.partition("::")
+        assert f"\ndef {name}(" in (ROOT / file).read_text(), test
 
 
 def test_the_pages_name_the_versions_that_are_tested() -> None:

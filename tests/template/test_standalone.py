@@ -22,6 +22,7 @@ from local_airflow import ROOT
 from polars_cloud_emulator.testing import eventually
 from standalone import get_token
 from tests.eight_dags import KEPT
+from tests.failures.deployment import free_ports
 
 LEAVE_THEIR_CLUSTER = {"manifest_reuse", "single_query", "status_check"}
 """To its idle timeout, by design."""
@@ -113,9 +114,7 @@ class Standalone:
 
 @contextlib.contextmanager
 def standalone(home: Path) -> Iterator[Standalone]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    running = Standalone(home, port)
+    running = Standalone(home, free_ports(1))
     try:
         yield running
     finally:
@@ -131,11 +130,19 @@ class Session:
     emulator: dict[str, Any]
     exit_code: int
     survivors: list[psutil.Process]
+    logs: Path
+
+    def log(self, task: dict[str, Any]) -> str:
+        """What a task logged, all tries one after the other."""
+        folder = self.logs / f"dag_id={task['dag_id']}" / f"run_id={task['dag_run_id']}"
+        paths = sorted(folder.glob(f"task_id={task['task_id']}/**/attempt=*.log"))
+        return "".join(path.read_text() for path in paths)
 
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
-    with standalone(tmp_path_factory.mktemp("airflow")) as airflow:
+    home = tmp_path_factory.mktemp("airflow")
+    with standalone(home) as airflow:
         airflow.wait_until_ready()
         runs = airflow.get(
             f"{airflow.url}/api/v2/dags/~/dagRuns",
@@ -157,6 +164,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
             emulator,
             airflow.stop(),
             airflow.survivors(),
+            home / "logs",
         )
 
 
@@ -169,7 +177,8 @@ def test_every_task_succeeds_at_its_first_try(session: Session) -> None:
     for task in session.task_instances:
         if task["dag_id"] not in KEPT:
             continue
-        assert (task["state"], task["try_number"]) == ("success", 1), task
+        outcome = (task["state"], task["try_number"])
+        assert outcome == ("success", 1), f"{task}\n{session.log(task)[-6000:]}"
 
 
 @pytest.mark.dag("parallel_single_node")

@@ -17,6 +17,13 @@ def has_supervisor() -> bool:
     return hasattr(task_runner, "SUPERVISOR_COMMS")
 
 
+def is_dag_test() -> bool:
+    """Return whether `dag.test()` runs here: its supervisor serves one thread at a time."""
+    from airflow.sdk.execution_time.supervisor import InProcessSupervisorComms
+
+    return isinstance(task_runner.SUPERVISOR_COMMS, InProcessSupervisorComms)
+
+
 def read_variable(key: str) -> Any:
     """Return a Variable's value from JSON, or None if there is none.
 
