@@ -22,6 +22,7 @@ from polars_cloud_emulator.testing import RunningEmulator, running_emulator
 INPUT_MB = 100
 QUERIES, BATCH = 5_000, 250
 SCANNED_ROWS, SCANS = 10**7, 5
+SMALL_QUERIES, MAX_S3_MS = 50, 50.0
 MAX_INPUT_RATIO, MAX_OTHER_CALL_MS, MAX_LATENCY_RATIO, MAX_SCAN_RATIO = 3.0, 50.0, 1.2, 3.0
 PAUSE_S = 0.02
 
@@ -131,6 +132,32 @@ def report_scan(ctx: Any) -> None:
     )
 
 
+def report_small_query(ctx: Any) -> None:
+    """Count a small file in the emulator's S3, and the same rows sent with the plan, in turns."""
+    import polars as pl
+
+    uri = f"s3://{DATA_BUCKET}/benchmark/small.parquet"
+    frame = pl.select(x=pl.int_range(1_000))
+    frame.write_parquet(uri)
+    sent, stored = (
+        lf.select(pl.len()).remote(ctx).single_node() for lf in (frame.lazy(), pl.scan_parquet(uri))
+    )
+    took = []
+    for _ in range(SMALL_QUERIES):
+        times = [time.perf_counter()]
+        for query in (sent, stored):
+            query.execute()
+            times.append(time.perf_counter())
+        took.append(((times[1] - times[0]) * 1000, (times[2] - times[1]) * 1000))
+    without, with_s3 = (statistics.median(each) for each in zip(*took, strict=True))
+    more = with_s3 - without
+    print(
+        f"a small query of a file in the emulator's S3, median of {SMALL_QUERIES}:",
+        f"{with_s3:.0f} ms, {more:.0f} ms more than of rows in the plan ({without:.0f} ms),",
+        verdict(more, MAX_S3_MS, " ms"),
+    )
+
+
 def report_latency(ctx: Any) -> None:
     """Run query after query; the last compared with the first."""
     import polars as pl
@@ -164,4 +191,5 @@ if __name__ == "__main__":
         ctx.start()
         report_large_input(emulator, ctx)
         report_scan(ctx)
+        report_small_query(ctx)
         report_latency(ctx)
