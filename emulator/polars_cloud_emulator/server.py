@@ -257,6 +257,7 @@ class Emulator:
             self.clock,
             self._access_tokens,
             self._reset,
+            self._open_the_shop,
         )
         pages = Pages(
             self._state,
@@ -268,7 +269,9 @@ class Emulator:
             organization_id=ORGANIZATION_ID,
         )
         await asyncio.to_thread(self._object_store.load)
-        self._opened = await self._open_the_shop()
+        self._sample_data = asyncio.Lock()
+        self._opened: date | None = None
+        await self._open_the_shop()
         application = Starlette(
             routes=[
                 *pages.routes(),
@@ -347,14 +350,22 @@ class Emulator:
         self._access_tokens.forget_added_accounts()
         self._device_logins.clear()
         self.clock.reset()
-        await asyncio.to_thread(self._object_store.clear, self._last_day())
-        await self._open_the_shop()
+        # Else a day that was being written meanwhile would come after this one.
+        async with self._sample_data:
+            await asyncio.to_thread(self._object_store.clear, self._last_day())
+            await self._write_sample_data()
 
-    async def _open_the_shop(self) -> date:
+    async def _open_the_shop(self) -> None:
+        """Write the sample data of a new day, unless it is there."""
+        async with self._sample_data:
+            if self.clock.now().date() != self._opened:
+                await self._write_sample_data()
+
+    async def _write_sample_data(self) -> None:
         """Write the sample data up to tomorrow, so that a run just after midnight finds sales."""
-        today = self.clock.now().date()
-        await asyncio.to_thread(self._object_store.write_sample_data, self._last_day())
-        return today
+        last_day = self._last_day()
+        await asyncio.to_thread(self._object_store.write_sample_data, last_day)
+        self._opened = last_day - timedelta(days=1)
 
     def _last_day(self) -> date:
         return self.clock.now().date() + timedelta(days=1)
@@ -362,11 +373,10 @@ class Emulator:
     async def _open_the_shop_each_day(self) -> None:
         while True:
             pause = TICK
-            if self.clock.now().date() != self._opened:
-                try:
-                    self._opened = await self._open_the_shop()
-                except CannotKeep:
-                    pause = FULL_DISK_PAUSE
+            try:
+                await self._open_the_shop()
+            except CannotKeep:
+                pause = FULL_DISK_PAUSE
             await asyncio.sleep(pause.total_seconds())
 
 

@@ -28,7 +28,8 @@ from emulator.tests.s3_calls import s3_client
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.env_file import read_env_file, write_env_file
 from polars_cloud_emulator.server import Emulator
-from polars_cloud_emulator.testing import eventually
+from polars_cloud_emulator.storage.object_store import ObjectStore
+from polars_cloud_emulator.testing import RunningEmulator, eventually
 
 RunClient = Callable[..., str]
 SUBMIT = """
@@ -254,12 +255,45 @@ def test_the_shop_is_open_on_the_day_of_a_later_start_and_on_every_day_after_it(
             assert last_day_of_returns(emulator) == tomorrow
 
 
+def test_reset_comes_after_the_sample_data_of_another_day(
+    emulator_here: Callable[..., RunningEmulator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    emulator = emulator_here(clock=clock)
+    today, later = (clock.now().date() + timedelta(days=days) for days in (1, 41))
+    begun, reset_was_faster = threading.Event(), threading.Event()
+    written: list[date] = []
+    write = ObjectStore.write_sample_data
+
+    def write_slowly(store: ObjectStore, last_day: date) -> None:
+        if last_day == later:
+            begun.set()
+            reset_was_faster.wait(1)  # as long as a loaded machine may take
+        write(store, last_day)
+        written.append(last_day)
+        reset_was_faster.set()
+
+    monkeypatch.setattr(ObjectStore, "write_sample_data", write_slowly)
+    clock.advance(timedelta(days=40))
+    assert begun.wait(60)
+    emulator.reset()
+    assert written == [later, today]
+    assert last_day_of_returns(emulator) == today
+
+
+def test_data_of_a_new_day_is_there_when_the_clock_has_been_advanced(
+    emulator: RunningEmulator,
+) -> None:
+    now = emulator.advance_clock(timedelta(days=40))
+    assert last_day_of_returns(emulator) == now.date() + timedelta(days=1)
+
+
 def object_exists(emulator: Emulator, key: str) -> bool:
     listed = s3_client(emulator.environment).list_objects_v2(Bucket="your-bucket", Prefix=key)
     return bool(listed["KeyCount"])
 
 
-def last_day_of_returns(emulator: Emulator) -> date:
+def last_day_of_returns(emulator: Emulator | RunningEmulator) -> date:
     options = {
         name.lower(): value
         for name, value in emulator.environment.items()

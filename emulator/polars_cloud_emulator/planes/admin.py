@@ -1,6 +1,7 @@
 """The admin API under ``/_emulator/``: look into the emulator, meddle with it and empty it."""
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from starlette.routing import BaseRoute, Route
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.faults.pending import Faults
 from polars_cloud_emulator.model.clusters import Cluster
-from polars_cloud_emulator.model.errors import EmulatorError
+from polars_cloud_emulator.model.errors import CannotKeep, EmulatorError
 from polars_cloud_emulator.model.queries import Query
 from polars_cloud_emulator.model.state import State
 from polars_cloud_emulator.planes.credentials_in_urls import without_credentials
@@ -38,6 +39,8 @@ class Admin:
     ----------
     reset
         Stops every cluster and brings the emulator to the state of its first start.
+    open_the_shop
+        Writes the sample data of a new day.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Admin:
         clock: Clock,
         access_tokens: AccessTokens,
         reset: Callable[[], Awaitable[None]],
+        open_the_shop: Callable[[], Awaitable[None]],
     ) -> None:
         self._state = state
         self._compute = compute
@@ -57,6 +61,7 @@ class Admin:
         self._clock = clock
         self._access_tokens = access_tokens
         self._reset = reset
+        self._open_the_shop = open_the_shop
 
     def routes(self) -> list[BaseRoute]:
         views = [
@@ -117,6 +122,9 @@ class Admin:
     async def post_clock(self, request: Request) -> object:
         by = await decode_body(request, Advance)
         self._clock.advance(timedelta(seconds=by.advance_seconds))
+        # Before the answer: no query after it shall read the data of two days.
+        with suppress(CannotKeep):  # it is written as soon as there is room
+            await self._open_the_shop()
         return {"now": self._clock.now()}
 
     async def post_account(self, request: Request) -> object:
