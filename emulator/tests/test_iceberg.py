@@ -6,12 +6,9 @@ from typing import Any
 
 import polars as pl
 import pytest
+from pyiceberg.catalog.sql import SqlCatalog
 
 from polars_cloud_emulator.testing import RunningEmulator
-
-pytest.importorskip("pyiceberg", reason="`make` installs it")
-
-from pyiceberg.catalog.sql import SqlCatalog
 
 StartCluster = Callable[..., Any]
 
