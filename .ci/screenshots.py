@@ -83,7 +83,7 @@ def main() -> None:
             address = str(link.get_attribute("href"))
             page.goto(address)
             expect(page.get_by_role("heading", name=task.replace("/mapped/", "["))).to_be_visible()
-            expect(page.get_by_role("heading", name="Plan")).to_be_visible()
+            expect(page.get_by_role("heading", name="Plan", exact=True)).to_be_visible()
 
         page.goto(arguments.emulator)
         for width in (390, 1200):
