@@ -10,7 +10,7 @@ ifneq ($(MAKECMDGOALS),preflight)
 unexport $(filter AIRFLOW_% AWS_% POLARS_CLOUD_%,$(.VARIABLES))
 endif
 export AIRFLOW_HOME := $(CURDIR)/.airflow
-export PYTHONPATH := $(CURDIR):$(CURDIR)/emulator
+export PYTHONPATH := $(CURDIR):$(CURDIR)/emulator:$(CURDIR)/plugins
 export UV_CACHE_DIR := $(CURDIR)/.venv/cache
 # Compiled once, at the installation: Python starts Airflow in half the time then.
 export UV_COMPILE_BYTECODE := 1
@@ -32,8 +32,8 @@ airflow: PORT := 8080
 airflow: .venv/installed ## Serve Airflow's UI, with the DAGs and the emulator, until Ctrl-C
 	.venv/bin/python scripts/standalone.py --port $(PORT)
 
-copy: .venv/installed ## Copy a DAG into another Airflow: DAG=complete_pipeline TO=/path/to/it
-	.venv/bin/python scripts/copy_dag.py "$(DAG)" "$(TO)"
+copy: .venv/installed ## Copy a DAG into another Airflow, or upgrade it there: DAG=complete_pipeline TO=/path/to/it; DIFF=1
+	.venv/bin/python scripts/copy_dag.py "$(DAG)" "$(TO)" $(if $(DIFF),--diff)
 
 # With the Connection and the variables of the calling shell, which make hands on as they are.
 preflight: .venv/installed ## Check your account, before the first run; SPEND=1: with a cluster; EMULATOR=1: try it
@@ -50,19 +50,25 @@ test-template: .venv/installed ## Run those of the template itself: its pages, s
 failures: .venv/installed ## Run the DAGs while things go wrong, under a scheduler; ALL=1: each DAG
 	.venv/bin/python -m pytest tests/failures --dist=worksteal $(if $(ALL),,-m 'not further')
 
-versions: $(OLDER_AIRFLOWS:%=.venv/airflow-%/installed) ## Run the DAGs on older Airflows, and let some things go wrong
+versions: wheel $(OLDER_AIRFLOWS:%=.venv/airflow-%/installed) ## Run the DAGs on older Airflows, and let some things go wrong
 	for version in $(OLDER_AIRFLOWS); do \
 		.venv/airflow-$$version/bin/python -m pytest tests/failures --dist=load \
 			-m any_airflow -W default || exit; \
 	done
+	.venv/bin/uv pip install --quiet --no-deps --target .venv/wheel/site \
+		.venv/wheel/airflow_polars_remote-*.whl
+	.venv/bin/python -m pytest -q --numprocesses=0 tests/wheel
 
 mutations: .venv/installed ## Break each promise once, and tell which break no test notices; WORDS=...: some
 	.venv/bin/python scripts/mutations.py $(WORDS)
 
-wheel: .venv/installed ## Build the emulator's wheel, and try it where nothing else is installed
-	rm -rf .venv/wheel && .venv/bin/uv build --quiet --wheel --out-dir .venv/wheel emulator
+wheel: .venv/installed ## Build the wheels of library and emulator; try the latter where nothing else is installed
+	rm -rf .venv/wheel && mkdir .venv/wheel
+	for folder in plugins emulator; do \
+		.venv/bin/uv build --quiet --wheel --out-dir .venv/wheel $$folder || exit; \
+	done
 	.venv/bin/uv venv --quiet --python .venv/bin/python .venv/wheel/venv
-	.venv/bin/uv pip install --quiet --python .venv/wheel/venv .venv/wheel/*.whl pytest
+	.venv/bin/uv pip install --quiet --python .venv/wheel/venv .venv/wheel/polars_cloud_emulator-*.whl pytest
 	env --unset PYTHONPATH .venv/wheel/venv/bin/polars-cloud-emulator serve --help >/dev/null
 	cp emulator/examples/test_queries.py .venv/wheel
 	cd .venv/wheel && env --unset PYTHONPATH venv/bin/python -m pytest -q -c /dev/null --rootdir . \
@@ -76,8 +82,8 @@ check: .venv/installed ## Check a DAG that you edited, and what it writes: DAG=m
 	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target check-style check-file check-run
 
 check-style:
-	.venv/bin/python -m ruff check dags include
-	.venv/bin/python -m ruff format --check dags include
+	.venv/bin/python -m ruff check dags include plugins
+	.venv/bin/python -m ruff format --check dags include plugins
 
 check-file:
 	.venv/bin/python -m pytest -q --numprocesses=0 tests/test_dag_integrity.py \

@@ -121,8 +121,8 @@ def _register_manifest() -> None:
     """Do what the published wiring leaves to somebody, once, outside the DAGs."""
     import polars_cloud as pc
 
-    from include.polars_remote.settings import WORKSPACE
     from include.shop import MANIFEST
+    from polars_remote.settings import WORKSPACE
 
     pc.ComputeContext(workspace=WORKSPACE, cpus=2, memory=4, cluster_size=3).register(MANIFEST)
 

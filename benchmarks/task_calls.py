@@ -43,7 +43,7 @@ def main() -> None:
             *(Column(name, justify="right") for name in ("Polars Cloud", "Airflow", "seconds")),
             box=None,
         )
-        from include.polars_remote.waiting import deferral
+        from polars_remote.waiting import deferral
 
         nothing = min(measure(emulator, calls, dags["does_nothing"])[3] for _ in range(3))
 

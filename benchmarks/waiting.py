@@ -50,7 +50,7 @@ SOURCE = """
 from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 from include.auth import authenticate
-from include.polars_remote import query_task, shared_cluster, use_cluster
+from polars_remote import query_task, shared_cluster, use_cluster
 
 CLUSTER = {{"name": "airflow-{dag_id}", "cpus": 2, "memory": 4, "idle_timeout_mins": 60}}
 

@@ -24,8 +24,8 @@ from airflow.sdk import Asset, dag
 from airflow.timetables.interval import CronDataIntervalTimetable
 
 from include.auth import authenticate
-from include.polars_remote import Query, clean_up, query_task, shared_cluster, use_cluster
 from include.shop import DATA, check_data_location, scan
+from polars_remote import Query, clean_up, query_task, shared_cluster, use_cluster
 
 REPORTS = f"{DATA}/reports/daily"
 REPORT = Asset("daily_report", uri=REPORTS)

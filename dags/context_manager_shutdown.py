@@ -20,8 +20,8 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.polars_remote import clean_up, use_cluster
 from include.shop import DATA, scan
+from polars_remote import clean_up, use_cluster
 
 RESULT = f"{DATA}/results/context_manager_shutdown.parquet"
 CLUSTER = {

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 
 from airflow.sdk import dag, task
 
-from include.polars_remote import clean_up
+from polars_remote import clean_up
 
 
 @dag(

@@ -20,8 +20,8 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.polars_remote import Query, clean_up, ensure_manifest, query_task, use_cluster
 from include.shop import DATA, MANIFEST, scan
+from polars_remote import Query, clean_up, ensure_manifest, query_task, use_cluster
 
 RESULT = f"{DATA}/results/manifest_reuse.parquet"
 CLUSTER = {"name": MANIFEST, "cpus": 2, "memory": 4, "cluster_size": 2, "idle_timeout_mins": 10}

@@ -23,8 +23,8 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag
 
 from include.auth import authenticate
-from include.polars_remote import Query, clean_up, query_task, shared_cluster, use_cluster
 from include.shop import DATA, check_data_location, scan
+from polars_remote import Query, clean_up, query_task, shared_cluster, use_cluster
 
 BEST_CUSTOMERS = f"{DATA}/results/manual_shutdown/best_customers.parquet"
 EMPTY_SHELVES = f"{DATA}/results/manual_shutdown/empty_shelves.parquet"

@@ -21,8 +21,8 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag
 
 from include.auth import authenticate
-from include.polars_remote import Query, clean_up, query_task, shared_cluster, use_cluster
 from include.shop import DATA, check_data_location, scan
+from polars_remote import Query, clean_up, query_task, shared_cluster, use_cluster
 
 RESULTS = f"{DATA}/results/parallel_single_node"
 REGIONS = ["Centre", "East", "North", "South", "West"]

@@ -19,8 +19,8 @@ from datetime import timedelta
 from airflow.sdk import Param, dag, task
 
 from include.auth import authenticate
-from include.polars_remote import clean_up
 from include.preflight import check_cluster, check_setup, describe_cost
+from polars_remote import clean_up
 
 CLUSTER = {"name": "airflow-preflight", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
 LIMIT = timedelta(minutes=20)

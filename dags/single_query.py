@@ -22,8 +22,8 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.polars_remote import detach, use_cluster
 from include.shop import DATA, scan
+from polars_remote import detach, use_cluster
 
 RESULT = f"{DATA}/results/single_query.parquet"
 CLUSTER = {"name": "airflow-single-query", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}

@@ -21,8 +21,8 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.polars_remote import clean_up, use_cluster
 from include.shop import DATA, scan
+from polars_remote import clean_up, use_cluster
 
 RESULT = f"{DATA}/results/status_check.parquet"
 CLUSTER = {"name": "airflow-status-check", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}

@@ -17,7 +17,7 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, ParamSpec, TypeVar, get_type_hints, overload
 
-from include.polars_remote.ownership.scope import has_begun, task_scope
+from polars_remote.ownership.scope import has_begun, task_scope
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -19,18 +19,19 @@ from airflow import __version__ as airflow_version
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from include.polars_remote.cloud.advice import add_advice
-from include.polars_remote.cloud.client import (
+from include.shop import DATA, MANIFEST, check_data_location
+from polars_remote.cloud.advice import add_advice
+from polars_remote.cloud.client import (
     get_cluster_id,
     get_cluster_status,
     misspecified_error,
 )
-from include.polars_remote.cloud.manifests import Cluster, find_manifest
-from include.polars_remote.cloud.session import CloudSession, find_connection, talks_to_emulator
-from include.polars_remote.clusters import start_and_wait, use_cluster
-from include.polars_remote.compat.versions import AirflowFailException
-from include.polars_remote.ownership.scope import current_scope
-from include.shop import DATA, MANIFEST, check_data_location
+from polars_remote.cloud.manifests import Cluster, find_manifest
+from polars_remote.cloud.session import CloudSession, find_connection, talks_to_emulator
+from polars_remote.clusters import start_and_wait, use_cluster
+from polars_remote.compat.copies import FOLDER, describe, find_hidden_copies
+from polars_remote.compat.versions import AirflowFailException
+from polars_remote.ownership.scope import current_scope
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def check_setup() -> None:
     for name, check in (
         ("Airflow", check_airflow),
         ("Client", check_client),
+        ("Library", check_library),
         ("Data", check_data),
         ("Connection", check_connection),
         ("Login", functools.partial(check_login, session)),
@@ -122,6 +124,15 @@ def check_airflow() -> str:
             f"This worker runs Python {python}: the DAGs need {OLDEST_PYTHON} or newer"
         )
     return f"{_name_release('Airflow', airflow_version)}, Python {python}"
+
+
+def check_library() -> str:
+    if hidden := find_hidden_copies():
+        raise AirflowFailException(
+            f"polars_remote is imported from {describe(FOLDER)}, which hides {', '.join(hidden)}: "
+            "delete all but one"
+        )
+    return describe(FOLDER)
 
 
 def check_client() -> str:

@@ -6,8 +6,8 @@ import os
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from include.polars_remote.cloud.session import talks_to_emulator
-from include.polars_remote.compat.versions import AirflowFailException
+from polars_remote.cloud.session import talks_to_emulator
+from polars_remote.compat.versions import AirflowFailException
 
 if TYPE_CHECKING:
     import polars as pl

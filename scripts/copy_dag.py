@@ -1,37 +1,38 @@
-"""Copy a DAG, with what it imports, into another Airflow, and say what is left to do there.
+"""Copy a DAG, with what it imports, into another Airflow, or upgrade what was copied there.
 
-Usage: copy_dag.py DAG FOLDER. The folder is an AIRFLOW_HOME or a project, with `dags/` in it, or
-else it is itself a DAGs folder or the root of a DAG bundle. No file is overwritten.
+The folder is an AIRFLOW_HOME or a project, with `dags/` in it, or else it is itself a DAGs folder
+or the root of a DAG bundle. Files that were changed there are kept and named.
 """
 
+import argparse
 import ast
+import difflib
+import hashlib
+import json
+import os
 import re
+import subprocess
 import sys
-from collections.abc import Iterator
-from importlib.metadata import requires, version
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from packaging.requirements import InvalidRequirement, Requirement
-from packaging.utils import canonicalize_name
-from packaging.version import Version
-
+from left_to_do import Places, find_tasks
 from local_airflow import ROOT
 
-SETTINGS_FILES = (".env", "Dockerfile", "docker-compose*.y*ml", "airflow_settings.yaml")
-"""Where a project may set variables and Connections."""
-CONNECTION = r"AIRFLOW_CONN_POLARS_CLOUD|conn_id: *\W?polars_cloud"
-OLDEST_AIRFLOW = "3.1"
-YOURS = "shop.py"
-"""The one file in `include/` that is there to be edited."""
+LIBRARY = "polars_remote"
+PACKAGE = ROOT / "plugins" / LIBRARY
+NOTES = "copied.json"
+"""File in the copied library: the version, and the hash of each file as it was copied."""
 
 
-def find_folders(to: Path) -> tuple[Path, Path]:
-    """Return where DAG files lie below a folder, and what holds the `include/` that they import.
+def find_places(to: Path) -> Places:
+    """Return the folders of a deployment.
 
     Raises
     ------
     SystemExit
-        It cannot be told which `include/` Airflow would import.
+        Airflow may import another `include/` than the one beside the DAG.
     """
     if not (to / "dags").is_dir():
         for other in (to.parent / "include", to.parent / "plugins" / "include"):
@@ -40,139 +41,187 @@ def find_folders(to: Path) -> tuple[Path, Path]:
                     f"Nothing was copied: Airflow may import {other} in place of {to / 'include'}. "
                     f"Name the folder above: TO={to.parent}"
                 )
-        return to, to
-    for home in (to, to / "plugins", to / "dags"):
-        if (home / "include").is_dir():
-            return to / "dags", home
-    # Every part of Airflow imports from plugins/, and from the project only if it is told to.
+        return Places(to, to, to)
+    # Every component of Airflow imports from plugins/, and from the project only if it is told to.
     has_plugins = (to / "plugins").is_dir() or (to / "airflow.cfg").is_file()
-    return to / "dags", to / "plugins" if has_plugins else to
+    default = to / "plugins" if has_plugins else to
+
+    def find(folder: str) -> Path:
+        parents = (to, to / "plugins", to / "dags")
+        return next((parent for parent in parents if (parent / folder).is_dir()), default)
+
+    return Places(to / "dags", find("include"), find(LIBRARY))
 
 
-def find_parts(dag_file: Path) -> dict[Path, set[str]]:
-    """Return the files and folders in `include/` that a DAG needs, with the names it imports."""
-    parts: dict[Path, set[str]] = {}
+def find_modules(dag_file: Path) -> dict[Path, set[str]]:
+    """Return the modules in `include/` that a DAG needs, with the names that are imported."""
+    modules: dict[Path, set[str]] = {}
     left = [dag_file]
     while left:
         for node in ast.walk(ast.parse(left.pop().read_text())):
             if not isinstance(node, ast.ImportFrom) or node.level:
                 continue
-            package, *modules = (node.module or "").split(".")
+            package, *names = (node.module or "").split(".")
             if package == "include":
-                part = ROOT / "include" / modules[0]
-                part = part if part.is_dir() else part.with_suffix(".py")
-                if part.is_file() and part not in parts:
-                    left.append(part)
-                parts.setdefault(part, set()).update(each.name for each in node.names)
-    return parts
+                module = ROOT / "include" / f"{names[0]}.py"
+                if module not in modules:
+                    left.append(module)
+                modules.setdefault(module, set()).update(each.name for each in node.names)
+    return modules
 
 
-def find_copies(dag_file: Path, dags: Path, home: Path) -> dict[Path, Path]:
-    """Return the files to copy, each with its place."""
-    include = ROOT / "include"
-    parts = find_parts(dag_file)
-    files = [file for part in parts for file in (part, *part.rglob("*")) if file.is_file()]
-    if not (home / "include").exists():
-        files += [include / "__init__.py", include / ".airflowignore"]
-    copies = {
-        file: home / file.relative_to(ROOT) for file in files if "__pycache__" not in file.parts
-    }
-    # Whoever has edited it keeps it, as long as it has what the DAG imports.
-    shop = include / YOURS
-    if shop in copies and copies[shop].is_file():
-        defined = re.findall(r"^(?:def )?(\w+)", copies[shop].read_text(), re.MULTILINE)
-        if parts[shop] <= set(defined):
-            del copies[shop]
-    return {dag_file: dags / dag_file.name} | dict(sorted(copies.items()))
+class Copied:
+    """What was copied into a deployment before, by the notes in the library's folder.
+
+    A file without a note was copied if Git has it: some commit of this repository had that content.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._notes = folder / LIBRARY / NOTES
+        notes = json.loads(self._notes.read_text()) if self._notes.is_file() else {}
+        self.version: str | None = notes.get("version")
+        self._hashes: dict[str, str] = notes.get("sha256", {})
+
+    def is_noted(self, place: Path) -> bool:
+        return self._name(place) in self._hashes
+
+    def is_unchanged(self, place: Path) -> bool:
+        """Return whether the file is as it was copied."""
+        noted = self._hashes.get(self._name(place))
+        return get_hash(place) == noted if noted else is_known_to_git(place)
+
+    def list_places(self) -> list[Path]:
+        """Return the places with a note, and those in the library's folder without one."""
+        noted = [Path(os.path.normpath(self._folder / name)) for name in self._hashes]
+        return sorted({*noted, *list_files(self._folder / LIBRARY)} - {self._notes})
+
+    def note(self, written: Iterable[Path], deleted: Iterable[Path]) -> None:
+        for place in deleted:
+            self._hashes.pop(self._name(place), None)
+        self._hashes |= {self._name(place): get_hash(place) for place in written}
+        notes = {"version": get_version(), "sha256": dict(sorted(self._hashes.items()))}
+        self._notes.write_text(json.dumps(notes, indent=1) + "\n")
+
+    def _name(self, place: Path) -> str:
+        return Path(os.path.relpath(place, self._folder)).as_posix()
 
 
-def check_copies(copies: dict[Path, Path]) -> None:
-    """Check that no file would be overwritten.
+@dataclass
+class Plan:
+    """What a copy does to a deployment; each place with its file of this repository."""
+
+    write: dict[Path, Path] = field(default_factory=dict)
+    keep: dict[Path, Path] = field(default_factory=dict)
+    delete: list[Path] = field(default_factory=list)
+
+
+def plan_copy(dag_file: Path, places: Places, copied: Copied) -> Plan:
+    """Return what to write: what the DAG needs, and what was copied before and is unchanged.
 
     Raises
     ------
     SystemExit
-        One would; with the names of all.
+        A file of the user's own has the place of one that the DAG needs, or lacks what it imports.
     """
-    others = [
+    include = ROOT / "include"
+    needed = [dag_file, *find_modules(dag_file), *list_files(PACKAGE)]
+    if not (places.include / "include").exists():
+        needed += [include / "__init__.py", include / ".airflowignore"]
+    others = {*(ROOT / "dags").glob("*.py"), *include.glob("*.py")} - {include / "__init__.py"}
+    plan = Plan()
+    for file in sorted({*needed, *others}):
+        place = places.get_place(file)
+        if not place.exists():
+            if file in needed:
+                plan.write[place] = file
+        elif place.is_file() and (
+            place.read_bytes() == file.read_bytes() or copied.is_unchanged(place)
+        ):
+            plan.write[place] = file
+        elif file in needed or copied.is_noted(place):
+            plan.keep[place] = file
+    plan.delete = [
         place
-        for file, place in copies.items()
-        if place.exists() and (not place.is_file() or place.read_bytes() != file.read_bytes())
+        for place in copied.list_places()
+        if place not in {*plan.write, *plan.keep} and place.is_file() and copied.is_unchanged(place)
     ]
-    if others:
+    dag = places.get_place(dag_file)
+    if dag in plan.keep and not copied.is_noted(dag):
         sys.exit(
-            "Nothing was copied, as these exist with other content:\n"
-            + "".join(f"  {place}\n" for place in others)
-            + "Delete what is an older copy of this repository's, and copy again. Where it is "
-            "yours, copy this repository's by hand, under another name, and change the import in "
-            "the DAG file."
+            f"Nothing was copied: {dag} is a file of your own. Rename it, or copy "
+            f"{dag_file.relative_to(ROOT)} by hand under another name"
         )
+    for file in plan.write.values():
+        if file.suffix == ".py" and LIBRARY not in file.parts:
+            check_imports(file, places, plan)
+    return plan
 
 
-def find_clashes(project: Path) -> Iterator[str]:
-    """Say what in a project's requirements does not go with the DAG's."""
-    needed = {
-        requirement.name: requirement.specifier
-        for requirement in [
-            Requirement(f"apache-airflow>={OLDEST_AIRFLOW}"),
-            Requirement(f"polars-cloud=={version('polars-cloud')}"),
-            *map(Requirement, requires("polars-cloud") or ()),
-        ]
-    }
-    named = set()
-    for file in sorted([*project.glob("*.txt"), *project.glob("requirements/*.txt")]):
-        for line in file.read_text().splitlines():
-            try:
-                theirs = Requirement(line.partition(" #")[0])
-            except InvalidRequirement:
-                continue  # an option, say
-            name = canonicalize_name(theirs.name)
-            named.add(name)
-            if (ours := needed.get(name)) is None:
-                continue
-            pinned = [each.version for each in theirs.specifier if each.operator == "=="]
-            tried = Version(pinned[0] if pinned else version(name))
-            if tried not in ours or tried not in theirs.specifier:
-                yield (
-                    f"{file} has {theirs}, and the DAG needs {name}{ours}: docs/dependencies.md "
-                    "says what to do."
-                )
-    if (project / "requirements.txt").is_file() and "polars-cloud" not in named:
-        yield f"Add polars-cloud=={version('polars-cloud')} to {project / 'requirements.txt'}."
+def check_imports(file: Path, places: Places, plan: Plan) -> None:
+    """Check that the modules that stay as they are have what a file imports.
+
+    Raises
+    ------
+    SystemExit
+        With the names that are missing.
+    """
+    for module, names in find_modules(file).items():
+        place = places.get_place(module)
+        if place not in plan.keep:
+            continue
+        defined = re.findall(r"^(?:def )?(\w+)", place.read_text(), re.MULTILINE)
+        if missing := sorted(names - set(defined)):
+            sys.exit(
+                f"Nothing was copied: {place} was changed there and lacks {', '.join(missing)}, "
+                f"which {file.relative_to(ROOT)} imports. Add it from "
+                f"{module.relative_to(ROOT)}, and copy again"
+            )
 
 
-def find_tasks(to: Path, dag_file: Path, dags: Path, home: Path) -> Iterator[str]:
-    """Say what is left to do before a DAG that was copied can run."""
-    if home == dags:
-        yield (
-            f"The triggerer does not import from a DAGs folder: put {home} on its PYTHONPATH, or "
-            "set POLARS_CLOUD_DEFER=0, and tasks wait in their workers."
-        )
-    elif home == to:
-        yield (
-            f"Put {home} on the PYTHONPATH of DAG processor, workers and triggerer, where it is "
-            "not yet. With Astro it is."
-        )
-    settings = [file for pattern in SETTINGS_FILES for file in sorted(to.glob(pattern))]
-    lines = [line for file in settings for line in file.read_text().splitlines()]
-    text = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
-    shop = find_parts(dag_file).get(ROOT / "include" / YOURS)
-    names = ["WORKSPACE"]
-    if shop is not None:
-        # Each variable in the shop's module is named like the environment variable.
-        names += ["DATA", *sorted({"MANIFEST"} & shop)]
-    missing = [f"POLARS_CLOUD_{name}" for name in names if f"POLARS_CLOUD_{name}" not in text]
-    if missing:
-        yield f"Set {', '.join(missing)} for DAG processor, workers and triggerer."
-    if not re.search(CONNECTION, text):
-        yield (
-            "Make the Connection polars_cloud: type HTTP, login = client ID and password = client "
-            "secret of a Polars Cloud service account."
-        )
-    yield from find_clashes(to)
+def get_version() -> str:
+    """Return the library's version, without an import of it and of Airflow."""
+    [version] = re.findall(r'^__version__ = "(.+)"', (PACKAGE / "__init__.py").read_text(), re.M)
+    return str(version)
 
 
-def main(dag_id: str, folder: str) -> None:
+def list_files(folder: Path) -> list[Path]:
+    files = folder.rglob("*")
+    return sorted(file for file in files if file.is_file() and "__pycache__" not in file.parts)
+
+
+def get_hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def is_known_to_git(file: Path) -> bool:
+    """Return whether a commit of this repository has a file of the same content."""
+
+    def git(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True)
+
+    blob = git("hash-object", "--no-filters", str(file.resolve()))
+    return not blob.returncode and not git("cat-file", "-e", blob.stdout.strip()).returncode
+
+
+def carry_out(plan: Plan) -> None:
+    for place, file in plan.write.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        # In one step: Airflow may read the file at any time.
+        part = place.with_name(f".{place.name}.part")
+        part.write_bytes(file.read_bytes())
+        part.replace(place)
+    for place in plan.delete:
+        place.unlink()
+
+
+def show_difference(place: Path, file: Path) -> str:
+    """Return how a file in the deployment differs from this repository's."""
+    ours, theirs = (each.read_text().splitlines(keepends=True) for each in (file, place))
+    return "".join(difflib.unified_diff(ours, theirs, str(file.relative_to(ROOT)), str(place)))
+
+
+def main(dag_id: str, folder: str, *, diff: bool = False) -> None:
     dag_file = ROOT / "dags" / f"{dag_id}.py"
     if not dag_file.is_file():
         names = ", ".join(sorted(file.stem for file in dag_file.parent.glob("*.py")))
@@ -180,18 +229,28 @@ def main(dag_id: str, folder: str) -> None:
     to = Path(folder).resolve()
     if not to.is_dir():
         sys.exit(f"There is no folder {to}: make it, or name another")
-    dags, home = find_folders(to)
-    copies = find_copies(dag_file, dags, home)
-    check_copies(copies)
-    for file, place in copies.items():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(file.read_bytes())
-    print(f"Copied {copies[dag_file]}, which imports from {home / 'include'}. Left to do:")
-    for task in find_tasks(to, dag_file, dags, home):
+    places = find_places(to)
+    copied = Copied(places.library)
+    plan = plan_copy(dag_file, places, copied)
+    carry_out(plan)
+    copied.note(plan.write, plan.delete)
+    dag = places.get_place(dag_file)
+    print(f"Copied {dag}, which imports {places.library / LIBRARY}, version {get_version()}.")
+    if copied.version not in (None, get_version()):
+        print(f"Upgraded what was copied from version {copied.version}.")
+    for place, file in plan.keep.items():
+        print(f"Kept {place}, as it was changed here{'' if diff else ': DIFF=1 shows how'}.")
+        if diff:
+            print(show_difference(place, file))
+    print("Left to do:")
+    for task in find_tasks(to, find_modules(dag_file), places):
         print(f"- {task}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dag", metavar="DAG")
+    parser.add_argument("folder", metavar="FOLDER")
+    parser.add_argument("--diff", action="store_true", help="show how the kept files differ")
+    arguments = parser.parse_args()
+    main(arguments.dag, arguments.folder, diff=arguments.diff)

@@ -39,7 +39,9 @@ def use_airflow(home: Path) -> None:
         "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "dags"),
         "AIRFLOW__CORE__PLUGINS_FOLDER": str(ROOT / "plugins"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "emulator")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT / folder) for folder in (".", "emulator", "plugins")]
+        ),
     }
 
 

@@ -108,10 +108,10 @@ def ti(start_try: "StartTry", emulator: RunningEmulator) -> Iterator["RuntimeTas
 @pytest.fixture(autouse=True)
 def always_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A try asks each time whether it is the owner: a worker is frozen for a moment only here."""
-    monkeypatch.setattr("include.polars_remote.ownership.entry.OWNER_SECONDS", -1.0)
+    monkeypatch.setattr("polars_remote.ownership.entry.OWNER_SECONDS", -1.0)
 
 
 @pytest.fixture
 def short_outages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls to a Polars Cloud that is unavailable are given up soon."""
-    monkeypatch.setattr("include.polars_remote.cloud.retry.OUTAGE_SECONDS", 0.5)
+    monkeypatch.setattr("polars_remote.cloud.retry.OUTAGE_SECONDS", 0.5)

@@ -7,8 +7,10 @@ from uuid import uuid4
 import polars as pl
 import pytest
 
-from include.polars_remote.cloud.client import connect_query, get_cluster_id, get_query_id
-from include.polars_remote.cloud.queries import (
+from polars_cloud_emulator.model.workspace import WORKSPACE_ID
+from polars_cloud_emulator.testing import RunningEmulator, eventually
+from polars_remote.cloud.client import connect_query, get_cluster_id, get_query_id
+from polars_remote.cloud.queries import (
     describe,
     end_query,
     find_live_cluster,
@@ -17,9 +19,7 @@ from include.polars_remote.cloud.queries import (
     find_status,
     get_page,
 )
-from include.polars_remote.cloud.session import CloudSession
-from polars_cloud_emulator.model.workspace import WORKSPACE_ID
-from polars_cloud_emulator.testing import RunningEmulator, eventually
+from polars_remote.cloud.session import CloudSession
 from tests.observed import calls, query_statuses
 
 FILE = "s3://your-bucket/results/one.parquet"
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("supervisor")
 @pytest.fixture(autouse=True)
 def told(caplog: pytest.LogCaptureFixture) -> None:
     """The log tells what it tells in Airflow."""
-    caplog.set_level("INFO", "include")
+    caplog.set_level("INFO", "polars_remote")
 
 
 @pytest.fixture

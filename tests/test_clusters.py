@@ -13,21 +13,21 @@ import polars as pl
 import pytest
 from airflow.sdk import DAG, get_current_context, task
 
-from include.polars_remote import clusters, detach, ensure_manifest, shared_cluster, use_cluster
-from include.polars_remote.cloud.client import get_cluster_id
-from include.polars_remote.cloud.session import CloudSession
-from include.polars_remote.clusters import start_for_run, stop_for_run
-from include.polars_remote.compat.versions import AirflowFailException
-from include.polars_remote.errors import (
+from polars_cloud_emulator.testing import RunningEmulator, eventually
+from polars_remote import clusters, detach, ensure_manifest, shared_cluster, use_cluster
+from polars_remote.cloud.client import get_cluster_id
+from polars_remote.cloud.session import CloudSession
+from polars_remote.clusters import start_for_run, stop_for_run
+from polars_remote.compat.versions import AirflowFailException
+from polars_remote.errors import (
     ClusterNotStartedError,
     ClusterRefusedError,
     QueryNotAwaitedError,
 )
-from include.polars_remote.ownership import end, record
-from include.polars_remote.ownership.end import Left, end_orphans, end_use
-from include.polars_remote.ownership.record import ClusterUse, Owner
-from include.polars_remote.waiting import deferral
-from polars_cloud_emulator.testing import RunningEmulator, eventually
+from polars_remote.ownership import end, record
+from polars_remote.ownership.end import Left, end_orphans, end_use
+from polars_remote.ownership.record import ClusterUse, Owner
+from polars_remote.waiting import deferral
 from tests.manifest_body import MANIFEST_BODY
 from tests.observed import calls, cluster_statuses, entries, query_statuses
 from tests.tries import StartTry, Supervisor, freeze, kill, start_try
@@ -56,7 +56,7 @@ USES: dict[str, Callable[[Any], Any]] = {
 @pytest.fixture(autouse=True)
 def told(caplog: pytest.LogCaptureFixture) -> None:
     """The log tells what it tells in Airflow."""
-    caplog.set_level("INFO", "include")
+    caplog.set_level("INFO", "polars_remote")
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ import pytest
 from airflow.dag_processing.dagbag import DagBag
 from airflow.sdk import DAG
 
-from copy_dag import find_parts
-from include.polars_remote import clean_up
+from copy_dag import find_modules
 from local_airflow import PATTERNS, ROOT, UPKEEP
+from polars_remote import clean_up
 from tests.eight_dags import KEPT
 
 DAG_IDS = set(PATTERNS)
@@ -113,7 +113,7 @@ def get_callbacks(callbacks: Any) -> list[Any]:
 
 
 def test_all_dags_are_there_and_parsing_them_touches_nothing(parse: Parse) -> None:
-    assert parse(ROOT / "dags", ROOT) == {
+    assert parse(ROOT / "dags", ROOT, ROOT / "plugins") == {
         "dags": sorted(DAG_IDS | UPKEEP),
         "errors": {},
         "heavy": [],
@@ -180,13 +180,10 @@ def test_a_dag_works_beside_an_include_folder_of_the_users_own(
     for name in ("__init__", "settings", "queries", "clusters"):
         (include / f"{name}.py").write_text("MINE = True\n")
     shutil.copy(dags[dag_id].fileloc, tmp_path)
-    for part in find_parts(Path(dags[dag_id].fileloc)):
-        if part.is_dir():
-            shutil.copytree(part, include / part.name)
-        else:
-            shutil.copy(part, include)
+    for module in find_modules(Path(dags[dag_id].fileloc)):
+        shutil.copy(module, include)
 
-    report = parse(tmp_path)
+    report = parse(tmp_path, ROOT / "plugins")
     assert report["errors"] == {}
     assert report["dags"] == [dag_id]
 
@@ -194,7 +191,7 @@ def test_a_dag_works_beside_an_include_folder_of_the_users_own(
 def test_the_folder_of_helpers_works_by_another_name_and_in_another_place(
     parse: Parse, tmp_path: Path
 ) -> None:
-    shutil.copytree(ROOT / "include" / "polars_remote", tmp_path / "company" / "remote")
+    shutil.copytree(ROOT / "plugins" / "polars_remote", tmp_path / "company" / "remote")
     (tmp_path / "reports.py").write_text(
         "from airflow.sdk import dag\n"
         "from company.remote import clean_up, query_task, shared_cluster\n"
@@ -214,14 +211,14 @@ def test_a_cluster_without_a_name_is_an_error_while_the_dag_file_is_parsed(
 ) -> None:
     (tmp_path / "reports.py").write_text(
         "from airflow.sdk import dag\n"
-        "from include.polars_remote import shared_cluster\n"
+        "from polars_remote import shared_cluster\n"
         "@dag(schedule=None)\n"
         "def reports():\n"
         '    with shared_cluster({"cpus": 2, "memory": 4}):\n'
         "        pass\n"
         "reports()\n"
     )
-    [error] = parse(tmp_path, ROOT)["errors"].values()
+    [error] = parse(tmp_path, ROOT / "plugins")["errors"].values()
     assert "A cluster needs a name" in error
 
 

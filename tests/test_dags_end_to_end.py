@@ -16,10 +16,10 @@ from airflow.utils.session import create_session
 from polars.testing import assert_frame_equal
 from sqlalchemy import select
 
-from include.polars_remote import use_cluster
-from include.polars_remote.waiting import deferral, in_triggerer
 from local_airflow import PATTERNS, ROOT
 from polars_cloud_emulator.testing import RunningEmulator, eventually
+from polars_remote import use_cluster
+from polars_remote.waiting import deferral, in_triggerer
 from tests.observed import cluster_statuses, query_statuses, variables
 from tests.tries import Supervisor, kill
 
@@ -319,7 +319,7 @@ def test_tasks_that_are_deferred_hand_over_and_announce_the_same(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level("INFO", "include")
+    caplog.set_level("INFO", "polars_remote")
     monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.0)
     monkeypatch.setattr(deferral, "LONGEST_RESUME_DELAY", 0.0)
     sweeps = []

@@ -17,15 +17,15 @@ from airflow.sdk import DAG, get_current_context
 from airflow.sdk.exceptions import AirflowTaskTimeout, TaskDeferred
 from airflow.sdk.serde import deserialize, serialize
 
-from include.polars_remote import clusters, shared_cluster, use_cluster
-from include.polars_remote.cloud.client import get_cluster_id
-from include.polars_remote.clusters import start_and_wait
-from include.polars_remote.errors import ClusterNotStartedError, QueryLostError, TakenOverError
-from include.polars_remote.ownership.kills import TaskKilled
-from include.polars_remote.ownership.scope import current_scope
-from include.polars_remote.waiting import deferral, in_worker
-from include.polars_remote.waiting.triggers import ClusterTrigger, QueryTrigger
 from polars_cloud_emulator.testing import RunningEmulator, eventually
+from polars_remote import clusters, shared_cluster, use_cluster
+from polars_remote.cloud.client import get_cluster_id
+from polars_remote.clusters import start_and_wait
+from polars_remote.errors import ClusterNotStartedError, QueryLostError, TakenOverError
+from polars_remote.ownership.kills import TaskKilled
+from polars_remote.ownership.scope import current_scope
+from polars_remote.waiting import deferral, in_worker
+from polars_remote.waiting.triggers import ClusterTrigger, QueryTrigger
 from tests.observed import calls, cluster_statuses, entries, query_statuses
 from tests.tries import StartTry, Supervisor, TriedTask, deferral_of, kill
 
@@ -60,7 +60,7 @@ def told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The log tells what it tells in Airflow, and a task that has to wait is deferred at once."""
-    caplog.set_level("INFO", "include")
+    caplog.set_level("INFO", "polars_remote")
     monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.0)
 
 

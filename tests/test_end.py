@@ -12,13 +12,13 @@ import pytest
 from airflow.sdk import Context
 from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 
-from include.polars_remote import clean_up, detach, use_cluster
-from include.polars_remote.cloud import session
-from include.polars_remote.cloud.client import get_query_id
-from include.polars_remote.clusters import start_for_run
-from include.polars_remote.ownership import end, record
-from include.polars_remote.ownership.end import end_orphans, end_task_entry
 from polars_cloud_emulator.testing import RunningEmulator, eventually
+from polars_remote import clean_up, detach, use_cluster
+from polars_remote.cloud import session
+from polars_remote.cloud.client import get_query_id
+from polars_remote.clusters import start_for_run
+from polars_remote.ownership import end, record
+from polars_remote.ownership.end import end_orphans, end_task_entry
 from tests.observed import calls, cluster_statuses, entries, query_statuses
 from tests.tries import StartTry, Supervisor, kill
 
@@ -30,7 +30,7 @@ ACTIVE = [None, "scheduled", "queued", "running", "up_for_retry", "restarting", 
 @pytest.fixture(autouse=True)
 def info_log(pc: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
     """The log has the lines that it has in Airflow."""
-    caplog.set_level("INFO", "include")
+    caplog.set_level("INFO", "polars_remote")
 
 
 @pytest.fixture(autouse=True)

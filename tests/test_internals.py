@@ -13,8 +13,9 @@ import polars as pl
 import pytest
 from airflow.sdk.execution_time import task_runner
 
-from include.polars_remote.cloud import client
-from include.polars_remote.cloud.client import (
+from polars_cloud_emulator.testing import RunningEmulator
+from polars_remote.cloud import client
+from polars_remote.cloud.client import (
     COMPARED_AS_WRITTEN,
     SPEC,
     QueryClient,
@@ -42,15 +43,14 @@ from include.polars_remote.cloud.client import (
     unregister_manifest,
     was_available,
 )
-from include.polars_remote.cloud.manifests import register_manifest
-from include.polars_remote.cloud.plans import read_plan
-from include.polars_remote.cloud.session import EMULATOR, CloudSession
-from polars_cloud_emulator.testing import RunningEmulator
+from polars_remote.cloud.manifests import register_manifest
+from polars_remote.cloud.plans import read_plan
+from polars_remote.cloud.session import EMULATOR, CloudSession
 from tests.observed import cluster_statuses
 from tests.tries import Supervisor
 
-INCLUDE = Path(__file__).parents[1] / "include"
-FOLDER = INCLUDE / "polars_remote"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "plugins" / "polars_remote"
 CLIENT = FOLDER / "cloud" / "client.py"
 AIRFLOW = FOLDER / "compat" / "internals.py"
 CLUSTER = {"name": "shop", "cpus": 2, "memory": 4}
@@ -72,13 +72,14 @@ PRIVATE_NAMES = {
 
 
 def modules() -> list[Path]:
-    found = sorted(INCLUDE.rglob("*.py"))
+    folders = (ROOT / "include", ROOT / "plugins")
+    found = sorted(path for folder in folders for path in folder.rglob("*.py"))
     assert set(found) > {CLIENT, AIRFLOW}
     return found
 
 
 def place(path: Path) -> str:
-    return str(path.relative_to(INCLUDE))
+    return str(path.relative_to(ROOT))
 
 
 @pytest.fixture
@@ -182,12 +183,12 @@ def outer_imports(source: str, depth: int) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.ImportFrom(level=0, module=str(module)):
-                names_it = module.partition(".")[0] in {INCLUDE.name, FOLDER.name}
+                names_it = module.partition(".")[0] in {"include", FOLDER.name}
             case ast.ImportFrom(level=level):
                 names_it = level > depth
             case ast.Import(names=names):
                 names_it = any(
-                    each.name.partition(".")[0] in {INCLUDE.name, FOLDER.name} for each in names
+                    each.name.partition(".")[0] in {"include", FOLDER.name} for each in names
                 )
             case _:
                 continue
@@ -202,7 +203,7 @@ def outer_imports(source: str, depth: int) -> Iterator[str]:
         ("from ..auth import authenticate", 1),
         ("from ... import auth", 2),
         ("from ...auth import authenticate", 2),
-        ("from include.polars_remote import queries", 1),
+        ("from polars_remote import queries", 1),
         ("from polars_remote import queries", 2),
         ("import include.auth", 2),
     ],

@@ -14,13 +14,13 @@ import pytest
 from airflow.sdk.exceptions import AirflowRuntimeError, ErrorType
 from airflow.sdk.execution_time import comms
 
-from include.polars_remote import use_cluster
-from include.polars_remote.cloud import retry, session
-from include.polars_remote.clusters import start_for_run
-from include.polars_remote.ownership import end
-from include.polars_remote.ownership.end import end_orphans
-from include.polars_remote.waiting import deferral
 from polars_cloud_emulator.testing import RunningEmulator, eventually
+from polars_remote import use_cluster
+from polars_remote.cloud import retry, session
+from polars_remote.clusters import start_for_run
+from polars_remote.ownership import end
+from polars_remote.ownership.end import end_orphans
+from polars_remote.waiting import deferral
 from tests.observed import cluster_statuses, query_statuses
 from tests.tries import Supervisor, TriedTask, start_try
 

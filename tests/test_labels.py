@@ -3,9 +3,9 @@
 import polars as pl
 import pytest
 
-from include.polars_remote import detach, use_cluster
-from include.polars_remote.ownership.labels import LONGEST, get_labels, shorten
 from polars_cloud_emulator.testing import RunningEmulator
+from polars_remote import detach, use_cluster
+from polars_remote.ownership.labels import LONGEST, get_labels, shorten
 from tests.tries import StartTry
 
 LONG = {"dag_id": "märkte_" * 20, "task_id": "x" * 200, "run_id": "scheduled__2026-11-23T00:00:00Z"}

@@ -10,10 +10,10 @@ from typing import Any
 import polars as pl
 import pytest
 
-from include.polars_remote import ensure_manifest, use_cluster
-from include.polars_remote.errors import ClusterRefusedError
-from include.polars_remote.ownership.end import end_orphans
 from polars_cloud_emulator.testing import RunningEmulator
+from polars_remote import ensure_manifest, use_cluster
+from polars_remote.errors import ClusterRefusedError
+from polars_remote.ownership.end import end_orphans
 from tests.manifest_body import MANIFEST_BODY
 from tests.observed import cluster_statuses, entries
 from tests.tries import StartTry, Supervisor, kill
@@ -30,7 +30,7 @@ OTHER_VERSIONS = [
 @pytest.fixture(autouse=True)
 def told(caplog: pytest.LogCaptureFixture) -> None:
     """The log tells what it tells in Airflow."""
-    caplog.set_level("INFO", "include")
+    caplog.set_level("INFO", "polars_remote")
 
 
 def registered(emulator: RunningEmulator) -> dict[str, Any]:

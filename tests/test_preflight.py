@@ -16,19 +16,21 @@ import pytest
 from airflow.dag_processing.dagbag import DagBag
 from airflow.sdk import DAG
 
+import polars_remote
 from include import preflight
-from include.polars_remote import ensure_manifest, use_cluster
-from include.polars_remote.cloud import session
-from include.polars_remote.compat.versions import AirflowFailException
-from include.polars_remote.errors import ClusterNotStartedError
 from local_airflow import ROOT
 from polars_cloud_emulator.testing import RunningEmulator, eventually
+from polars_remote import ensure_manifest, use_cluster
+from polars_remote.cloud import session
+from polars_remote.compat.versions import AirflowFailException
+from polars_remote.errors import ClusterNotStartedError
 from tests.buckets import create_bucket_elsewhere, create_bucket_of_others
 from tests.eight_dags import KEPT
 from tests.manifest_body import MANIFEST_BODY
 from tests.observed import calls, cluster_statuses, variables
 from tests.tries import StartTry
 
+FOLDER = ROOT / "plugins" / "polars_remote"
 CLUSTER = {"name": "airflow-preflight", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
 LIMIT = timedelta(minutes=20)
 BILLED = "one node (2 CPUs and 4 GB) is billed, for some minutes and for 30 at most"
@@ -42,6 +44,7 @@ Set = Callable[..., None]
 def told(caplog: pytest.LogCaptureFixture) -> None:
     """The log tells what it tells in Airflow."""
     caplog.set_level("INFO", "include")
+    caplog.set_level("INFO", "polars_remote")
 
 
 @pytest.fixture
@@ -50,7 +53,7 @@ def set_settings(monkeypatch: pytest.MonkeyPatch) -> Set:
 
     def set_settings(**values: str) -> None:
         for name, module in list(sys.modules.items()):
-            if name.startswith("include."):
+            if name.startswith(("include.", "polars_remote.")):
                 for setting, value in values.items():
                     if hasattr(module, setting):
                         monkeypatch.setattr(module, setting, value)
@@ -123,6 +126,7 @@ def test_each_step_tells_in_a_line_what_it_has_found(
     assert lines(caplog) == [
         f"Airflow: ok: Airflow {airflow}, Python {python}",
         f"Client: ok: polars-cloud {client}, polars {polars}",
+        f"Library: ok: {FOLDER} ({polars_remote.__version__})",
         "Data: ok: s3://your-bucket",
         "Connection: ok: polars_cloud has type http, login polars-cloud-emulator and a password",
         "Login: ok: accepted by the emulator",
@@ -133,6 +137,22 @@ def test_each_step_tells_in_a_line_what_it_has_found(
     assert emulator.environment["POLARS_CLOUD_CLIENT_SECRET"] not in caplog.text
     assert_nothing_was_started(emulator)
     assert emulator.state()["manifests"] == []
+
+
+@pytest.mark.usefixtures("in_task")
+def test_two_copies_of_the_library_are_refused_with_both_paths_and_versions(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    other = tmp_path / "polars_remote"
+    other.mkdir()
+    (other / "__init__.py").write_text('__version__ = "0.9.0"\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(AirflowFailException):
+        preflight.check_setup()
+    assert failure(caplog) == (
+        f"Library: FAILED: polars_remote is imported from {FOLDER} ({polars_remote.__version__}), "
+        f"which hides {other} (0.9.0): delete all but one"
+    )
 
 
 @pytest.mark.usefixtures("in_task")

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from include.polars_remote.waiting import progress
-from include.polars_remote.waiting.progress import Progress, describe_progress, get_pause
+from polars_remote.waiting import progress
+from polars_remote.waiting.progress import Progress, describe_progress, get_pause
 
 MINUTE = 60
 HOURS = 3

@@ -25,24 +25,24 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowTaskTimeout
 from airflow.sdk.execution_time.timeout import timeout as execution_timeout
 from polars._utils.cloud import prepare_cloud_plan
 
-from include.polars_remote import detach, use_cluster
-from include.polars_remote.cloud.client import get_cluster_id, get_query_id
-from include.polars_remote.cloud.plans import DATA_KEY, NODES_KEY, Plan, read_plan
-from include.polars_remote.cloud.queries import describe
-from include.polars_remote.cloud.session import CloudSession
-from include.polars_remote.errors import (
+from polars_cloud_emulator.testing import RunningEmulator, eventually
+from polars_remote import detach, use_cluster
+from polars_remote.cloud.client import get_cluster_id, get_query_id
+from polars_remote.cloud.plans import DATA_KEY, NODES_KEY, Plan, read_plan
+from polars_remote.cloud.queries import describe
+from polars_remote.cloud.session import CloudSession
+from polars_remote.errors import (
     ClusterRefusedError,
     NotAuthenticatedError,
     QueryCanceledError,
     QueryLostError,
     QueryRefusedError,
 )
-from include.polars_remote.ownership.kills import TaskKilled
-from include.polars_remote.ownership.labels import get_labels
-from include.polars_remote.ownership.record import QueryRecord
-from include.polars_remote.ownership.scope import current_scope
-from include.polars_remote.queries import _Submission
-from polars_cloud_emulator.testing import RunningEmulator, eventually
+from polars_remote.ownership.kills import TaskKilled
+from polars_remote.ownership.labels import get_labels
+from polars_remote.ownership.record import QueryRecord
+from polars_remote.ownership.scope import current_scope
+from polars_remote.queries import _Submission
 from tests.observed import calls, cluster_statuses, entries, query_statuses
 from tests.tries import StartTry, Supervisor, kill
 
@@ -83,7 +83,7 @@ def local_engine() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def told(caplog: pytest.LogCaptureFixture) -> None:
     """The log tells what it tells in Airflow."""
-    caplog.set_level("INFO", "include")
+    caplog.set_level("INFO", "polars_remote")
 
 
 @pytest.fixture
@@ -864,9 +864,9 @@ def test_a_query_is_not_sent_before_the_cluster_that_a_killed_worker_started_is_
     emulator.add_fault("POST manifest/start", "startup_takes", seconds=180)
     with monkeypatch.context() as of_first_try:
         standing = SimpleNamespace(sleep=stand_still, monotonic=time.monotonic)
-        of_first_try.setattr("include.polars_remote.clusters.time", standing)
+        of_first_try.setattr("polars_remote.clusters.time", standing)
         kill(body)
-    monkeypatch.setattr("include.polars_remote.clusters.STARTING_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr("polars_remote.clusters.STARTING_PAUSE_SECONDS", 0.1)
     with ThreadPoolExecutor() as background:
         starting_up = background.submit(start_up)
         with start_try(2), use_cluster(CLUSTER) as ctx:
@@ -938,7 +938,7 @@ def test_a_query_whose_cluster_is_stopped_twice_fails(ctx: Any, emulator: Runnin
 def test_a_query_that_has_run_for_a_while_when_its_cluster_is_stopped_fails(
     ctx: Any, emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("include.polars_remote.queries.STOP_RACE_SECONDS", 0.0)
+    monkeypatch.setattr("polars_remote.queries.STOP_RACE_SECONDS", 0.0)
     emulator.add_fault("SubmitQuery", "query_hangs")
     query = submit(ctx)
     stop_cluster(emulator, ctx)
@@ -1586,7 +1586,7 @@ def test_the_same_code_has_the_same_digest_in_another_process(seed: str) -> None
 {MAKE_FRAME}
 import polars_cloud
 from polars._utils.cloud import prepare_cloud_plan
-from include.polars_remote.cloud.plans import read_plan
+from polars_remote.cloud.plans import read_plan
 plan = prepare_cloud_plan(frame, optimizations=pl.QueryOptFlags())
 print(read_plan(plan[0] if isinstance(plan, tuple) else plan).digest)
 """

@@ -20,7 +20,8 @@ from airflow.sdk.exceptions import AirflowFailException, TaskDeferred
 from airflow.serialization.serialized_objects import DagSerialization
 
 from include.auth import authenticate
-from include.polars_remote import (
+from polars_cloud_emulator.testing import RunningEmulator, eventually
+from polars_remote import (
     Query,
     detach,
     ensure_manifest,
@@ -28,19 +29,18 @@ from include.polars_remote import (
     query_tasks,
     use_cluster,
 )
-from include.polars_remote.cloud.client import get_query_id
-from include.polars_remote.errors import (
+from polars_remote.cloud.client import get_query_id
+from polars_remote.errors import (
     QueryCanceledError,
     QueryLostError,
     QueryNotAwaitedError,
     QueryRefusedError,
 )
-from include.polars_remote.ownership.end import end_orphans
-from include.polars_remote.ownership.kills import TaskKilled
-from include.polars_remote.ownership.scope import current_scope
-from include.polars_remote.query_tasks import QueryLink
-from include.polars_remote.waiting import deferral
-from polars_cloud_emulator.testing import RunningEmulator, eventually
+from polars_remote.links import QueryLink
+from polars_remote.ownership.end import end_orphans
+from polars_remote.ownership.kills import TaskKilled
+from polars_remote.ownership.scope import current_scope
+from polars_remote.waiting import deferral
 from tests.observed import calls, cluster_statuses, entries, query_statuses
 from tests.tries import StartTry, Supervisor, TriedTask, deferral_of
 
@@ -69,7 +69,7 @@ def told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The log tells what it tells in Airflow, and a slow machine defers no short query."""
-    caplog.set_level("INFO", "include")
+    caplog.set_level("INFO", "polars_remote")
     monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 300.0)
 
 
@@ -1102,7 +1102,7 @@ def test_the_link_opens_the_page_of_the_emulator(
     emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     portal = emulator.environment["POLARS_CLOUD_PORTAL"]
-    monkeypatch.setattr("include.polars_remote.cloud.queries.PORTAL", portal)
+    monkeypatch.setattr("polars_remote.cloud.queries.PORTAL", portal)
     task = TriedTask(ask)
     task.run()
     page = httpx.get(link(task), trust_env=False)

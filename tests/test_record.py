@@ -15,11 +15,11 @@ from airflow.sdk.exceptions import AirflowRuntimeError, ErrorType
 from airflow.sdk.execution_time import comms
 from airflow.sdk.execution_time.supervisor import set_supervisor_comms
 
-from include.polars_remote.cloud.session import CloudSession
-from include.polars_remote.compat import variable_keys
-from include.polars_remote.ownership import record
-from include.polars_remote.ownership.end import has_other_users
-from include.polars_remote.ownership.record import (
+from polars_remote.cloud.session import CloudSession
+from polars_remote.compat import variable_keys
+from polars_remote.ownership import record
+from polars_remote.ownership.end import has_other_users
+from polars_remote.ownership.record import (
     ClusterUse,
     Owner,
     QueryRecord,

@@ -13,7 +13,8 @@ import pytest
 from airflow.sdk.exceptions import AirflowTaskTimeout
 from airflow.sdk.execution_time.timeout import timeout as execution_timeout
 
-from include.polars_remote.cloud.retry import (
+from polars_cloud_emulator.testing import RunningEmulator, eventually
+from polars_remote.cloud.retry import (
     in_thread,
     is_transient,
     retry,
@@ -21,10 +22,9 @@ from include.polars_remote.cloud.retry import (
     time_left,
     time_limit,
 )
-from include.polars_remote.cloud.session import CloudSession
-from include.polars_remote.errors import LoginRefusedError
-from include.polars_remote.ownership.scope import current_scope
-from polars_cloud_emulator.testing import RunningEmulator, eventually
+from polars_remote.cloud.session import CloudSession
+from polars_remote.errors import LoginRefusedError
+from polars_remote.ownership.scope import current_scope
 from tests.observed import calls
 from tests.tries import StartTry, Supervisor
 
@@ -200,7 +200,7 @@ def test_an_outage_that_outlasts_the_budget_is_an_error(
 def test_an_outage_that_ends_just_within_the_budget_is_survived(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("include.polars_remote.cloud.retry.OUTAGE_SECONDS", 2.0)
+    monkeypatch.setattr("polars_remote.cloud.retry.OUTAGE_SECONDS", 2.0)
     began = time.monotonic()
 
     def is_back() -> bool:
@@ -215,7 +215,7 @@ def test_an_outage_that_outlasts_the_time_limit_is_an_error(
     query: Any, emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Each of these calls is the last that the limit leaves time for.
-    monkeypatch.setattr("include.polars_remote.cloud.retry.LAST_TRY_SECONDS", 60.0)
+    monkeypatch.setattr("polars_remote.cloud.retry.LAST_TRY_SECONDS", 60.0)
     fault = {"kind": "grpc_error", "code": "UNAVAILABLE", "message": "down", "times": 1_000}
     emulator.add_fault("GetQueryStatus", **fault)
     with time_limit(60.0):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from threading import Event
 from types import ModuleType
 from typing import Any
@@ -17,18 +18,18 @@ import pytest
 from airflow.sdk.exceptions import AirflowTaskTimeout
 from airflow.sdk.execution_time.timeout import timeout as execution_timeout
 
-from include.polars_remote import detach, use_cluster
-from include.polars_remote.cloud.client import get_query_id
-from include.polars_remote.errors import (
+from polars_cloud_emulator.testing import RunningEmulator, eventually
+from polars_remote import detach, use_cluster
+from polars_remote.cloud.client import get_query_id
+from polars_remote.errors import (
     NotAuthenticatedError,
     QueryNotAwaitedError,
     QueryRefusedError,
     TakenOverError,
 )
-from include.polars_remote.ownership import kills
-from include.polars_remote.ownership.kills import TaskKilled
-from include.polars_remote.ownership.scope import current_scope
-from polars_cloud_emulator.testing import RunningEmulator, eventually
+from polars_remote.ownership import kills
+from polars_remote.ownership.kills import TaskKilled
+from polars_remote.ownership.scope import current_scope
 from tests.observed import calls, cluster_statuses, entries, query_statuses
 from tests.tries import StartTry, Supervisor, freeze, kill
 
@@ -46,7 +47,22 @@ Hang = Callable[..., Any]
 @pytest.fixture(autouse=True)
 def info_log(pc: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
     """The log has the lines that it has in Airflow."""
-    caplog.set_level("INFO", "include")
+    caplog.set_level("INFO", "polars_remote")
+
+
+def test_a_second_copy_of_the_library_is_warned_of(
+    start_try: StartTry,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    other = tmp_path / "polars_remote"
+    other.mkdir()
+    (other / "__init__.py").write_text('__version__ = "0.9.0"\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    with start_try():
+        pass
+    assert f"which hides {other} (0.9.0): delete all but one" in caplog.text
 
 
 @pytest.fixture
@@ -67,7 +83,7 @@ def submit(ctx: Any, uri: str = FILE) -> Any:
 @pytest.fixture
 def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """A task soon gives up a query that it has forgotten."""
-    monkeypatch.setattr("include.polars_remote.waiting.deferral.IN_WORKER_SECONDS", 0.1)
+    monkeypatch.setattr("polars_remote.waiting.deferral.IN_WORKER_SECONDS", 0.1)
 
 
 # The end of the task

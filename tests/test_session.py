@@ -8,11 +8,11 @@ from types import ModuleType
 import pytest
 from airflow.sdk.exceptions import AirflowFailException
 
-from include.polars_remote.cloud import session as sessions
-from include.polars_remote.cloud.retry import start_thread
-from include.polars_remote.cloud.session import CloudSession
-from include.polars_remote.errors import LoginRefusedError, WorkspaceNotFoundError
 from polars_cloud_emulator.testing import RunningEmulator, eventually
+from polars_remote.cloud import session as sessions
+from polars_remote.cloud.retry import start_thread
+from polars_remote.cloud.session import CloudSession
+from polars_remote.errors import LoginRefusedError, WorkspaceNotFoundError
 from tests.observed import calls
 from tests.tries import Supervisor
 

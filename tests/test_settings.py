@@ -10,8 +10,8 @@ from types import ModuleType
 
 import pytest
 
-from include.polars_remote import settings
-from include.polars_remote.errors import PolarsRemoteError, SettingsError
+from polars_remote import settings
+from polars_remote.errors import PolarsRemoteError, SettingsError
 
 REPOSITORY = Path(__file__).parents[1]
 VARIABLES = {
@@ -129,7 +129,7 @@ def test_a_wrong_value_is_this_packages_error_and_a_value_error() -> None:
 
 def test_a_dag_file_shows_the_sentence_as_its_import_error() -> None:
     ran = subprocess.run(
-        [sys.executable, "-c", "import include.polars_remote"],
+        [sys.executable, "-c", "from polars_remote import use_cluster"],
         cwd=REPOSITORY,
         env=os.environ | {"POLARS_CLOUD_OUTAGE": "2m"},
         capture_output=True,

@@ -19,20 +19,20 @@ import pytest
 from airflow.sdk.exceptions import TaskDeferred
 from airflow.triggers.base import TriggerEvent
 
-from include.polars_remote import use_cluster
-from include.polars_remote.cloud.client import get_cluster_id, start_without_waiting
-from include.polars_remote.cloud.manifests import register_manifest
-from include.polars_remote.cloud.session import EMULATOR, CloudSession
-from include.polars_remote.errors import LoginRefusedError
-from include.polars_remote.ownership import record
-from include.polars_remote.ownership.end import Left, end_orphans
-from include.polars_remote.ownership.record import Owner, Wait
-from include.polars_remote.ownership.scope import current_scope
-from include.polars_remote.waiting import deferral, in_triggerer
-from include.polars_remote.waiting.deferral import defer_until_ended
-from include.polars_remote.waiting.in_triggerer import watching_task
-from include.polars_remote.waiting.triggers import ClusterTrigger, PolarsCloudTrigger
 from polars_cloud_emulator.testing import RunningEmulator, eventually
+from polars_remote import use_cluster
+from polars_remote.cloud.client import get_cluster_id, start_without_waiting
+from polars_remote.cloud.manifests import register_manifest
+from polars_remote.cloud.session import EMULATOR, CloudSession
+from polars_remote.errors import LoginRefusedError
+from polars_remote.ownership import record
+from polars_remote.ownership.end import Left, end_orphans
+from polars_remote.ownership.record import Owner, Wait
+from polars_remote.ownership.scope import current_scope
+from polars_remote.waiting import deferral, in_triggerer
+from polars_remote.waiting.deferral import defer_until_ended
+from polars_remote.waiting.in_triggerer import watching_task
+from polars_remote.waiting.triggers import ClusterTrigger, PolarsCloudTrigger
 from tests.observed import calls, cluster_statuses, entries, query_statuses
 from tests.tries import StartTry, Supervisor, kill
 
@@ -49,7 +49,7 @@ Defer = Callable[..., PolarsCloudTrigger]
 def at_once(pc: ModuleType, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
     """Triggers fire as soon as there is news; the log shows what it shows in Airflow."""
     monkeypatch.setattr(deferral, "LONGEST_RESUME_DELAY", 0.0)
-    caplog.set_level("INFO", "include")
+    caplog.set_level("INFO", "polars_remote")
 
 
 @pytest.fixture
@@ -221,47 +221,6 @@ def test_a_trigger_row_holds_no_secret(defer: Defer, emulator: RunningEmulator) 
     _, arguments = defer("query_hangs").serialize()
     assert emulator.environment["POLARS_CLOUD_CLIENT_SECRET"] not in str(arguments)
     assert "earer" not in str(arguments)
-
-
-# The former path
-
-
-def stored_before_upgrade(trigger: PolarsCloudTrigger) -> PolarsCloudTrigger:
-    """Return the trigger as the triggerer makes it of what the release before has stored."""
-    path, arguments = trigger.serialize()
-    assert path.startswith("include.polars_remote.waiting.triggers.")
-    arguments["fires_from"] = arguments.pop("not_before")
-    arguments["hand_back_at"] = arguments.pop("resume_at")
-    return import_class(path.replace("waiting.", ""))(**arguments)
-
-
-def test_a_task_that_was_deferred_before_an_upgrade_gets_its_results(
-    defer: Defer, emulator: RunningEmulator
-) -> None:
-    trigger = defer()
-    former = stored_before_upgrade(trigger)
-    emulator.advance_clock(MINUTE)
-    assert set(first_event(former)["results"]) == set(FILES)
-    assert isinstance(former, PolarsCloudTrigger)
-    times = (former.not_before, former.resume_at, former.deadline)
-    assert times == (trigger.not_before, trigger.resume_at, trigger.deadline)
-
-
-def test_a_trigger_from_before_an_upgrade_survives_a_restart_of_the_triggerer(
-    defer: Defer, emulator: RunningEmulator
-) -> None:
-    again = sent_to_triggerer(stored_before_upgrade(defer("query_hangs")))
-    again.resume_at = time.time()
-    assert first_event(again) == {"results": {}}
-    assert query_statuses(emulator) == ["InProgress", "InProgress"]
-
-
-@pytest.mark.usefixtures("supervisor")
-def test_a_task_that_waited_for_a_cluster_before_an_upgrade_is_resumed(
-    emulator: RunningEmulator,
-) -> None:
-    trigger = starting(emulator, kind="startup_fails", message="no machines left")
-    assert first_event(stored_before_upgrade(trigger)) == {"failed": "no machines left"}
 
 
 # Accounts
@@ -540,7 +499,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [
         each.getMessage()
         for each in caplog.records
-        if each.levelno == logging.WARNING and each.name.startswith("include")
+        if each.levelno == logging.WARNING and each.name.startswith("polars_remote")
     ]
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import pytest
 from airflow.sdk.execution_time import comms
 
-from include.polars_remote.compat import variable_keys
-from include.polars_remote.ownership import record
-from include.polars_remote.ownership.record import ClusterUse, Owner, TaskRecord
+from polars_remote.compat import variable_keys
+from polars_remote.ownership import record
+from polars_remote.ownership.record import ClusterUse, Owner, TaskRecord
 from tests.tries import Supervisor
 
 OWNER = Owner("shop", "manual__1", "run_query", -1)
@@ -118,3 +118,15 @@ def test_entries_that_are_written_and_erased_are_found_and_lost() -> None:
 def test_a_key_that_is_not_the_records_is_refused() -> None:
     with pytest.raises(ValueError, match="'polars_cloud/else' is no key of the record"):
         variable_keys.add("polars_cloud/else")
+
+
+@pytest.mark.parametrize("change", [variable_keys.add, variable_keys.remove])
+def test_a_list_that_is_never_read_as_it_was_written_is_named(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, change: Callable[[str], None]
+) -> None:
+    key = record.task_key(OWNER, "1")
+    stays = [key] if change is variable_keys.remove else []
+    monkeypatch.setattr(variable_keys, "_read", lambda name: list(stays))
+    monkeypatch.setattr(variable_keys, "_let_others_write", lambda began: None)
+    with pytest.raises(RuntimeError, match=r"Variable polars_cloud/keys/tries/\S+ was written 50"):
+        change(key)

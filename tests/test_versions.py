@@ -7,11 +7,11 @@ from importlib.metadata import version
 import polars
 import pytest
 
-from copy_dag import OLDEST_AIRFLOW
-from include.polars_remote.compat.versions import OLDEST
 from include.preflight import NEWEST_TRIED, OLDEST_PYTHON
+from left_to_do import OLDEST_AIRFLOW
 from local_airflow import ROOT
 from polars_cloud_emulator.protocol.client_check import CLIENT_VERSION
+from polars_remote.compat.versions import OLDEST
 from upgrade import package, read_lock, read_pins
 
 LOCKS = ["requirements.lock", "requirements-dev.lock", ".ci/airflow-3-1.lock"]

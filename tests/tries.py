@@ -21,9 +21,9 @@ from airflow.sdk.serde import deserialize, serialize
 from uuid6 import uuid7
 
 from include.auth import authenticate
-from include.polars_remote import query_task
-from include.polars_remote.ownership.kills import TaskKilled
-from include.polars_remote.ownership.scope import TaskScope, task_scope
+from polars_remote import query_task
+from polars_remote.ownership.kills import TaskKilled
+from polars_remote.ownership.scope import TaskScope, task_scope
 
 T = TypeVar("T")
 

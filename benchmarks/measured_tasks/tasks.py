@@ -5,7 +5,7 @@ from typing import Any
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.polars_remote import Query, query_task, shared_cluster, use_cluster
+from polars_remote import Query, query_task, shared_cluster, use_cluster
 
 CLUSTER = {"name": "airflow-task-calls", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
 RESULTS = "s3://your-bucket/results/task_calls"

@@ -10,8 +10,8 @@ from datetime import datetime
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.polars_remote.settings import WORKSPACE
 from include.shop import DATA, MANIFEST
+from polars_remote.settings import WORKSPACE
 
 REGIONS = ["Centre", "East", "North", "South", "West"]
 

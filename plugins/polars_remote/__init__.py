@@ -1,12 +1,19 @@
 """Run remote Polars queries from Airflow tasks, and leave no query or cluster behind.
 
-All imports in this folder are relative, so it can be renamed or moved.
+All imports in this folder are relative, so it can be renamed or moved. A name is imported when it
+is first used: Airflow's API server imports only `links` and `connection`.
 """
 
-from .clusters import ensure_manifest, shared_cluster, use_cluster
-from .ownership.end import clean_up
-from .queries import Query, detach
-from .query_tasks import query_task
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .clusters import ensure_manifest, shared_cluster, use_cluster
+    from .ownership.end import clean_up
+    from .queries import Query, detach
+    from .query_tasks import query_task
+
+__version__ = "1.0.0"
 
 __all__ = [
     "Query",
@@ -17,3 +24,19 @@ __all__ = [
     "shared_cluster",
     "use_cluster",
 ]
+
+_MODULES = {
+    "Query": ".queries",
+    "clean_up": ".ownership.end",
+    "detach": ".queries",
+    "ensure_manifest": ".clusters",
+    "query_task": ".query_tasks",
+    "shared_cluster": ".clusters",
+    "use_cluster": ".clusters",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name], __name__), name)

@@ -13,18 +13,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar, overload
 
 from airflow.providers.standard.operators.python import PythonOperator
-from airflow.sdk import Asset, BaseOperatorLink, Context, get_current_context
+from airflow.sdk import Asset, Context, get_current_context
 from airflow.sdk.bases.decorator import DecoratedOperator, Task, task_decorator_factory
 
 from .cloud.client import get_cluster_status, get_query_id, is_query, is_result
 from .compat.internals import has_lost_its_trigger
-from .compat.versions import TELLS_TRIGGERS, from_json, to_json
+from .compat.versions import TRIGGERS_CAN_ASK, from_json, to_json
 from .errors import (
     ClusterNotStartedError,
     QueryCanceledError,
     QueryLostError,
     QueryRefusedError,
 )
+from .links import QueryLink
 from .ownership import record
 from .ownership.end import find_recorded
 from .ownership.record import Owner, Result, Wait
@@ -88,16 +89,6 @@ def query_task(
     )
 
 
-class QueryLink(BaseOperatorLink):
-    """Link in Airflow's UI from a task to its query's page on Polars Cloud."""
-
-    name = "Polars Cloud query"
-
-    def get_link(self, operator: Any, *, ti_key: Any) -> str:
-        """Return the page of the task's first query."""
-        return str(operator.page)
-
-
 class QueryTask(DecoratedOperator, PythonOperator):
     """The operator of a `@query_task`.
 
@@ -123,7 +114,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
             "op_kwargs": op_kwargs,
         }
         super().__init__(kwargs_to_upstream=function, **function, **options)
-        self.defers = DEFERS and TELLS_TRIGGERS
+        self.defers = DEFERS and TRIGGERS_CAN_ASK
         self.page = ""
 
     def resume_execution(

@@ -45,7 +45,7 @@ def load_plugins() -> list[str]:
 def import_triggers() -> str:
     """Import the triggers where no bundle is on the path, as in a triggerer; their file."""
     try:
-        return str(importlib.import_module("include.polars_remote.waiting.triggers").__file__)
+        return str(importlib.import_module("polars_remote.waiting.triggers").__file__)
     except ModuleNotFoundError as error:
         return str(error)
 
@@ -59,7 +59,9 @@ def run_dags(*bundles_and_dags: str) -> dict[str, str]:
         states[bundle] = str(dag.test().state.value)
         # Each bundle is to import its own; a process for each takes Airflow seconds to prepare.
         sys.path.remove(str(path))
-        for module in [name for name in sys.modules if name.split(".")[0] == "include"]:
+        for module in [
+            name for name in sys.modules if name.split(".")[0] in {"include", "polars_remote"}
+        ]:
             del sys.modules[module]
     return states
 

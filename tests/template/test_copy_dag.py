@@ -1,6 +1,5 @@
 """What `make copy` does to the folder it copies to, and what it says about it."""
 
-import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,41 @@ import pytest
 
 from copy_dag import main
 from local_airflow import ROOT
+
+MADE_HERE = [".git", *(line.strip("/") for line in (ROOT / ".gitignore").read_text().split())]
+
+
+@pytest.fixture
+def other_release(tmp_path: Path) -> Path:
+    """A copy of this repository, for a test to change."""
+    folder = tmp_path / "other_release"
+    return Path(shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*MADE_HERE)))
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Path:
+    """A DAGs folder."""
+    folder = tmp_path / "there"
+    folder.mkdir()
+    return folder
+
+
+def copy_from(repository: Path, dag_id: str, to: Path) -> str:
+    """Copy a DAG from a repository other than this one; what the command said."""
+    script = [sys.executable, str(repository / "scripts" / "copy_dag.py"), dag_id, str(to)]
+    return subprocess.run(script, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+def commit(repository: Path) -> None:
+    git = ["git", "-C", str(repository), "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=release"]):
+        subprocess.run([*git, *command], check=True)
+
+
+def changed(file: Path) -> str:
+    """Change a file as its user would; its text."""
+    file.write_text(file.read_text() + "MINE = True\n")
+    return file.read_text()
 
 
 def test_a_second_dag_joins_the_first(tmp_path: Path) -> None:
@@ -21,54 +55,144 @@ def test_a_second_dag_joins_the_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dag_id", "needed"),
     [
-        ("end_orphans", {"polars_remote"}),
-        ("single_query", {"auth.py", "polars_remote", "shop.py"}),
-        ("preflight", {"auth.py", "polars_remote", "preflight.py", "shop.py"}),
+        ("single_query", {"auth.py", "shop.py"}),
+        ("preflight", {"auth.py", "preflight.py", "shop.py"}),
     ],
 )
 def test_what_a_dag_needs_is_copied_and_no_more(
     tmp_path: Path, dag_id: str, needed: set[str]
 ) -> None:
     main(dag_id, str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{dag_id}.py",
+        "include",
+        "polars_remote",
+    }
     copied = {path.name for path in (tmp_path / "include").iterdir()}
     assert copied == needed | {"__init__.py", ".airflowignore"}
 
 
-def test_a_shop_that_was_edited_stays_as_it_is(tmp_path: Path) -> None:
+def test_the_library_goes_to_the_plugins_of_an_airflow_home(tmp_path: Path) -> None:
+    (tmp_path / "dags").mkdir()
+    (tmp_path / "airflow.cfg").touch()
+    main("status_check", str(tmp_path))
+    assert {path.name for path in (tmp_path / "plugins").iterdir()} == {"include", "polars_remote"}
+
+
+def test_a_copy_of_an_older_release_is_upgraded(there: Path, other_release: Path) -> None:
+    library = other_release / "plugins" / "polars_remote"
+    (library / "settings.py").write_text("OLD = True\n")
+    (library / "removed.py").write_text("OLD = True\n")
+    (library / "__init__.py").write_text('__version__ = "0.9.0"\n')
+    (other_release / "dags" / "status_check.py").write_text("import include.auth\n")
+    copy_from(other_release, "status_check", there)
+
+    said = copy_from(ROOT, "single_query", there)
+
+    assert "Upgraded what was copied from version 0.9.0." in said
+    assert not (there / "polars_remote" / "removed.py").exists()
+    for name in ("polars_remote/settings.py", "polars_remote/__init__.py"):
+        assert (there / name).read_bytes() == (ROOT / "plugins" / name).read_bytes()
+    for name in ("single_query.py", "status_check.py"):
+        assert (there / name).read_bytes() == (ROOT / "dags" / name).read_bytes()
+
+
+def test_a_copy_from_before_there_were_notes_is_upgraded(there: Path, other_release: Path) -> None:
+    files = {
+        "dags/single_query.py": "from include.polars_remote import submit\n",
+        "dags/status_check.py": "from include.polars_remote import submit  # edited later\n",
+        "include/auth.py": "from include.polars_remote import login\n",
+        "include/polars_remote/__init__.py": "def submit(): ...\n",
+    }
+    current = {name: (other_release / name).read_text() for name in files if "remote" not in name}
+    for name, text in files.items():
+        (other_release / name).parent.mkdir(exist_ok=True)
+        (other_release / name).write_text(text)
+        place = there / name.removeprefix("dags/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text)
+    mine = changed(there / "status_check.py")
+    commit(other_release)
+    shutil.rmtree(other_release / "include" / "polars_remote")
+    for name, text in current.items():
+        (other_release / name).write_text(text)
+    commit(other_release)
+
+    said = copy_from(other_release, "single_query", there)
+
+    for name in ("single_query.py", "include/auth.py"):
+        assert (there / name).read_bytes() == (
+            ROOT / ("" if "/" in name else "dags") / name
+        ).read_bytes()
+    assert (there / "status_check.py").read_text() == mine
+    former = there / "include" / "polars_remote"
+    assert (former / "__init__.py").read_text() == files["include/polars_remote/__init__.py"]
+    assert (
+        f"Import polars_remote in place of include.polars_remote: {there / 'status_check.py'}."
+        in said
+    )
+    assert f"Delete {former} when no task is deferred" in said
+
+
+@pytest.mark.parametrize(
+    "file", ["single_query.py", "include/auth.py", "include/shop.py", "polars_remote/settings.py"]
+)
+@pytest.mark.parametrize("next_dag", ["single_query", "manifest_reuse"])
+def test_what_the_user_has_changed_is_kept_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, next_dag: str
+) -> None:
     main("single_query", str(tmp_path))
-    shop = tmp_path / "include" / "shop.py"
-    edited = shop.read_text().replace("s3://your-bucket", "s3://my-bucket")
-    shop.write_text(edited)
+    mine = changed(tmp_path / file)
+    for _ in range(2):
+        main(next_dag, str(tmp_path))
+        assert (tmp_path / file).read_text() == mine
+        assert f"Kept {tmp_path / file}, as it was changed here: DIFF=1" in capsys.readouterr().out
+    main(next_dag, str(tmp_path), diff=True)
+    assert "+MINE = True" in capsys.readouterr().out
+
+
+def test_a_change_that_was_taken_back_is_forgotten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main("single_query", str(tmp_path))
+    settings = tmp_path / "polars_remote" / "settings.py"
+    before = settings.read_text()
+    changed(settings)
+    main("single_query", str(tmp_path))
+    settings.write_text(before)
+    capsys.readouterr()
+    main("single_query", str(tmp_path))
+    assert "Kept" not in capsys.readouterr().out
+
+
+def test_a_file_of_the_users_own_is_named_and_nothing_is_copied(tmp_path: Path) -> None:
+    (tmp_path / "single_query.py").write_text("mine")
+    with pytest.raises(SystemExit, match=r"single_query\.py is a file of your own"):
+        main("single_query", str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["single_query.py"]
+    assert (tmp_path / "single_query.py").read_text() == "mine"
+
+
+@pytest.mark.parametrize("module", ["auth.py", "shop.py"])
+def test_a_module_without_what_the_dag_imports_is_named_and_nothing_is_copied(
+    tmp_path: Path, module: str
+) -> None:
+    place = tmp_path / "include" / module
+    place.parent.mkdir()
+    place.write_text("PRICES = {}\n")
+    with pytest.raises(SystemExit, match=f"{place} was changed there and lacks .*, which dags/"):
+        main("single_query", str(tmp_path))
+    assert [*tmp_path.rglob("*.py")] == [place]
+
+
+def test_an_upgrade_that_a_changed_module_does_not_fit_is_refused(
+    tmp_path: Path,
+) -> None:
     main("manifest_reuse", str(tmp_path))
-    assert shop.read_text() == edited
-    assert (tmp_path / "manifest_reuse.py").exists()
-
-
-def test_a_shop_without_what_the_dag_imports_is_named(tmp_path: Path) -> None:
     shop = tmp_path / "include" / "shop.py"
-    shop.parent.mkdir()
-    shop.write_text("PRICES = {}\n")
-    with pytest.raises(SystemExit, match=f"exist with other content:\n  {shop}\n"):
+    shop.write_text(shop.read_text().replace("MANIFEST", "OURS"))
+    with pytest.raises(SystemExit, match=r"lacks MANIFEST, which dags/manifest_reuse\.py imports"):
         main("single_query", str(tmp_path))
-    assert shop.read_text() == "PRICES = {}\n"
-
-
-def test_what_would_be_overwritten_is_named_and_nothing_is_copied(tmp_path: Path) -> None:
-    include = tmp_path / "include"
-    (include / "polars_remote").mkdir(parents=True)
-    (include / "auth.py").write_text("mine")
-    (include / "polars_remote" / "clusters.py").write_text("older")
-
-    with pytest.raises(SystemExit) as error:
-        main("single_query", str(tmp_path))
-
-    assert re.findall("^  (.+)", str(error.value), re.MULTILINE) == [
-        str(include / "auth.py"),
-        str(include / "polars_remote" / "clusters.py"),
-    ]
-    files = {str(file.relative_to(include)) for file in tmp_path.rglob("*") if file.is_file()}
-    assert files == {"auth.py", "polars_remote/clusters.py"}
-    assert (include / "auth.py").read_text() == "mine"
 
 
 @pytest.mark.parametrize("hides", ["include", "plugins/include"])

@@ -48,7 +48,7 @@ class Deployment:
     path
         PYTHONPATH.
     triggers
-        What holds the `include/` that the triggerer imports from; None if it finds none.
+        What holds the library that the triggerer imports; None if it finds none.
     has_client
         Whether DAGs can be run.
     """
@@ -127,8 +127,8 @@ def mwaa(folder: Path) -> Deployment:
 
 
 def astro(folder: Path, name: str, dag_id: str, *, is_package: bool) -> Deployment:
-    (folder / "dags").mkdir()
-    (folder / "include").mkdir()
+    for part in ("dags", "include", "plugins"):
+        (folder / part).mkdir()
     (folder / "include" / "settings.py").write_text("MINE = True\n")
     if is_package:
         (folder / "include" / "__init__.py").touch()
@@ -147,7 +147,7 @@ def astro(folder: Path, name: str, dag_id: str, *, is_package: bool) -> Deployme
         folder,
         {name: (folder / "dags", [dag_id, "mine"])},
         path=[folder],
-        triggers=folder,
+        triggers=folder / "plugins",
     )
 
 
@@ -181,7 +181,14 @@ def clone(folder: Path) -> Path:
 
 
 def git_bundle(folder: Path) -> Deployment:
-    return Deployment(folder / "home", {"Git bundle": (clone(folder), OURS)})
+    installed = folder / "site-packages"
+    shutil.copytree(ROOT / "plugins" / "polars_remote", installed / "polars_remote")
+    return Deployment(
+        folder / "home",
+        {"Git bundle": (clone(folder), OURS)},
+        path=[installed],
+        triggers=installed,
+    )
 
 
 def without_client(folder: Path) -> Deployment:
@@ -190,8 +197,8 @@ def without_client(folder: Path) -> Deployment:
     return Deployment(
         folder / "home",
         {WITHOUT_CLIENT: (clone(folder), OURS)},
-        path=[folder, folder / "clone"],
-        triggers=folder / "clone",
+        path=[folder, folder / "clone", folder / "clone" / "plugins"],
+        triggers=folder / "clone" / "plugins",
         has_client=False,
     )
 
@@ -251,9 +258,9 @@ def test_the_triggerer_imports_from_where_the_table_says(looks: Looks, layout: s
     deployment, future = looks[layout]
     found = future.result()["triggers"]
     if deployment.triggers is None:
-        assert found == "No module named 'include'"
+        assert found == "No module named 'polars_remote'"
     else:
-        assert Path(found) == deployment.triggers / "include" / TRIGGERS
+        assert Path(found) == deployment.triggers / TRIGGERS
 
 
 @pytest.mark.parametrize("layout", ["AIRFLOW_HOME", "MWAA"])

@@ -9,13 +9,13 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from copy_dag import OLDEST_AIRFLOW
-from include.polars_remote import errors
-from include.polars_remote.compat.versions import AirflowFailException
 from include.shop import PLACEHOLDER
+from left_to_do import OLDEST_AIRFLOW
 from local_airflow import ROOT
 from polars_cloud_emulator.protocol.client_check import CLIENT_VERSION
 from polars_cloud_emulator.testing import RunningEmulator
+from polars_remote import errors
+from polars_remote.compat.versions import AirflowFailException
 from tests.failures.scenarios import SCENARIOS, SHOWN_WITHOUT_SCHEDULER
 from tests.failures.table import table
 from tests.test_versions import AIRFLOW, minor, pythons
@@ -91,7 +91,7 @@ def test_the_session_of_the_page_about_helpers_runs(emulator: RunningEmulator) -
 
 
 def test_the_page_about_helpers_names_each_of_them() -> None:
-    from include import polars_remote
+    import polars_remote
 
     page = (ROOT / "docs" / "helpers.md").read_text()
     [table] = re.findall(r"^\| helper.*?\n\n", page, re.DOTALL | re.MULTILINE)
@@ -121,7 +121,7 @@ def test_the_table_of_settings_names_each_variable_that_is_read_and_its_default(
     rows = re.findall(
         r"^\| `(POLARS_CLOUD_\w+)` \| `?([^|`]+)`? \|", README.read_text(), re.MULTILINE
     )
-    files = [ROOT / "include" / "shop.py", ROOT / "include" / "polars_remote" / "settings.py"]
+    files = [ROOT / "include" / "shop.py", ROOT / "plugins" / "polars_remote" / "settings.py"]
     read = re.findall(
         r'"(POLARS_CLOUD_\w+)"(?:, "?([^")]+)"?)?\)', "".join(file.read_text() for file in files)
     )

@@ -8,6 +8,8 @@ from airflow.sdk.bases.operator import TRIGGER_FAIL_REPR
 from airflow.sdk.exceptions import AirflowRuntimeError, ErrorType
 from airflow.sdk.execution_time import comms, task_runner
 
+from .versions import COUNTS_CLEARED_TASKS
+
 TASK_ENDS = {"success", "failed", "skipped", "upstream_failed", "removed"}
 """States of a task that has ended."""
 
@@ -60,8 +62,12 @@ def get_task_states(
 
 
 def get_clear_number(context: Context) -> int:
-    """Return how often the run had been cleared when this try began."""
-    return context["dag_run"].clear_number or 0
+    """Return a number that a clear of the task or its run raises, and a retry does not.
+
+    Airflow 3.1 counts only clears of a finished run. There, a clear raises the task's `max_tries`.
+    """
+    number = context["dag_run"].clear_number or 0
+    return number if COUNTS_CLEARED_TASKS else number + context["ti"].max_tries
 
 
 def is_resumed(context: Context) -> bool:

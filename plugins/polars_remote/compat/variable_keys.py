@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import random
 import time
+from collections.abc import Callable
 
 from airflow.sdk import Variable
 
@@ -20,6 +21,9 @@ from .versions import LISTS_VARIABLES
 
 LISTS = "polars_cloud/keys"
 """Prefix of the keys of the lists."""
+
+MAX_WRITES = 50
+"""Maximum writes of a list by one change; other writers may undo some."""
 
 SHARDS = 8
 """Number of parts of a shared list, so that writers seldom collide."""
@@ -42,26 +46,43 @@ def find(prefix: str, run: str = "") -> list[str]:
 
 
 def add(key: str) -> None:
-    """Add a key to its lists, before its Variable is written."""
-    if not LISTS_VARIABLES:
-        for name in _lists_of(key):
-            while key not in (known := _read(name)):
-                began = time.monotonic()
-                Variable.set(name, [*known, key], serialize_json=True)
-                _let_others_write(began)
+    """Add a key to its lists, before its Variable is written.
+
+    Raises
+    ------
+    RuntimeError
+        A list is not read as it was written.
+    """
+    _change(key, lambda known: known if key in known else [*known, key])
 
 
 def remove(key: str) -> None:
-    """Remove a key from its lists, after its Variable was deleted."""
-    if not LISTS_VARIABLES:
-        for name in _lists_of(key):
-            while key in (known := _read(name)):
-                began = time.monotonic()
-                if left := [each for each in known if each != key]:
-                    Variable.set(name, left, serialize_json=True)
-                else:
-                    Variable.delete(name)
-                _let_others_write(began)
+    """Remove a key from its lists, after its Variable was deleted. Raises what `add` raises."""
+    _change(key, lambda known: [each for each in known if each != key])
+
+
+def _change(key: str, change: Callable[[list[str]], list[str]]) -> None:
+    """Change the lists that hold a key, and again where another writer has undone it."""
+    if LISTS_VARIABLES:
+        return
+    for name in _lists_of(key):
+        for _ in range(MAX_WRITES):
+            began = time.monotonic()
+            known = _read(name)
+            changed = change(known)
+            if changed == known:
+                break
+            if changed:
+                Variable.set(name, changed, serialize_json=True)
+            else:
+                Variable.delete(name)
+            _let_others_write(began)
+        else:
+            raise RuntimeError(
+                f"Variable {name} was written {MAX_WRITES} times, and is never read as it was "
+                "written. If a secrets backend answers for it, exclude the Variables below "
+                "polars_cloud/ there"
+            )
 
 
 def _lists_of(key: str) -> list[str]:

@@ -19,7 +19,15 @@ LISTS_VARIABLES = VERSION >= (3, 3)
 """Whether Airflow lists Variables by the prefix of their keys."""
 
 TELLS_TRIGGERS = VERSION >= (3, 3)
-"""Whether Airflow calls `on_kill` of a trigger whose task a user has ended."""
+"""Whether Airflow calls `on_kill` of a trigger whose task a user has ended. Airflow 3.2 only
+cancels the trigger, as it does when the triggerer stops."""
+
+TRIGGERS_CAN_ASK = VERSION >= (3, 2)
+"""Whether a thread of the triggerer can ask Airflow. On Airflow 3.1 it reads the answers to other
+triggers, and the triggerer ends."""
+
+COUNTS_CLEARED_TASKS = VERSION >= (3, 2)
+"""Whether clearing a task of an unfinished run changes the run's `clear_number`."""
 
 if TYPE_CHECKING or VERSION >= (3, 2):
     from airflow.sdk.exceptions import (
@@ -56,8 +64,10 @@ def from_json(value: Any) -> Any:
 
 
 __all__ = [
+    "COUNTS_CLEARED_TASKS",
     "LISTS_VARIABLES",
     "TELLS_TRIGGERS",
+    "TRIGGERS_CAN_ASK",
     "AirflowFailException",
     "AirflowNotFoundException",
     "AirflowTaskTimeout",

@@ -16,6 +16,7 @@ from airflow.sdk import get_current_context
 from ..cloud.advice import add_advice
 from ..cloud.client import refuse_queries_without_context
 from ..cloud.session import CloudSession
+from ..compat.copies import FOLDER, describe, find_hidden_copies
 from ..compat.internals import get_clear_number, is_resumed
 from ..compat.versions import AirflowTaskTimeout, TaskDeferred
 from ..errors import LoginRefusedError, NotAuthenticatedError, QueryRefusedError
@@ -279,6 +280,12 @@ def task_scope(conn_id: str) -> Iterator[TaskScope]:
     context[SCOPE] = scope
     # On the task itself: during a deferral the context is already gone when SIGTERM comes.
     scope.task.on_kill = scope.on_kill
+    if hidden := find_hidden_copies():
+        logger.warning(
+            "polars_remote is imported from %s, which hides %s: delete all but one",
+            describe(FOLDER),
+            ", ".join(hidden),
+        )
     try:
         if is_resumed(get_current_context()):
             scope.entry.restore()

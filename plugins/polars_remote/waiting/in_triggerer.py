@@ -25,7 +25,8 @@ from ..cloud.session import CloudSession, is_logged_out
 from ..compat.internals import is_dag_test
 from ..compat.versions import AirflowFailException
 from ..errors import QueryLostError
-from ..ownership.end import Left, end_orphans, end_task_entry, log_left
+from ..ownership import record
+from ..ownership.end import end_orphans, end_task_entry, log_left
 from ..ownership.record import Owner
 from ..settings import OUTAGE_SECONDS
 from .progress import Progress, describe_progress, get_pause
@@ -292,14 +293,37 @@ async def cancel_queries(conn_id: str, queries: list[dict[str, Any]]) -> None:
 
 async def end_task(task_key: str) -> None:
     """End the queries and cluster uses of a deferred task."""
+    await asyncio.wrap_future(start_thread(lambda: _end_task(task_key)))
 
-    def end() -> list[Left]:
-        # Airflow stops waiting after this time.
-        seconds = conf.getfloat("triggerer", "on_kill_timeout", fallback=30.0)
-        with time_limit(seconds - 1.0):
-            return end_task_entry(task_key)
 
-    log_left(await asyncio.wrap_future(start_thread(end)))
+def end_if_ended(task_key: str) -> None:
+    """End the queries and cluster uses of a task if Airflow says that the task has ended.
+
+    Its trigger was canceled: a user has ended the task, its deferral has timed out, or the
+    triggerer is stopping. This returns at once, and a thread asks Airflow and ends them: Airflow
+    cancels a trigger again each second, and a stopping triggerer gets no answer.
+    """
+
+    def end() -> None:
+        try:
+            task = record.get_task(task_key)
+            if task and not task.owner.is_active():
+                _end_task(task_key)
+        except Exception as error:
+            logger.warning(
+                "The task's trigger was canceled, and Airflow does not say why. The task's queries "
+                "keep running; its next try resumes them (%s)",
+                error,
+            )
+
+    start_thread(end)
+
+
+def _end_task(task_key: str) -> None:
+    # Airflow stops waiting after this time.
+    seconds = conf.getfloat("triggerer", "on_kill_timeout", fallback=30.0)
+    with time_limit(seconds - 1.0):
+        log_left(end_task_entry(task_key))
 
 
 async def _in_thread(function: Callable[[], T]) -> T:

@@ -14,6 +14,8 @@ from typing import Any
 
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
+from ..compat.versions import TELLS_TRIGGERS
+
 
 class PolarsCloudTrigger(BaseTrigger):
     """Poll Polars Cloud until there is news for the task.
@@ -59,17 +61,22 @@ class PolarsCloudTrigger(BaseTrigger):
         """Fire once, with the news so far."""
         # In a thread: importing Polars would block every other trigger.
         await asyncio.to_thread(importlib.import_module, ".in_triggerer", __package__)
-        from .in_triggerer import watching_task
+        from .in_triggerer import end_if_ended, watching_task
 
         news: dict[str, Any] = {}
-        with watching_task(self.task_key):
-            async for poll in self.poll():
-                news, is_over = poll
-                if is_over or time.time() >= self.resume_at:
-                    break
-        if self.deadline is not None and time.time() >= self.deadline:
-            await self.cancel()
-        await asyncio.sleep(self.not_before - time.time())
+        try:
+            with watching_task(self.task_key):
+                async for poll in self.poll():
+                    news, is_over = poll
+                    if is_over or time.time() >= self.resume_at:
+                        break
+            if self.deadline is not None and time.time() >= self.deadline:
+                await self.cancel()
+            await asyncio.sleep(self.not_before - time.time())
+        except asyncio.CancelledError:
+            if not TELLS_TRIGGERS:
+                end_if_ended(self.task_key)
+            raise
         yield TriggerEvent(news)  # type: ignore[no-untyped-call]
 
     async def on_kill(self) -> None:

@@ -5,7 +5,7 @@ from datetime import datetime
 from airflow.sdk import dag
 
 from include.auth import authenticate
-from include.polars_remote import Query, clean_up, query_task, shared_cluster, use_cluster
+from polars_remote import Query, clean_up, query_task, shared_cluster, use_cluster
 
 CLUSTER = {"name": "airflow-held-queries", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
 TASKS = 50

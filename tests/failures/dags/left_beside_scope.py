@@ -5,8 +5,8 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.polars_remote import clean_up, detach, shared_cluster, use_cluster
 from include.shop import DATA
+from polars_remote import clean_up, detach, shared_cluster, use_cluster
 
 LEFT = {"name": "airflow-left", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
 SHARED = {"name": "airflow-shared", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}

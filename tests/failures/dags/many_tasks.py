@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.polars_remote import clean_up, shared_cluster, use_cluster
+from polars_remote import clean_up, shared_cluster, use_cluster
 
 CLUSTER = {
     "name": "airflow-many-tasks",

@@ -5,7 +5,7 @@ from datetime import datetime
 from airflow.sdk import TriggerRule, dag, task
 
 from include.auth import authenticate
-from include.polars_remote import clean_up, use_cluster
+from polars_remote import clean_up, use_cluster
 
 CLUSTER = {"name": "airflow-notified", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
 

@@ -5,8 +5,8 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.polars_remote import clean_up, use_cluster
 from include.shop import DATA
+from polars_remote import clean_up, use_cluster
 
 RESULT = f"{DATA}/results/published_line/"
 CLUSTER = {"name": "airflow-published-line", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}

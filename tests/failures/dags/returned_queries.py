@@ -6,8 +6,8 @@ from typing import Any
 from airflow.sdk import dag, task, task_group
 
 from include.auth import authenticate
-from include.polars_remote import Query, clean_up, query_task, use_cluster
 from include.shop import DATA
+from polars_remote import Query, clean_up, query_task, use_cluster
 
 RESULTS = f"{DATA}/results/returned_queries"
 CLUSTERS = [

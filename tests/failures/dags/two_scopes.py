@@ -5,8 +5,8 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag, task
 
 from include.auth import authenticate
-from include.polars_remote import clean_up, shared_cluster, use_cluster
 from include.shop import DATA
+from polars_remote import clean_up, shared_cluster, use_cluster
 
 LONG = {"name": "airflow-long", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
 SHORT = {"name": "airflow-short", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}

@@ -5,8 +5,8 @@ from datetime import datetime, timedelta
 from airflow.sdk import dag
 
 from include.auth import authenticate
-from include.polars_remote import Query, clean_up, query_task, use_cluster
-from include.polars_remote.waiting import deferral
+from polars_remote import Query, clean_up, query_task, use_cluster
+from polars_remote.waiting import deferral
 
 CLUSTER = {"name": "airflow-without-triggerer", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
 
