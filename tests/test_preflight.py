@@ -489,7 +489,7 @@ def test_nothing_is_started_unless_it_is_asked_for(
         "try_cluster": "skipped",
         "preflight": "success",
     }
-    assert len(lines(caplog)) == 7
+    assert len(lines(caplog)) == 8
     assert_nothing_was_started(emulator)
     assert f"Nothing was started, and nothing is billed. With the parameter spend, {BILLED}" in (
         capfd.readouterr().out
