@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 from uuid import UUID
 
@@ -46,6 +46,7 @@ from polars_remote.cloud.client import (
 from polars_remote.cloud.manifests import register_manifest
 from polars_remote.cloud.plans import read_plan
 from polars_remote.cloud.session import EMULATOR, CloudSession
+from polars_remote.compat import internals
 from tests.observed import cluster_statuses
 from tests.tries import Supervisor
 
@@ -69,6 +70,21 @@ PRIVATE_NAMES = {
     "API_CLIENT",
     "FRONTEND_DOMAIN",
 }
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_clear_that_airflow_does_not_count_is_told_by_the_tries_that_it_adds(
+    counts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(internals, "COUNTS_CLEARED_TASKS", counts)
+
+    def number(clear_number: int | None, max_tries: int) -> int:
+        run, ti = SimpleNamespace(clear_number=clear_number), SimpleNamespace(max_tries=max_tries)
+        context: Any = {"dag_run": run, "ti": ti}
+        return internals.get_clear_number(context)
+
+    assert number(None, 1) == number(0, 1) != number(1, 1)
+    assert (number(0, 1) == number(0, 2)) == counts
 
 
 def modules() -> list[Path]:

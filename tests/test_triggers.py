@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextvars import ContextVar
 from datetime import timedelta
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Any
 import polars as pl
 import pytest
 from airflow.sdk.exceptions import TaskDeferred
+from airflow.sdk.execution_time import comms
 from airflow.triggers.base import TriggerEvent
 
 from polars_cloud_emulator.testing import RunningEmulator, eventually
@@ -29,7 +30,7 @@ from polars_remote.ownership import record
 from polars_remote.ownership.end import Left, end_orphans
 from polars_remote.ownership.record import Owner, Wait
 from polars_remote.ownership.scope import current_scope
-from polars_remote.waiting import deferral, in_triggerer
+from polars_remote.waiting import deferral, in_triggerer, triggers
 from polars_remote.waiting.deferral import defer_until_ended
 from polars_remote.waiting.in_triggerer import watching_task
 from polars_remote.waiting.triggers import ClusterTrigger, PolarsCloudTrigger
@@ -374,6 +375,131 @@ def test_a_triggerer_that_stops_cancels_nothing(
     assert entries(supervisor, "task")
 
 
+# The end of the task where Airflow only cancels its trigger, as a triggerer that stops does
+
+
+def cancel_until_done(
+    trigger: PolarsCloudTrigger, polls: Callable[[], object] = lambda: True
+) -> None:
+    """Run a trigger, and cancel it again and again as Airflow 3.2 does."""
+
+    async def cancel() -> None:
+        run = asyncio.ensure_future(anext(aiter(trigger.run())))
+        await asyncio.sleep(0)
+        await until(polls)
+        while not run.done():
+            run.cancel()
+            await asyncio.sleep(0.02)
+        with pytest.raises(asyncio.CancelledError):
+            await run
+
+    in_loop(cancel)
+
+
+EndDeferred = Callable[[PolarsCloudTrigger, str | None], None]
+
+
+@pytest.fixture
+def end_deferred(
+    monkeypatch: pytest.MonkeyPatch, emulator: RunningEmulator, supervisor: Supervisor
+) -> EndDeferred:
+    """Change the state of a task whose trigger polls, and let Airflow 3.2 tell its trigger."""
+    monkeypatch.setattr(triggers, "TELLS_TRIGGERS", False)
+
+    def end(trigger: PolarsCloudTrigger, state: str | None) -> None:
+        supervisor.states["manual__1"]["run_query"] = state
+        cancel_until_done(trigger, lambda: calls(emulator, "GetQueryStatus") >= 2)
+
+    return end
+
+
+@pytest.mark.parametrize("state", ["failed", "success", "skipped", "removed"])
+def test_a_canceled_trigger_ends_what_its_ended_task_has_started_before_its_log_is_closed(
+    end_deferred: EndDeferred,
+    defer: Defer,
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    state: str,
+) -> None:
+    end_deferred(defer("query_hangs"), state)
+    assert query_statuses(emulator) == ["Canceled", "Canceled"]
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+@pytest.mark.usefixtures("end_deferred")
+def test_a_trigger_that_is_canceled_before_it_polls_ends_what_its_task_has_started(
+    defer: Defer, emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    trigger = defer("query_hangs")
+    del supervisor.states["manual__1"]  # the run was deleted
+    cancel_until_done(trigger)
+    assert query_statuses(emulator) == ["Canceled", "Canceled"]
+    assert supervisor.variables == {}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        pytest.param("deferred", id="another_triggerer_has_taken_it_over"),
+        pytest.param("scheduled", id="its_deferral_has_timed_out"),
+        pytest.param("running", id="it_goes_on_in_its_worker"),
+        pytest.param("up_for_retry", id="it_has_failed_and_is_tried_again"),
+        pytest.param(None, id="it_was_cleared_a_moment_ago"),
+    ],
+)
+def test_a_canceled_trigger_leaves_a_task_alone_that_goes_on(
+    end_deferred: EndDeferred,
+    defer: Defer,
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    state: str | None,
+) -> None:
+    end_deferred(defer("query_hangs"), state)
+    assert query_statuses(emulator) == ["InProgress", "InProgress"]
+    assert cluster_statuses(emulator) == ["Running"]
+    assert entries(supervisor, "task")
+
+
+def test_a_trigger_of_a_triggerer_that_stops_waits_for_no_answer_of_airflows(
+    end_deferred: EndDeferred,
+    defer: Defer,
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(in_triggerer, "LAST_LINES_SECONDS", 0.5)
+    trigger = defer("query_hangs")
+    supervisor.knows_states.clear()
+    end_deferred(trigger, "deferred")
+    assert query_statuses(emulator) == ["InProgress", "InProgress"]
+    assert entries(supervisor, "task")
+    supervisor.knows_states.set()
+
+
+def test_a_canceled_trigger_to_which_airflow_gives_no_answer_leaves_its_task_alone_and_says_so(
+    end_deferred: EndDeferred,
+    defer: Defer,
+    emulator: RunningEmulator,
+    supervisor: Supervisor,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trigger = defer("query_hangs")
+    answer = supervisor.send
+
+    def break_off(msg: Any) -> object:
+        if isinstance(msg, comms.GetTaskStates):
+            raise CancelledError("Reader loop exited")
+        return answer(msg)
+
+    monkeypatch.setattr(supervisor, "send", break_off)
+    end_deferred(trigger, "failed")
+    assert query_statuses(emulator) == ["InProgress", "InProgress"]
+    assert entries(supervisor, "task")
+    assert "Airflow does not say why" in caplog.text
+
+
 # Clusters
 
 
@@ -577,6 +703,16 @@ def test_the_sweep_goes_on_when_no_task_waits(
 
     in_loop(wait)
     assert query_statuses(emulator) == ["Canceled"]
+
+
+def test_nothing_is_swept_where_airflow_cannot_list_variables(
+    sweeps: Sweeps, defer: Defer, emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_triggerer, "LISTS_VARIABLES", False)
+    with running(defer()):
+        eventually(lambda: calls(emulator, "GetQueryStatus") >= 6)
+        emulator.advance_clock(MINUTE)
+    assert sweeps.begun == 0
 
 
 def test_one_sweep_at_a_time_serves_all_tasks_of_a_triggerer(sweeps: Sweeps) -> None:

@@ -71,6 +71,10 @@ VARIANTS = {
         "context_manager_shutdown",
         {'"retries": 2': '"retries": 9'},
     ),
+    "two_queries_retried_later": (
+        "two_queries",
+        {'"retry_delay": timedelta(seconds=1)': '"retry_delay": timedelta(hours=1)'},
+    ),
     "notified_without_callbacks": (
         "notified",
         {

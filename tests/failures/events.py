@@ -129,6 +129,25 @@ def kill_one_of_two_triggerers(airflow: Deployment, run: Run) -> None:
         pass
 
 
+def freeze_triggerer(airflow: Deployment, run: Run) -> None:
+    """Freeze a triggerer until another one has taken its tasks over, and let it wake up then."""
+    frozen = airflow.processes[TRIGGERER]
+    started = run.log().count(' starting"')
+    with airflow.running(SECOND_TRIGGERER):
+        processes = [frozen, *frozen.children(recursive=True)]
+        for each in processes:
+            each.suspend()
+        try:
+            airflow.eventually(lambda: run.log().count(' starting"') > started)
+        finally:
+            for each in processes:
+                each.resume()
+        airflow.eventually(lambda: "trigger completed" in run.log())
+        assert [query["cancels"] for query in airflow.emulator.queries()] == [0]
+        let_queries_end(airflow, run)
+        run.wait_for_end()
+
+
 def end_without_triggerer(airflow: Deployment, run: Run) -> None:
     """A user marks the task while there is no triggerer; the next one finds what it has left."""
     with airflow.without(TRIGGERER):
@@ -360,12 +379,20 @@ def mark_task(state: str) -> Callable[[Deployment, Run], None]:
 def clear_task_whose_code_was_changed(airflow: Deployment, run: Run) -> None:
     with airflow.edited(run.dag_id, lambda source: source.replace('"old"', '"new"')):
         airflow.emulator.api.clear_faults()
-        clear_task(airflow, run)
+        run.clear("ask_twice")
+        airflow.eventually(lambda: run.tries() == 2)
         run.wait_for_end()
     files = pl.read_parquet(
         f"s3://{BUCKET}/results/two_queries/", storage_options=storage_options(airflow)
     )
     assert files["version"].to_list() == ["new", "new"], "files of two code versions"
+
+
+def clear_killed_task_whose_code_was_changed(airflow: Deployment, run: Run) -> None:
+    """The worker is killed, and the user does not wait for the next try."""
+    run.process("ask_twice").kill()
+    airflow.eventually(lambda: run.tasks_in("up_for_retry"))
+    clear_task_whose_code_was_changed(airflow, run)
 
 
 def kill_second_try_at_once(airflow: Deployment, run: Run) -> None:

@@ -13,6 +13,7 @@ from tests.failures.events import (
     beside,
     cancel_from_elsewhere,
     clear_before_the_callback,
+    clear_killed_task_whose_code_was_changed,
     clear_only_failed,
     clear_only_failed_of_uneven_length,
     clear_task,
@@ -23,6 +24,7 @@ from tests.failures.events import (
     end_without_triggerer,
     fail_one_of_three,
     fault,
+    freeze_triggerer,
     freeze_worker,
     kill_one_of_two_triggerers,
     kill_only_try,
@@ -115,7 +117,10 @@ def failing(*tasks: str, tries: int = 2, **fields: Any) -> Expected:
 CANCELED = "Canceled query|Somebody canceled"
 """By the task that was killed, or by the failed run's callback if that is faster."""
 
-KILLED = "Canceled query|cancelled by user action"
+CANCELED_TRIGGER = "cancelled by user action|canceled the trigger"
+"""Airflow 3.2 says nothing; the trigger does."""
+
+KILLED = f"Canceled query|{CANCELED_TRIGGER}"
 """By the trigger, by the next try, or by the failed run's callback if that is faster."""
 
 UNAVAILABLE = "is unavailable, retrying"
@@ -521,6 +526,16 @@ SCENARIOS: Mapping[str, Scenario] = {
         with_running_queries({"two_queries": 2}, clear_task_whose_code_was_changed),
         {"two_queries": Expected("success", tries=2, submits=4, cancels=2, cause="Canceled query")},
     ),
+    "the worker is killed, and the task is cleared and its code was changed": Scenario(
+        with_running_queries(
+            {"two_queries_retried_later": 2}, clear_killed_task_whose_code_was_changed
+        ),
+        {
+            "two_queries_retried_later": Expected(
+                "success", tries=2, submits=4, cancels=2, cause="it submits its queries anew"
+            )
+        },
+    ),
     "the worker of two queries is killed": Scenario(
         with_running_queries({"two_queries": 2}, kill_worker, takes=LONG),
         {"two_queries": Expected("success", tries=2, submits=2, cause="Resuming query")},
@@ -717,6 +732,10 @@ SCENARIOS: Mapping[str, Scenario] = {
         ),
         {"manual_shutdown": Expected("success", submits=2, clusters=1, cause="Cluster .* stopped")},
     ),
+    "a frozen triggerer wakes up when another has taken its task over": Scenario(
+        with_running_queries({}, freeze_triggerer, takes=LONG, deferred=True),
+        {"multi_stage": Expected("success", submits=3, clusters=1, cause="Cluster .* stopped")},
+    ),
     "a user marks the deferred task while there is no triggerer": Scenario(
         with_running_queries({}, end_without_triggerer, deferred=True),
         {
@@ -752,7 +771,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         while_the_cluster_starts(mark_task("failed")),
         {
             "manual_shutdown": failing(
-                "start_cluster", tries=1, submits=0, clusters=1, cause="cancelled by user action"
+                "start_cluster", tries=1, submits=0, clusters=1, cause=CANCELED_TRIGGER
             ),
         },
     ),

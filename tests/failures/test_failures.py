@@ -13,15 +13,37 @@ ON_ANY_AIRFLOW = {
     "a user marks the task failed",
     "the worker is killed after submitting",
     "the worker is killed at every try",
+    "the worker is killed, and the task is cleared and its code was changed",
     "two DAGs share a manifest",
 }
 """What shows that the record of queries and clusters holds on older Airflows, too, and on clusters
 that take minutes to start."""
 
+WHERE_TASKS_DEFER = {
+    "a user marks the deferred task failed",
+    "a user marks the deferred task success",
+    "a user marks the deferred task skipped",
+    "a user clears the deferred task",
+    "a user marks the run failed while its tasks are deferred",
+    "a query outlasts the run's dagrun_timeout",
+    "tasks that return several queries are deferred",
+    "the triggerer is stopped for a while",
+    "the triggerer is killed",
+    "one of two triggerers is killed",
+    "a frozen triggerer wakes up when another has taken its task over",
+    "no triggerer watches a deferred task",
+    "the cluster takes minutes to start",
+    "a user marks the task failed while its cluster starts",
+    "the DAG file is edited in mid-query",
+}
+"""What shows that a task waits well without a worker slot, on each Airflow on which it does."""
+
 
 def marks(what: str, further: bool) -> list[pytest.MarkDecorator]:
     if further or what in SHOWN_WITHOUT_SCHEDULER:
         return [pytest.mark.further]
+    if what in WHERE_TASKS_DEFER:
+        return [pytest.mark.deferred]
     return [pytest.mark.any_airflow, pytest.mark.realistic] if what in ON_ANY_AIRFLOW else []
 
 

@@ -1,11 +1,14 @@
 """Many queries, and few slots."""
 
+import pytest
+
 from polars_cloud_emulator.testing import eventually
 from tests.failures.deployment import Deployment
 
 QUERIES = 50
 
 
+@pytest.mark.deferred
 def test_fifty_queries_are_held_without_a_task_process_and_all_end_with_their_run(
     airflow: Deployment,
 ) -> None:

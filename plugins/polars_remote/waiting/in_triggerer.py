@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -23,7 +23,7 @@ from ..cloud.queries import find_live_cluster
 from ..cloud.retry import is_transient, start_thread, time_limit
 from ..cloud.session import CloudSession, is_logged_out
 from ..compat.internals import is_dag_test
-from ..compat.versions import AirflowFailException
+from ..compat.versions import LISTS_VARIABLES, AirflowFailException
 from ..errors import QueryLostError
 from ..ownership import record
 from ..ownership.end import end_orphans, end_task_entry, log_left
@@ -46,6 +46,9 @@ CALL_SECONDS = 20.0
 
 FIRST_SWEEP_SECONDS, SWEEP_SECONDS = 5.0, 60.0
 """First delay and interval of the orphan sweep."""
+
+LAST_LINES_SECONDS = 5.0
+"""Seconds for which a canceled trigger keeps its task's log open."""
 
 CLUSTER_PAUSE_SECONDS = 3.0
 """Poll interval in seconds for a cluster that is starting."""
@@ -128,7 +131,7 @@ class Watch:
 
     async def _keep_sweeping(self) -> None:
         # A sweep in a thread would take the answers of the next task. `dag.test()` kills no task.
-        if is_dag_test():
+        if is_dag_test() or not LISTS_VARIABLES:
             return
         await asyncio.sleep(FIRST_SWEEP_SECONDS)
         while True:
@@ -296,12 +299,13 @@ async def end_task(task_key: str) -> None:
     await asyncio.wrap_future(start_thread(lambda: _end_task(task_key)))
 
 
-def end_if_ended(task_key: str) -> None:
+async def end_if_ended(task_key: str) -> None:
     """End the queries and cluster uses of a task if Airflow says that the task has ended.
 
-    Its trigger was canceled: a user has ended the task, its deferral has timed out, or the
-    triggerer is stopping. This returns at once, and a thread asks Airflow and ends them: Airflow
-    cancels a trigger again each second, and a stopping triggerer gets no answer.
+    Its trigger was canceled: a user has ended the task, its deferral has timed out, another
+    triggerer has taken it over, or this triggerer is stopping, and gets no answer. A thread asks
+    and ends, because Airflow cancels the trigger again each second. The trigger stays for a moment,
+    because Airflow closes the task's log after it.
     """
 
     def end() -> None:
@@ -312,11 +316,19 @@ def end_if_ended(task_key: str) -> None:
         except Exception as error:
             logger.warning(
                 "The task's trigger was canceled, and Airflow does not say why. The task's queries "
-                "keep running; its next try resumes them (%s)",
+                "keep running (%s)",
                 error,
             )
 
-    start_thread(end)
+    logger.info(
+        "Airflow has canceled the trigger. If the task has ended, its queries are canceled and its "
+        "cluster uses end"
+    )
+    ending = asyncio.wrap_future(start_thread(end))
+    ends = time.monotonic() + LAST_LINES_SECONDS
+    while not ending.done() and (left := ends - time.monotonic()) > 0:
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait([ending], timeout=left)
 
 
 def _end_task(task_key: str) -> None:

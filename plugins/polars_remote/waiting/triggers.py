@@ -59,12 +59,12 @@ class PolarsCloudTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Fire once, with the news so far."""
-        # In a thread: importing Polars would block every other trigger.
-        await asyncio.to_thread(importlib.import_module, ".in_triggerer", __package__)
-        from .in_triggerer import end_if_ended, watching_task
-
         news: dict[str, Any] = {}
         try:
+            # In a thread: importing Polars would block every other trigger.
+            await asyncio.to_thread(importlib.import_module, ".in_triggerer", __package__)
+            from .in_triggerer import watching_task
+
             with watching_task(self.task_key):
                 async for poll in self.poll():
                     news, is_over = poll
@@ -75,7 +75,9 @@ class PolarsCloudTrigger(BaseTrigger):
             await asyncio.sleep(self.not_before - time.time())
         except asyncio.CancelledError:
             if not TELLS_TRIGGERS:
-                end_if_ended(self.task_key)
+                from .in_triggerer import end_if_ended
+
+                await end_if_ended(self.task_key)
             raise
         yield TriggerEvent(news)  # type: ignore[no-untyped-call]
 
