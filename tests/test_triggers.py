@@ -334,13 +334,25 @@ def kill_deferred(trigger: PolarsCloudTrigger) -> None:
     asyncio.run(trigger.on_kill())
 
 
+@pytest.mark.parametrize("state", ["failed", "success", "skipped", "removed", None, "queued"])
 def test_what_a_deferred_task_has_started_ends_when_a_user_ends_the_task(
-    defer: Defer, emulator: RunningEmulator, supervisor: Supervisor
+    defer: Defer, emulator: RunningEmulator, supervisor: Supervisor, state: str | None
 ) -> None:
-    kill_deferred(defer("query_hangs"))
+    trigger = defer("query_hangs")
+    supervisor.states["manual__1"]["run_query"] = state
+    kill_deferred(trigger)
     assert query_statuses(emulator) == ["Canceled", "Canceled"]
     assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}
+
+
+def test_a_triggerer_that_wakes_up_ends_nothing_of_a_task_that_another_one_watches(
+    defer: Defer, emulator: RunningEmulator, supervisor: Supervisor
+) -> None:
+    kill_deferred(defer("query_hangs"))
+    assert query_statuses(emulator) == ["InProgress", "InProgress"]
+    assert cluster_statuses(emulator) == ["Running"]
+    assert entries(supervisor, "task")
 
 
 def test_a_deferred_task_that_was_cleared_is_left_to_the_next_try(

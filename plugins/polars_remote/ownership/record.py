@@ -60,11 +60,15 @@ class Owner(NamedTuple):
 
     def is_active(self) -> bool:
         """Return whether the owner has not ended, according to Airflow."""
+        return not self._get_states() <= TASK_ENDS
+
+    def is_deferred(self) -> bool:
+        """Return whether the task waits for its trigger, according to Airflow."""
+        return self._get_states() == {"deferred"}
+
+    def _get_states(self) -> set[str | None]:
         task_id = None if self.whole_run else self.task_id
-        states = in_thread(
-            lambda: get_task_states(self.dag_id, self.run_id, task_id, self.map_index)
-        )
-        return not states <= TASK_ENDS
+        return in_thread(lambda: get_task_states(self.dag_id, self.run_id, task_id, self.map_index))
 
 
 @dataclass

@@ -295,8 +295,17 @@ async def cancel_queries(conn_id: str, queries: list[dict[str, Any]]) -> None:
 
 
 async def end_task(task_key: str) -> None:
-    """End the queries and cluster uses of a deferred task."""
-    await asyncio.wrap_future(start_thread(lambda: _end_task(task_key)))
+    """End the queries and cluster uses of a task unless it is deferred.
+
+    A frozen triggerer that wakes up takes it for a user's click that another one watches its tasks.
+    """
+
+    def end() -> None:
+        task = record.get_task(task_key)
+        if task and not task.owner.is_deferred():
+            _end_task(task_key)
+
+    await asyncio.wrap_future(start_thread(end))
 
 
 async def end_if_ended(task_key: str) -> None:
