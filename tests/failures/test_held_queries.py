@@ -19,8 +19,8 @@ def test_fifty_queries_are_held_without_a_task_process_and_all_end_with_their_ru
     def held() -> bool:
         return len(run.tasks_in("deferred")) == QUERIES and not airflow.count_task_processes()
 
-    eventually(held, 600)
+    eventually(held, 600, pause=0.3)
     assert len(emulator.running_queries()) == QUERIES
     run.mark("failed")
-    eventually(lambda: not emulator.running_queries() and not emulator.live_clusters(), 120)
+    airflow.eventually(lambda: not emulator.running_queries() and not emulator.live_clusters())
     assert [query["status"] for query in emulator.queries()] == ["Canceled"] * QUERIES
