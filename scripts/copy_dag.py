@@ -6,14 +6,16 @@ or the root of a DAG bundle. Files that were changed there are kept and named.
 
 import argparse
 import ast
+import contextlib
 import difflib
 import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,43 +72,6 @@ def find_modules(dag_file: Path) -> dict[Path, set[str]]:
     return modules
 
 
-class Copied:
-    """What was copied into a deployment before, by the notes in the library's folder.
-
-    A file without a note was copied if Git has it: some commit of this repository had that content.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._notes = folder / LIBRARY / NOTES
-        notes = json.loads(self._notes.read_text()) if self._notes.is_file() else {}
-        self.version: str | None = notes.get("version")
-        self._hashes: dict[str, str] = notes.get("sha256", {})
-
-    def is_noted(self, place: Path) -> bool:
-        return self._name(place) in self._hashes
-
-    def is_unchanged(self, place: Path) -> bool:
-        """Return whether the file is as it was copied."""
-        noted = self._hashes.get(self._name(place))
-        return get_hash(place) == noted if noted else is_known_to_git(place)
-
-    def list_places(self) -> list[Path]:
-        """Return the places with a note, and those in the library's folder without one."""
-        noted = [Path(os.path.normpath(self._folder / name)) for name in self._hashes]
-        return sorted({*noted, *list_files(self._folder / LIBRARY)} - {self._notes})
-
-    def note(self, written: Iterable[Path], deleted: Iterable[Path]) -> None:
-        for place in deleted:
-            self._hashes.pop(self._name(place), None)
-        self._hashes |= {self._name(place): get_hash(place) for place in written}
-        notes = {"version": get_version(), "sha256": dict(sorted(self._hashes.items()))}
-        self._notes.write_text(json.dumps(notes, indent=1) + "\n")
-
-    def _name(self, place: Path) -> str:
-        return Path(os.path.relpath(place, self._folder)).as_posix()
-
-
 @dataclass
 class Plan:
     """What a copy does to a deployment; each place with its file of this repository."""
@@ -116,13 +81,73 @@ class Plan:
     delete: list[Path] = field(default_factory=list)
 
 
+class Copied:
+    """What was copied into a deployment before, by the notes in the library's folder.
+
+    A file without a hash in the notes is unchanged if Git has it: some commit of this repository
+    had that content.
+
+    Attributes
+    ----------
+    has_library
+        Whether the deployment has a library already, that of an early release included.
+    """
+
+    def __init__(self, places: Places) -> None:
+        self._folder = places.library
+        self.notes = places.library / LIBRARY / NOTES
+        libraries = (places.library / LIBRARY, places.include / "include" / LIBRARY)
+        self.has_library = any(folder.is_dir() for folder in libraries)
+        # Early releases left no notes.
+        self._has_notes = self.notes.is_file()
+        try:
+            notes = json.loads(self.notes.read_text()) if self._has_notes else {}
+        except ValueError as error:
+            sys.exit(
+                f"Nothing was copied: {self.notes} is damaged ({error}). Restore it, or delete it: "
+                "files that no commit of this repository has are then kept"
+            )
+        self.version: str | None = notes.get("version")
+        self._hashes: dict[str, str] = notes.get("sha256", {})
+
+    def has(self, place: Path) -> bool:
+        """Return whether the file was copied, as far as the notes tell."""
+        if self._has_notes:
+            return self._name(place) in self._hashes
+        return self.has_library
+
+    def is_unchanged(self, place: Path) -> bool:
+        """Return whether the file is as it was copied."""
+        noted = self._hashes.get(self._name(place))
+        return get_hash(place) == noted if noted else is_known_to_git(place)
+
+    def list_places(self) -> list[Path]:
+        """Return the places with a note, and those in the library's folder without one."""
+        noted = [Path(os.path.normpath(self._folder / name)) for name in self._hashes]
+        return sorted({*noted, *list_files(self._folder / LIBRARY)} - {self.notes})
+
+    def get_notes(self, plan: Plan) -> bytes:
+        """Return the notes as they are once the plan is carried out."""
+        gone = {self._name(place) for place in plan.delete}
+        hashes = {name: each for name, each in self._hashes.items() if name not in gone}
+        # Changed before there were notes: from now on it is known as a copy, without a hash.
+        hashes = {self._name(place): "" for place in plan.keep} | hashes
+        hashes |= {self._name(place): get_hash(file) for place, file in plan.write.items()}
+        notes = {"version": get_version(), "sha256": dict(sorted(hashes.items()))}
+        return (json.dumps(notes, indent=1) + "\n").encode()
+
+    def _name(self, place: Path) -> str:
+        return Path(os.path.relpath(place, self._folder)).as_posix()
+
+
 def plan_copy(dag_file: Path, places: Places, copied: Copied) -> Plan:
     """Return what to write: what the DAG needs, and what was copied before and is unchanged.
 
     Raises
     ------
     SystemExit
-        A file of the user's own has the place of one that the DAG needs, or lacks what it imports.
+        A file of the user's own has the place of one that the DAG needs, or lacks what it imports;
+        or a folder has that place.
     """
     include = ROOT / "include"
     needed = [dag_file, *find_modules(dag_file), *list_files(PACKAGE)]
@@ -135,11 +160,17 @@ def plan_copy(dag_file: Path, places: Places, copied: Copied) -> Plan:
         if not place.exists():
             if file in needed:
                 plan.write[place] = file
-        elif place.is_file() and (
-            place.read_bytes() == file.read_bytes() or copied.is_unchanged(place)
-        ):
+        elif place.is_dir():
+            if file in needed or copied.has(place):
+                sys.exit(
+                    f"Nothing was copied: {place} is a folder, and {file.relative_to(ROOT)} goes "
+                    "there. Rename the folder, and copy again"
+                )
+        elif place.samefile(file):
+            sys.exit(f"Nothing was copied: {place} is this repository's own file. Name another TO")
+        elif is_same(place, file) or copied.is_unchanged(place):
             plan.write[place] = file
-        elif file in needed or copied.is_noted(place):
+        elif file in needed or copied.has(place):
             plan.keep[place] = file
     plan.delete = [
         place
@@ -147,7 +178,7 @@ def plan_copy(dag_file: Path, places: Places, copied: Copied) -> Plan:
         if place not in {*plan.write, *plan.keep} and place.is_file() and copied.is_unchanged(place)
     ]
     dag = places.get_place(dag_file)
-    if dag in plan.keep and not copied.is_noted(dag):
+    if dag in plan.keep and not copied.has(dag):
         sys.exit(
             f"Nothing was copied: {dag} is a file of your own. Rename it, or copy "
             f"{dag_file.relative_to(ROOT)} by hand under another name"
@@ -170,7 +201,7 @@ def check_imports(file: Path, places: Places, plan: Plan) -> None:
         place = places.get_place(module)
         if place not in plan.keep:
             continue
-        defined = re.findall(r"^(?:def )?(\w+)", place.read_text(), re.MULTILINE)
+        defined = re.findall(r"^(?:def )?(\w+)", read_text(place), re.MULTILINE)
         if missing := sorted(names - set(defined)):
             sys.exit(
                 f"Nothing was copied: {place} was changed there and lacks {', '.join(missing)}, "
@@ -190,6 +221,11 @@ def list_files(folder: Path) -> list[Path]:
     return sorted(file for file in files if file.is_file() and "__pycache__" not in file.parts)
 
 
+def read_text(file: Path) -> str:
+    """Return the text of a file that may have another encoding than this repository's."""
+    return file.read_text(encoding="utf-8", errors="replace")
+
+
 def get_hash(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
@@ -204,21 +240,65 @@ def is_known_to_git(file: Path) -> bool:
     return not blob.returncode and not git("cat-file", "-e", blob.stdout.strip()).returncode
 
 
-def carry_out(plan: Plan) -> None:
-    for place, file in plan.write.items():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        # In one step: Airflow may read the file at any time.
-        part = place.with_name(f".{place.name}.part")
-        part.write_bytes(file.read_bytes())
-        part.replace(place)
-    for place in plan.delete:
-        place.unlink()
+def carry_out(plan: Plan, copied: Copied) -> None:
+    """Write all files beside their places, then move them there, and note what was done.
+
+    Raises
+    ------
+    SystemExit
+        A file cannot be written there. What was made is taken back, unless files were moved.
+    """
+    contents = {place: file.read_bytes() for place, file in plan.write.items()}
+    contents[copied.notes] = copied.get_notes(plan)
+    # A link stays a link: the file that it points to is replaced.
+    contents = {Path(os.path.realpath(place)): each for place, each in contents.items()}
+    parts = {place: place.with_name(f".{place.name}.part") for place in contents}
+    made: list[Path] = []
+    told = "Nothing was copied"
+    try:
+        for place, part in parts.items():
+            for folder in reversed(place.parents):
+                if not folder.exists():
+                    folder.mkdir()
+                    made.append(folder)
+            part.write_bytes(contents[place])
+            if place.exists():
+                shutil.copymode(place, part)
+        told = "Not everything was copied"
+        # In one step for each: Airflow may read the file at any time.
+        for place, part in parts.items():
+            part.replace(place)
+        for place in plan.delete:
+            place.unlink()
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            for part in parts.values():
+                part.unlink(missing_ok=True)
+            for folder in reversed(made):
+                folder.rmdir()
+        if isinstance(error, OSError):
+            sys.exit(f"{told}: {error}. Make it possible to write there, and copy again")
+        raise
 
 
 def show_difference(place: Path, file: Path) -> str:
     """Return how a file in the deployment differs from this repository's."""
-    ours, theirs = (each.read_text().splitlines(keepends=True) for each in (file, place))
+    ours, theirs = (read_text(each).splitlines(keepends=True) for each in (file, place))
     return "".join(difflib.unified_diff(ours, theirs, str(file.relative_to(ROOT)), str(place)))
+
+
+def find_restarts(plan: Plan, places: Places) -> Iterator[str]:
+    """Say which part of Airflow does not see by itself what is to be copied."""
+    changed = [*plan.delete, *(p for p, file in plan.write.items() if not is_same(p, file))]
+    library = places.library / LIBRARY
+    if not places.library.is_dir():
+        yield f"Restart Airflow: it does not import from {places.library}, which is new."
+    elif library.is_dir() and any(place.is_relative_to(library) for place in changed):
+        yield "Restart the triggerer: it keeps the library that it has imported."
+
+
+def is_same(place: Path, file: Path) -> bool:
+    return place.is_file() and place.read_bytes() == file.read_bytes()
 
 
 def main(dag_id: str, folder: str, *, diff: bool = False) -> None:
@@ -230,20 +310,22 @@ def main(dag_id: str, folder: str, *, diff: bool = False) -> None:
     if not to.is_dir():
         sys.exit(f"There is no folder {to}: make it, or name another")
     places = find_places(to)
-    copied = Copied(places.library)
+    copied = Copied(places)
     plan = plan_copy(dag_file, places, copied)
-    carry_out(plan)
-    copied.note(plan.write, plan.delete)
+    restarts = list(find_restarts(plan, places))
+    carry_out(plan, copied)
     dag = places.get_place(dag_file)
-    print(f"Copied {dag}, which imports {places.library / LIBRARY}, version {get_version()}.")
+    what = f"what {dag} imports:" if dag in plan.keep else f"{dag}, which imports"
+    print(f"Copied {what} {places.library / LIBRARY}, version {get_version()}.")
     if copied.version not in (None, get_version()):
-        print(f"Upgraded what was copied from version {copied.version}.")
+        print(f"Before, it was version {copied.version}.")
     for place, file in plan.keep.items():
         print(f"Kept {place}, as it was changed here{'' if diff else ': DIFF=1 shows how'}.")
         if diff:
             print(show_difference(place, file))
-    print("Left to do:")
-    for task in find_tasks(to, find_modules(dag_file), places):
+    tasks = [*restarts, *find_tasks(to, find_modules(dag_file), places)]
+    print("Left to do:" if tasks else "Nothing is left to do.")
+    for task in tasks:
         print(f"- {task}")
 
 

@@ -12,7 +12,13 @@ from packaging.version import Version
 
 from local_airflow import ROOT
 
-SETTINGS_FILES = (".env", "Dockerfile", "docker-compose*.y*ml", "airflow_settings.yaml")
+SETTINGS_FILES = (
+    ".env",
+    "Dockerfile",
+    "docker-compose*.y*ml",
+    "airflow_settings.yaml",
+    "startup.sh",
+)
 """Where a project may set variables and Connections, and install packages."""
 CONNECTION = r"AIRFLOW_CONN_POLARS_CLOUD|conn_id: *\W?polars_cloud"
 CONSTRAINTS = re.compile(r"^(-c|--constraint)\b", re.MULTILINE)
@@ -66,10 +72,10 @@ def find_tasks(to: Path, modules: Mapping[Path, set[str]], places: Places) -> It
             f"The triggerer does not import from a DAGs folder: put {places.library} on its "
             "PYTHONPATH, or set POLARS_CLOUD_DEFER=0 for the workers, and tasks wait in them."
         )
-    elif places.library == to:
+    elif places.library == to and not (to / ".astro").is_dir():
         yield (
-            f"Put {to} on the PYTHONPATH of DAG processor, workers and triggerer, where it is "
-            "not yet. With Astro it is."
+            f"Put {to}, or the folder that it is deployed to, on the PYTHONPATH of DAG processor, "
+            "workers and triggerer, where it is not yet."
         )
     yield from find_former_library(places)
     lines = [line for file in find_settings(to) for line in file.read_text().splitlines()]

@@ -89,7 +89,7 @@ def test_a_copy_of_an_older_release_is_upgraded(there: Path, other_release: Path
 
     said = copy_from(ROOT, "single_query", there)
 
-    assert "Upgraded what was copied from version 0.9.0." in said
+    assert "Before, it was version 0.9.0." in said
     assert not (there / "polars_remote" / "removed.py").exists()
     for name in ("polars_remote/settings.py", "polars_remote/__init__.py"):
         assert (there / name).read_bytes() == (ROOT / "plugins" / name).read_bytes()
