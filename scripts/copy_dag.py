@@ -271,10 +271,11 @@ def carry_out(plan: Plan, copied: Copied) -> None:
         for place in plan.delete:
             place.unlink()
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            for part in parts.values():
-                part.unlink(missing_ok=True)
-            for folder in reversed(made):
+        for part in parts.values():
+            with contextlib.suppress(OSError):
+                part.unlink()
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):
                 folder.rmdir()
         if isinstance(error, OSError):
             sys.exit(f"{told}: {error}. Make it possible to write there, and copy again")

@@ -1003,11 +1003,26 @@ def test_why_a_trigger_has_failed_is_logged(
     hold()
     deferral_of(task.run)
     end_held()
-    lines = ["Traceback (most recent call last):\n", "ModuleNotFoundError: No module 'include'\n"]
+    lines = ["Traceback (most recent call last):\n", "ValueError: not a time\n"]
     assert task.resume_without_trigger("Trigger failure", traceback=lines) == [FILE]
     told = [each.message for each in caplog.records if each.levelname == "WARNING"]
     assert told[:2] == [line.rstrip() for line in lines]
-    assert "(Trigger failure)" in told[2]
+    assert "(ValueError: not a time)" in told[2]
+
+
+@pytest.mark.usefixtures("deferring")
+def test_a_triggerer_without_the_library_is_told_of_in_one_warning(
+    hold: Callable[[], None], end_held: Callable[[], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    task = TriedTask(ask)
+    hold()
+    deferral_of(task.run)
+    end_held()
+    error = "ModuleNotFoundError: No module named 'polars_remote'"
+    lines = ["Traceback (most recent call last):\n", '  File "x.py"\n    import y\n', f"{error}\n"]
+    assert task.resume_without_trigger("Trigger failure", traceback=lines) == [FILE]
+    [warning] = [each.message for each in caplog.records if each.levelname == "WARNING"]
+    assert warning.startswith(f"No triggerer watches this task ({error}): it waits in its worker")
 
 
 # Outlets

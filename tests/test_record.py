@@ -19,6 +19,7 @@ from polars_remote.cloud.session import CloudSession
 from polars_remote.compat import variable_keys
 from polars_remote.ownership import record
 from polars_remote.ownership.end import has_other_users
+from polars_remote.ownership.entry import TaskEntry
 from polars_remote.ownership.record import (
     ClusterUse,
     Owner,
@@ -325,6 +326,17 @@ def test_what_another_release_has_added_to_an_entry_stays_in_it(supervisor: Supe
     use = ClusterUse.load(OLD_USE | {"version": 3, "seats": 2})
     record.put(use.key, use)
     assert contains(json.loads(supervisor.variables[use.key]), OLD_USE | {"version": 3, "seats": 2})
+
+
+def test_a_try_of_this_release_that_adopts_another_releases_entry_keeps_what_it_had(
+    supervisor: Supervisor,
+) -> None:
+    earlier = OLD_TASK | {"pool": "small", "queries": {"s3://bucket/one": OLD_QUERY | {"cost": 1}}}
+    record.put(record.task_key(OWNER, "1"), TaskRecord.load(earlier))
+    entry = TaskEntry(record.task_key(OWNER, "2"), TaskRecord(OWNER, "polars_cloud", 1))
+    entry.adopt_earlier_tries()
+    [adopted] = [json.loads(text) for key, text in supervisor.variables.items() if key == entry.key]
+    assert contains(adopted, earlier)
 
 
 # Users of a cluster

@@ -122,13 +122,18 @@ class QueryTask(DecoratedOperator, PythonOperator):
     ) -> Any:
         """Resume after a deferral, even if the trigger failed or never ran."""
         if has_lost_its_trigger(next_method):
-            for line in (next_kwargs or {}).get("traceback") or ():
-                logger.warning("%s", line.rstrip())
+            arguments = next_kwargs or {}
+            lines = "".join(arguments.get("traceback") or ()).splitlines()
+            cause = lines[-1] if lines else str(arguments.get("error"))
+            # Where the triggerer lacks the library, its name says all.
+            if not cause.startswith(ModuleNotFoundError.__name__):
+                for line in lines:
+                    logger.warning("%s", line)
             logger.warning(
                 "No triggerer watches this task (%s): it waits in its worker from now on. Is a "
                 "triggerer running, with this folder on its PYTHONPATH or in plugins/? If you run "
                 "none, set POLARS_CLOUD_DEFER=0",
-                (next_kwargs or {}).get("error"),
+                cause,
             )
             self.defers = False
             return self.resume(context)

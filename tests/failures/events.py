@@ -1,5 +1,6 @@
 """What goes wrong: each event is made to happen to a run of a DAG, which is then waited for."""
 
+import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -170,6 +171,23 @@ def wait_without_triggerer(airflow: Deployment, dag_id: str) -> Run:
         airflow.eventually(lambda: "waits in its worker from now on" in run.log())
         let_queries_end(airflow, run)
         run.wait_for_end()
+    return run
+
+
+def wait_with_a_triggerer_without_the_library(airflow: Deployment, dag_id: str) -> Run:
+    """The triggerer has nothing on its path, as where the DAGs folder holds the library."""
+    airflow.emulator.api.add_fault("SubmitQuery", "query_takes", seconds=LONG)
+    before = os.environ.copy()
+    with airflow.without(TRIGGERER):
+        os.environ |= {"PYTHONPATH": "", "AIRFLOW__CORE__PLUGINS_FOLDER": os.devnull}
+        with airflow.running(TRIGGERER):
+            os.environ |= before
+            run = airflow.trigger(dag_id)
+            airflow.eventually(lambda: "waits in its worker from now on" in run.log())
+            let_queries_end(airflow, run)
+            run.wait_for_end()
+    assert run.log().count('"warning"') == 1
+    assert "Traceback" not in run.log()
     return run
 
 

@@ -50,6 +50,7 @@ from tests.failures.events import (
     stop_triggerer_for_a_while,
     take_api_server_away,
     upgrade_and_clear_one_task,
+    wait_with_a_triggerer_without_the_library,
     wait_without_triggerer,
     while_the_cluster_starts,
     with_running_queries,
@@ -749,6 +750,16 @@ SCENARIOS: Mapping[str, Scenario] = {
         {
             "without_triggerer": Expected(
                 "success", submits=1, cause="waits in its worker from now on"
+            )
+        },
+    ),
+    "the triggerer cannot import the library": Scenario(
+        wait_with_a_triggerer_without_the_library,
+        {
+            "without_triggerer": Expected(
+                "success",
+                submits=1,
+                cause=r"\(ModuleNotFoundError: No module named 'polars_remote'\)",
             )
         },
     ),

@@ -7,6 +7,7 @@ run there, and the last line of the output is JSON.
 import importlib
 import json
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +45,7 @@ def load_plugins() -> list[str]:
 
 def import_triggers() -> str:
     """Import the triggers where no bundle is on the path, as in a triggerer; their file."""
+    sys.path[:0] = filter(None, os.environ["TRIGGERER_PYTHONPATH"].split(os.pathsep))
     try:
         return str(importlib.import_module("polars_remote.waiting.triggers").__file__)
     except ModuleNotFoundError as error:

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -124,7 +125,10 @@ def test_a_copy_from_before_there_were_notes_is_upgraded(there: Path, other_rele
         assert (there / name).read_bytes() == (
             ROOT / ("" if "/" in name else "dags") / name
         ).read_bytes()
-    assert (there / "status_check.py").read_text() == mine
+    for dag_id in ("single_query", "status_check", "single_query"):
+        assert (there / "status_check.py").read_text() == mine
+        assert f"Kept {there / 'status_check.py'}, as it was changed here: DIFF=1" in said
+        said = copy_from(other_release, dag_id, there)
     former = there / "include" / "polars_remote"
     assert (former / "__init__.py").read_text() == files["include/polars_remote/__init__.py"]
     assert (
@@ -132,6 +136,105 @@ def test_a_copy_from_before_there_were_notes_is_upgraded(there: Path, other_rele
         in said
     )
     assert f"Delete {former} when no task is deferred" in said
+
+
+def get_contents(folder: Path) -> dict[str, str]:
+    """What is in a folder: of each link where it points to, of each file the text."""
+    return {
+        str(path.relative_to(folder)): str(path.readlink())
+        if path.is_symlink()
+        else path.read_text()
+        if path.is_file()
+        else ""
+        for path in folder.rglob("*")
+    }
+
+
+def put_file(there: Path, name: str) -> None:
+    (there / name).write_text("mine")
+
+
+def put_folder(there: Path, name: str) -> None:
+    (there / name / "mine").mkdir(parents=True)
+
+
+def put_link_to_nowhere(there: Path, name: str) -> None:
+    (there / name).symlink_to("/proc/self")  # where nobody can make a file
+
+
+def put_link_to_this_repository(there: Path, name: str) -> None:
+    (there / name).symlink_to(ROOT / "plugins" / name)
+
+
+@pytest.mark.parametrize(
+    ("put", "name", "sentence"),
+    [
+        (put_file, "include", "Nothing was copied: .*Not a directory: '{there}/include/"),
+        (
+            put_file,
+            "polars_remote",
+            "Nothing was copied: .*Not a directory: '{there}/polars_remote/",
+        ),
+        (put_folder, "single_query.py", "{there}/single_query.py is a folder, and dags/single_"),
+        (
+            put_folder,
+            "include/auth.py",
+            "{there}/include/auth.py is a folder, and include/auth.py ",
+        ),
+        (put_link_to_nowhere, "include", "No such file or directory: '/proc/.*Make it possible to"),
+        (
+            put_link_to_this_repository,
+            "polars_remote",
+            "{there}/polars_remote/.* is this repository's own file",
+        ),
+    ],
+)
+def test_where_a_file_cannot_be_written_nothing_is(
+    there: Path, put: Callable[[Path, str], None], name: str, sentence: str
+) -> None:
+    put(there, name)
+    before = get_contents(there)
+    with pytest.raises(SystemExit, match=sentence.format(there=there)):
+        main("single_query", str(there))
+    assert get_contents(there) == before
+
+
+def test_nothing_is_copied_into_this_repository() -> None:
+    with pytest.raises(SystemExit, match="is this repository's own file"):
+        main("single_query", str(ROOT))
+    assert not (ROOT / "plugins" / "polars_remote" / "copied.json").exists()
+
+
+def test_damaged_notes_are_named_and_nothing_is_copied(there: Path) -> None:
+    main("single_query", str(there))
+    changed(there / "polars_remote" / "copied.json")
+    before = get_contents(there)
+    with pytest.raises(SystemExit, match=r"polars_remote/copied\.json is damaged"):
+        main("single_query", str(there))
+    assert get_contents(there) == before
+
+
+def test_a_link_stays_a_link(there: Path, tmp_path: Path, other_release: Path) -> None:
+    copy_from(other_release, "single_query", there)
+    elsewhere = (there / "single_query.py").rename(tmp_path / "elsewhere.py")
+    (there / "single_query.py").symlink_to(elsewhere)
+    new = changed(other_release / "dags" / "single_query.py")
+    copy_from(other_release, "single_query", there)
+    assert (there / "single_query.py").readlink() == elsewhere
+    assert elsewhere.read_text() == new
+
+
+def test_what_does_not_see_the_new_files_by_itself_is_named(
+    tmp_path: Path, other_release: Path
+) -> None:
+    (tmp_path / "dags").mkdir()
+    (tmp_path / "airflow.cfg").touch()
+    assert f"not import from {tmp_path / 'plugins'}, which is new." in copy_from(
+        other_release, "single_query", tmp_path
+    )
+    assert "Restart" not in copy_from(other_release, "status_check", tmp_path)
+    changed(other_release / "plugins" / "polars_remote" / "settings.py")
+    assert "Restart the triggerer" in copy_from(other_release, "status_check", tmp_path)
 
 
 @pytest.mark.parametrize(

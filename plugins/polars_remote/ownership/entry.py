@@ -87,5 +87,6 @@ class TaskEntry:
                 mine.cluster_uses = [*dict.fromkeys(mine.cluster_uses + earlier.cluster_uses)]
                 was_cleared = earlier.clear_number != mine.clear_number
                 mine.is_stale = mine.is_stale or earlier.is_stale or was_cleared
+                mine.unknown = earlier.unknown | mine.unknown
                 self.save()
                 record.erase(key)
