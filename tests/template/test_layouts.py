@@ -412,7 +412,7 @@ def uv(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run uv, with the packages that this repository's own installation has loaded."""
     # What is imported is compiled then: a third of Airflow.
     environment = os.environ | {
-        "UV_CACHE_DIR": str(ROOT / ".venv" / "cache"),
+        "UV_CACHE_DIR": str(Path(sys.prefix, "cache")),
         "UV_COMPILE_BYTECODE": "0",
     }
     script = [find_uv_bin(), *arguments, "--quiet"]
