@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,12 +15,16 @@ import yaml
 from packaging.specifiers import SpecifierSet
 
 from local_airflow import ROOT
+from polars_remote import __version__
 
 APACHE_2_0 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 """SHA-256 of https://www.apache.org/licenses/LICENSE-2.0.txt."""
-WORKFLOW = ".github/workflows/check.yml"
+WORKFLOWS = sorted(
+    f".github/workflows/{path.name}" for path in (ROOT / ".github/workflows").iterdir()
+)
 DOCUMENTS = [
     "README.md",
+    "CHANGELOG.md",
     "CONTRIBUTING.md",
     "emulator/README.md",
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")),
@@ -53,6 +58,17 @@ def group_of(name: str, manager: str) -> str | None:
     return group
 
 
+def read(file: str) -> str:
+    return (ROOT / file).read_text()
+
+
+def read_workflow(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A workflow and its only job."""
+    workflow = yaml.safe_load(read(f".github/workflows/{name}.yml"))
+    [job] = workflow["jobs"].values()
+    return workflow, job
+
+
 def test_the_license_is_the_apache_license() -> None:
     assert hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest() == APACHE_2_0
 
@@ -60,8 +76,8 @@ def test_the_license_is_the_apache_license() -> None:
 @pytest.mark.parametrize(
     ("schema", "file"),
     [
-        ("vendor.github-workflows", WORKFLOW),
-        ("custom.github-workflows-require-timeout", WORKFLOW),
+        *(("vendor.github-workflows", file) for file in WORKFLOWS),
+        *(("custom.github-workflows-require-timeout", file) for file in WORKFLOWS),
         ("vendor.renovate", "renovate.json"),
     ],
 )
@@ -72,17 +88,83 @@ def test_a_settings_file_is_valid(schema: str, file: str) -> None:
 
 
 def test_the_workflow_runs_all_parts_of_ci_and_may_only_read() -> None:
-    workflow = yaml.safe_load((ROOT / WORKFLOW).read_text())
-    [job] = workflow["jobs"].values()
+    workflow, job = read_workflow("check")
     assert job["steps"][-1] == {"run": ".ci/run ${{ matrix.part }}"}
     [by_default] = re.findall(r"parts=\(([\w ]+)\)", (ROOT / ".ci" / "run").read_text())
     assert job["strategy"]["matrix"] == {"part": by_default.split()}
     assert workflow["permissions"] == {"contents": "read"}
     assert "permissions" not in job
-    used = re.findall(r"uses: (.*)", (ROOT / WORKFLOW).read_text())
+
+
+@pytest.mark.parametrize("file", WORKFLOWS)
+def test_each_action_of_a_workflow_is_a_commit(file: str) -> None:
+    used = re.findall(r"uses: (.*)", (ROOT / file).read_text())
     assert used
     for action in used:
         assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action)
+
+
+def begin_release(tag: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the first step of the release workflow's that is a script, as GitHub does."""
+    _, job = read_workflow("release")
+    script = next(step["run"] for step in job["steps"] if "run" in step)
+    environment = {
+        "PATH": os.environ["PATH"],
+        "GITHUB_OUTPUT": str(folder / "output"),
+        "GITHUB_REF_NAME": tag,
+        "GITHUB_REPOSITORY": "Your-Organization/your-repository",
+        "GITHUB_SERVER_URL": "https://github.com",
+        "RUNNER_TEMP": str(folder),
+    }
+    command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_a_release_is_told_as_the_change_log_does(tmp_path: Path) -> None:
+    ran = begin_release(f"v{__version__}", tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    notes = (tmp_path / "notes.md").read_text().strip()
+    files = f"https://github.com/Your-Organization/your-repository/blob/v{__version__}"
+    upgrading = f"[Upgrading]({files}/docs/upgrading.md)"
+    assert upgrading in notes
+    heading = f"## {__version__}\n\n"
+    change_log = (ROOT / "CHANGELOG.md").read_text()
+    assert heading + notes.replace(f"{files}/", "") in change_log
+    assert (tmp_path / "output").read_text() == (
+        f"version={__version__}\nimage=ghcr.io/your-organization/your-repository\n"
+    )
+
+
+def test_a_tag_that_is_not_the_librarys_version_is_no_release(tmp_path: Path) -> None:
+    ran = begin_release("v0.0.1", tmp_path)
+    assert ran.returncode == 1
+    assert ran.stderr == (
+        "The tag is v0.0.1, but the version in plugins/polars_remote/__init__.py is "
+        f"{__version__}: tag v{__version__}\n"
+    )
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_release_has_what_it_signs_and_signs_what_it_has() -> None:
+    workflow, job = read_workflow("release")
+    assert workflow["permissions"] == {"contents": "read"}
+    steps = job["steps"]
+    [image] = [step for step in steps if "build-push-action" in step.get("uses", "")]
+    assert image["with"]["platforms"] == "linux/amd64,linux/arm64"
+    assert re.search(rf"^FROM .* AS {image['with']['target']}$", read("Dockerfile"), re.MULTILINE)
+    attested = [step["with"] for step in steps if "actions/attest@" in step.get("uses", "")]
+    digest = "${{ steps.image.outputs.digest }}"
+    assert [each.get("subject-digest", each.get("subject-path")) for each in attested] == [
+        digest,
+        ".venv/wheel/*.whl",
+    ]
+    [signature] = [step for step in steps if "cosign sign" in step.get("run", "")]
+    assert signature["env"]["IMAGE"].endswith(f"@{digest}")
+    # Nothing is released before all of it is signed.
+    assert "gh release create" in steps[-1]["run"]
+    assert " .venv/wheel/*.whl " in steps[-1]["run"]
 
 
 def test_renovate_bumps_airflow_polars_and_the_image_in_one_pull_request() -> None:
