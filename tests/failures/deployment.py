@@ -13,7 +13,7 @@ import sys
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +24,7 @@ import psutil
 from local_airflow import ROOT, use_emulator
 from polars_cloud_emulator.env_file import read_env_file
 from polars_cloud_emulator.testing import RunningEmulator, eventually
+from polars_remote.compat.versions import VERSION
 from standalone import airflow, get_token, health, settings
 from tests.eight_dags import DELETED
 
@@ -39,6 +40,11 @@ TRIGGERER = "triggerer --skip-serve-logs"
 DAG_PROCESSOR = "dag-processor"
 TASK_PROCESS = r"airflow worker -- [0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 TASK_ENDS = {"success", "failed", "skipped", "upstream_failed", "removed"}
+
+TASK_INSTANCES = "task_instance"
+"""What the database has on the tasks of all runs, each in its latest try."""
+if VERSION >= (3, 4):
+    TASK_INSTANCES = "(SELECT *, region_index AS map_index FROM task_instance WHERE working_set)"
 
 HASTE = {
     '"retries": 2': '"retries": 1',
@@ -200,13 +206,13 @@ class Run:
         return {
             task_id + (f"[{index}]" if index >= 0 else ""): state
             for task_id, index, state in self._rows(
-                "SELECT task_id, map_index, state FROM task_instance"
+                f"SELECT task_id, map_index, state FROM {TASK_INSTANCES}"
             )
         }
 
     def tries(self, task_id: str = "") -> int:
         """How often a task was tried; without its id, the one that was tried most."""
-        rows = self._rows("SELECT task_id, try_number FROM task_instance")
+        rows = self._rows(f"SELECT task_id, try_number FROM {TASK_INSTANCES}")
         return max(number for each, number in rows if task_id in ("", each))
 
     def _rows(self, query: str) -> list[tuple[Any, ...]]:
@@ -222,7 +228,7 @@ class Run:
 
     def process(self, task_id: str) -> psutil.Process:
         """The process in which the task's function runs."""
-        ids = dict(self._rows("SELECT task_id, id FROM task_instance"))
+        ids = dict(self._rows(f"SELECT task_id, id FROM {TASK_INSTANCES}"))
         title = f"airflow worker -- {uuid.UUID(ids[task_id])}"
 
         def find() -> psutil.Process | None:
@@ -277,7 +283,7 @@ class Run:
 
     def ends(self, task_id: str) -> dict[int, datetime]:
         """When each of a mapped task's instances has ended, by its index."""
-        rows = self._rows("SELECT task_id, map_index, end_date FROM task_instance")
+        rows = self._rows(f"SELECT task_id, map_index, end_date FROM {TASK_INSTANCES}")
         return {
             index: datetime.fromisoformat(end).replace(tzinfo=UTC)
             for each, index, end in rows
@@ -286,7 +292,7 @@ class Run:
 
     def try_numbers(self, task_id: str) -> list[int]:
         """How often each of a mapped task's instances was tried."""
-        rows = self._rows("SELECT task_id, try_number FROM task_instance")
+        rows = self._rows(f"SELECT task_id, try_number FROM {TASK_INSTANCES}")
         return [number for each, number in rows if each == task_id]
 
     def seconds(self) -> float:
@@ -549,3 +555,13 @@ def free_ports(count: int) -> int:
             for offset in range(count):
                 held.enter_context(socket.create_server(("127.0.0.1", port + offset)))
             return port
+
+
+def with_polars(processes: Iterable[psutil.Process]) -> list[str]:
+    """Command lines of the processes into which Polars' shared library is mapped."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
+            if any("_polars_runtime" in mapped.path for mapped in process.memory_maps()):
+                found.append(" ".join(process.cmdline()))
+    return found

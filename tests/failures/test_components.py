@@ -1,0 +1,35 @@
+"""What the parts of Airflow load that run no task: no Polars, and no plugin that fails."""
+
+import polars  # noqa: F401  # loaded here, so that the test shows that it would see it
+import psutil
+import pytest
+
+from polars_cloud_emulator.testing import eventually
+from tests.failures.deployment import (
+    API_SERVER,
+    DAG_PROCESSOR,
+    SCHEDULER,
+    Deployment,
+    with_polars,
+)
+
+
+@pytest.mark.dag("manifest_reuse")
+@pytest.mark.any_airflow
+def test_neither_api_server_nor_scheduler_nor_dag_processor_loads_polars(
+    airflow: Deployment,
+) -> None:
+    run = airflow.trigger("manifest_reuse")
+    run.wait_for_end()
+    assert run.state == "success", run.log()[-6000:]
+    links = airflow.call("GET", f"{run.path}/taskInstances/sum_refunds/links")["extra_links"]
+    assert links["Polars Cloud query"].startswith("http"), links
+    assert airflow.call("GET", "plugins/importErrors")["import_errors"] == []
+    assert len(with_polars([psutil.Process()])) == 1
+    parts = [airflow.processes[part] for part in (API_SERVER, SCHEDULER, DAG_PROCESSOR)]
+
+    def loaded() -> list[str]:
+        # Of their children, callbacks may have it: each runs in a process of its own, and ends.
+        return with_polars(each for part in parts for each in (part, *part.children(True)))
+
+    eventually(lambda: loaded() == [], pause=0.5)
