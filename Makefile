@@ -50,7 +50,17 @@ test-template: .venv/installed ## Run those of the template itself: its pages, s
 failures: .venv/installed ## Run the DAGs while things go wrong, under a scheduler; ALL=1: each DAG
 	.venv/bin/python -m pytest tests/failures --dist=worksteal $(if $(ALL),,-m 'not further')
 
-versions: wheel $(OLDER_AIRFLOWS:%=.venv/airflow-%/installed) ## Run the DAGs on older Airflows, and let some things go wrong
+# Another release, such as one that has just come out, is installed without a lock.
+ifdef AIRFLOW
+versions: .venv/installed
+	.venv/bin/uv venv --quiet --clear --python .venv/bin/python .venv/airflow-$(AIRFLOW)
+	.venv/bin/uv pip install --quiet --python .venv/airflow-$(AIRFLOW) --no-build \
+		apache-airflow==$(AIRFLOW) --requirements requirements.txt --group emulator --group tests
+	for tests in tests/test_internals.py 'tests/failures -m any_airflow'; do \
+		.venv/airflow-$(AIRFLOW)/bin/python -m pytest $$tests --dist=load -W default || exit; \
+	done
+else
+versions: wheel $(OLDER_AIRFLOWS:%=.venv/airflow-%/installed) ## Run the DAGs on older Airflows, and let some things go wrong; AIRFLOW=3.4.0: on another
 	for version in $(OLDER_AIRFLOWS); do \
 		.venv/airflow-$$version/bin/python -m pytest tests/failures --dist=load \
 			-m 'any_airflow or deferred' -W default || exit; \
@@ -58,6 +68,7 @@ versions: wheel $(OLDER_AIRFLOWS:%=.venv/airflow-%/installed) ## Run the DAGs on
 	.venv/bin/uv pip install --quiet --no-deps --target .venv/wheel/site \
 		.venv/wheel/airflow_polars_remote-*.whl
 	.venv/bin/python -m pytest -q --numprocesses=0 tests/wheel
+endif
 
 mutations: .venv/installed ## Break each promise once, and tell which break no test notices; WORDS=...: some
 	.venv/bin/python scripts/mutations.py $(WORDS)
