@@ -12,8 +12,11 @@ from .settings import OUTAGE_SECONDS
 
 LOG_IN = """
 import json, sys
-import polars_cloud
-polars_cloud.authenticate(**json.load(sys.stdin), interactive=False)
+try:
+    import polars_cloud
+    polars_cloud.authenticate(**json.load(sys.stdin), interactive=False)
+except Exception as error:
+    sys.exit(f"{type(error).__name__}: {error}")
 """
 
 
@@ -45,7 +48,7 @@ class PolarsCloudHook(BaseHook):
         """
         connection = self.get_connection(self.conn_id)
         account = {"client_id": connection.login, "client_secret": connection.password}
-        if not all(account.values()):
+        if not (connection.login and connection.password):
             return False, "Set login = client ID and password = client secret"
         try:
             ran = subprocess.run(
@@ -61,4 +64,10 @@ class PolarsCloudHook(BaseHook):
             return True, "Polars Cloud accepts this login"
         if REFUSED_LOGIN in ran.stderr:
             return False, "Polars Cloud refuses this client ID and client secret"
-        return False, ran.stderr.strip().splitlines()[-1]
+        # Without the hint to log in with a browser.
+        reason = ran.stderr.partition("\n\t")[0].strip()
+        return False, (
+            "Could not ask Polars Cloud: where Airflow's API server runs, check that polars-cloud "
+            "is installed, the network and, if set, POLARS_CLOUD_API_ADDR and POLARS_CLOUD_DOMAIN "
+            f"({reason.replace(connection.password, '***')})"
+        )

@@ -127,8 +127,7 @@ def test_a_release_is_told_as_the_change_log_does(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     notes = (tmp_path / "notes.md").read_text().strip()
     files = f"https://github.com/Your-Organization/your-repository/blob/v{__version__}"
-    upgrading = f"[Upgrading]({files}/docs/upgrading.md)"
-    assert upgrading in notes
+    assert f"[Upgrading]({files}/docs/upgrading.md" in notes
     heading = f"## {__version__}\n\n"
     change_log = (ROOT / "CHANGELOG.md").read_text()
     assert heading + notes.replace(f"{files}/", "") in change_log
