@@ -417,6 +417,7 @@ def end_deferred(
 ) -> EndDeferred:
     """Change the state of a task whose trigger polls, and let Airflow 3.2 tell its trigger."""
     monkeypatch.setattr(triggers, "TELLS_TRIGGERS", False)
+    monkeypatch.setattr(in_triggerer, "LAST_LINES_SECONDS", SECONDS)
 
     def end(trigger: PolarsCloudTrigger, state: str | None) -> None:
         supervisor.states["manual__1"]["run_query"] = state

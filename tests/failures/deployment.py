@@ -70,7 +70,7 @@ VARIANTS = {
     ),
     "manual_shutdown_run_out_of_time": (
         "manual_shutdown",
-        {"dagrun_timeout=timedelta(hours=2)": "dagrun_timeout=timedelta(seconds=15)"},
+        {"dagrun_timeout=timedelta(hours=2)": "dagrun_timeout=timedelta(seconds=30)"},
     ),
     # Tries that begin while Airflow is away fail.
     "context_manager_shutdown_often_tried": (
