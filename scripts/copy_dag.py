@@ -112,9 +112,10 @@ class Copied:
 
     def has(self, place: Path) -> bool:
         """Return whether the file was copied, as far as the notes tell."""
-        if self._has_notes:
-            return self._name(place) in self._hashes
-        return self.has_library
+        return self.is_noted(place) if self._has_notes else self.has_library
+
+    def is_noted(self, place: Path) -> bool:
+        return self._name(place) in self._hashes
 
     def is_unchanged(self, place: Path) -> bool:
         """Return whether the file is as it was copied."""
@@ -151,8 +152,11 @@ def plan_copy(dag_file: Path, places: Places, copied: Copied) -> Plan:
     """
     include = ROOT / "include"
     needed = [dag_file, *find_modules(dag_file), *list_files(PACKAGE)]
-    if not (places.include / "include").exists():
-        needed += [include / "__init__.py", include / ".airflowignore"]
+    # Those of an `include/` that is the user's own are left alone.
+    is_new = not (places.include / "include").exists()
+    for file in (include / "__init__.py", include / ".airflowignore"):
+        if is_new or copied.is_noted(places.get_place(file)):
+            needed.append(file)
     others = {*(ROOT / "dags").glob("*.py"), *include.glob("*.py")} - {include / "__init__.py"}
     plan = Plan()
     for file in sorted({*needed, *others}):

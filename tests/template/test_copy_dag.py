@@ -73,6 +73,13 @@ def test_what_a_dag_needs_is_copied_and_no_more(
     assert copied == needed | {"__init__.py", ".airflowignore"}
 
 
+def test_a_second_copy_deletes_nothing(there: Path) -> None:
+    main("single_query", str(there))
+    before = get_contents(there)
+    main("single_query", str(there))
+    assert get_contents(there) == before
+
+
 def test_the_library_goes_to_the_plugins_of_an_airflow_home(tmp_path: Path) -> None:
     (tmp_path / "dags").mkdir()
     (tmp_path / "airflow.cfg").touch()
