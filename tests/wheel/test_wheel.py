@@ -15,7 +15,7 @@ import polars  # noqa: F401  # loaded here, so that the test shows that it would
 import psutil
 import pytest
 
-from local_airflow import ROOT
+from local_airflow import ACCOUNT, ROOT
 from polars_cloud_emulator.testing import RunningEmulator, eventually
 from standalone import get_token, health, settings
 from tests.failures.deployment import free_ports, with_polars
@@ -99,14 +99,15 @@ class ApiServer:
 def installed(
     request: pytest.FixtureRequest, polars_cloud_emulator: RunningEmulator, tmp_path: Path
 ) -> Installed:
-    others = ("AIRFLOW_", "PYTHON", "POLARS_CLOUD_CLIENT_")
+    others = ("AIRFLOW_", "PYTHON")
     environment = {name: each for name, each in os.environ.items() if not name.startswith(others)}
-    emulator = polars_cloud_emulator.environment.items()
+    environment |= polars_cloud_emulator.environment
+    for name in ACCOUNT:  # it comes from the Connection
+        del environment[name]
     return Installed(
         request.param,
         tmp_path,
         environment
-        | {name: each for name, each in emulator if not name.startswith(others)}
         | {
             "AIRFLOW_HOME": str(tmp_path),
             "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
