@@ -1,6 +1,7 @@
 """A TLS port that also takes a connection without TLS, to be able to refuse it in words."""
 
 import asyncio
+import contextlib
 import socket
 import ssl
 from collections.abc import Callable
@@ -60,16 +61,16 @@ class TlsListener:
     async def _start(self, connection: socket.socket) -> None:
         """Let the protocol have the connection, behind TLS if that is how it begins."""
         tls: dict[str, Any] = {"ssl": self._context, "ssl_shutdown_timeout": SHUTDOWN_TIMEOUT}
-        try:
-            begins_with_tls = await _first_byte(connection) == HANDSHAKE
+        with contextlib.suppress(OSError):  # the client left, or TLS failed
+            try:
+                begins_with_tls = await _first_byte(connection) == HANDSHAKE
+            except BaseException:
+                connection.close()
+                raise
+            # It closes the connection itself, also when it is canceled.
             await asyncio.get_running_loop().connect_accepted_socket(
                 self._protocol_factory, connection, **(tls if begins_with_tls else {})
             )
-        except OSError:  # the client left, or TLS failed
-            connection.close()
-        except asyncio.CancelledError:
-            connection.close()
-            raise
 
 
 async def _first_byte(connection: socket.socket) -> bytes:
