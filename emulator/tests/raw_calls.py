@@ -88,7 +88,7 @@ def call_grpc(
     with grpc.insecure_channel(target, options=options) as channel:
         call: Any = channel.unary_unary(path, bytes, bytes)
         try:
-            call(message, metadata=list(headers.items()), timeout=30)
+            call(message, metadata=list(headers.items()), timeout=60)
         except grpc.RpcError as error:
             return error.code(), error.details()
     return grpc.StatusCode.OK, ""
