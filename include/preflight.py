@@ -9,17 +9,20 @@ import functools
 import logging
 import platform
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, requires, version
+from io import BytesIO
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from airflow import __version__ as airflow_version
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from include.shop import DATA, MANIFEST, check_data_location
+from include.shop import DATA, MANIFEST, check_data_location, get_schemas, scan, scan_files
 from polars_remote.cloud.advice import add_advice
 from polars_remote.cloud.client import (
     get_cluster_id,
@@ -33,6 +36,10 @@ from polars_remote.compat.copies import FOLDER, describe, find_hidden_copies
 from polars_remote.compat.versions import AirflowFailException
 from polars_remote.ownership.scope import current_scope
 
+if TYPE_CHECKING:
+    import polars as pl
+    from polars_cloud import ComputeContext
+
 logger = logging.getLogger(__name__)
 
 CONN_ID = "polars_cloud"
@@ -41,6 +48,9 @@ OLDEST_PYTHON = "3.11"
 
 NEWEST_TRIED = {"Airflow": "3.3", "polars-cloud": "0.12"}
 """Newest releases that were tried. Newer ones may work."""
+
+FILES_PER_QUERY = 100
+"""Maximum files whose types one query finds."""
 
 STOP_SECONDS = 300.0
 """Maximum seconds for a cluster to stop."""
@@ -60,6 +70,7 @@ def check_setup() -> None:
         ("Client", check_client),
         ("Library", check_library),
         ("Data", check_data),
+        ("Tables", check_tables),
         ("Connection", check_connection),
         ("Login", functools.partial(check_login, session)),
         ("Workspace", functools.partial(check_workspace, session)),
@@ -70,7 +81,7 @@ def check_setup() -> None:
 
 
 def check_cluster(cluster: Cluster, limit: timedelta) -> None:
-    """Start a cluster, write a row to the data location, read it back, and stop the cluster.
+    """Start a cluster, write a row and read it, check the tables' types, and stop the cluster.
 
     Parameters
     ----------
@@ -100,10 +111,12 @@ def check_cluster(cluster: Cluster, limit: timedelta) -> None:
             row.remote(ctx).single_node().sink_parquet(uri).await_result()
             logger.info("Write: ok: a row to %s", uri)
         with _step("Read"):
-            read = pl.scan_parquet(uri).remote(ctx).single_node().execute().head
-            if read is None or not read.equals(row.collect()):
+            read = _execute(pl.scan_parquet(uri), ctx)
+            if not read.equals(row.collect()):
                 raise RuntimeError(f"{uri} does not hold what was just written there: {read}")
             logger.info("Read: ok: the same row")
+        with _step("Tables"):
+            logger.info("Tables: ok: %s", check_types(lambda query: _execute(query, ctx)))
         with _step("Stop"):
             until_stopped.close()
             _wait_until_stopped(cluster_id)
@@ -167,6 +180,61 @@ def check_data() -> str:
     return DATA
 
 
+def check_tables() -> str:
+    """Check the tables' types if this machine can read the files: it needs no right to do so."""
+    try:
+        return check_types(lambda query: query.collect())
+    except OSError as error:
+        if "NoSuchBucket" in str(error):
+            raise
+        return f"not checked, as this machine cannot read them: {error}".partition("\n")[0]
+
+
+def check_types(run: Callable[[pl.LazyFrame], pl.DataFrame]) -> str:
+    """Check that each file has the columns and types of its table's schema.
+
+    Parameters
+    ----------
+    run
+        Run a query where the files can be read.
+
+    Raises
+    ------
+    AirflowFailException
+        Not retried: a table without files, or files of other types, which the message names.
+    """
+    checked = []
+    for table, schema in get_schemas().items():
+        types = _find_types(table, run)
+        problems = defaultdict(list)
+        for file, found in types.items():
+            first, first_found = next(iter(types.items()))
+            for column, wanted in schema.items():
+                if column not in found:
+                    problems[f"no column {column}, which must be {wanted}"].append(file)
+                elif not _fits([found[column]], wanted):
+                    problems[f"{column} is {found[column]}, and must be {wanted}"].append(file)
+                elif column in first_found and not _fits(
+                    [first_found[column], found[column]], wanted
+                ):
+                    problems[
+                        f"{column} is {found[column]}, which does not fit "
+                        f"{first_found[column]} of {first}, the first file"
+                    ].append(file)
+        if problems:
+            told = "; ".join(
+                f"{file}{f' and {len(others)} more' if others else ''}: {problem}"
+                for problem, (file, *others) in problems.items()
+            )
+            raise AirflowFailException(
+                f"Table {table}: {told}. Write these files anew, or change the schema in "
+                "include/shop.py"
+            )
+        run(scan(table).head(1))  # a file without rows may be the first
+        checked.append(f"{table} ({len(types)} files)")
+    return f"{', '.join(checked)} have the types of their schemas"
+
+
 def check_connection() -> str:
     connection = find_connection(CONN_ID)
     if isinstance(connection, Exception):
@@ -196,6 +264,63 @@ def check_manifest(session: CloudSession) -> str:
         return f"{MANIFEST} does not exist yet: the first task that uses it registers it"
     polars, python = version("polars"), platform.python_version()
     return f"{MANIFEST} is for polars {polars} and Python {python}, as this worker has them"
+
+
+def _execute(query: pl.LazyFrame, ctx: ComputeContext) -> pl.DataFrame:
+    """Return the first rows of the query's result."""
+    head = query.remote(ctx).single_node().execute().head
+    if head is None:
+        raise RuntimeError("The query has succeeded, but its reply has no rows")
+    return head
+
+
+def _find_types(
+    table: str, run: Callable[[pl.LazyFrame], pl.DataFrame]
+) -> dict[str, dict[str, pl.DataType]]:
+    """Return the types in each file with rows, by column; the files in the order of a scan."""
+    import polars as pl
+    from polars.exceptions import ComputeError
+
+    uri = f"{DATA}/{table}/"
+    # No column is read, so no type matters.
+    rows = pl.scan_parquet(uri, include_file_paths="file", extra_columns="ignore")
+    try:
+        files = run(rows.select(pl.col("file").unique().sort().implode())).item().to_list()
+    except ComputeError as error:
+        if "expanded paths were empty" not in str(error):
+            raise
+        raise AirflowFailException(
+            f"There is no file in {uri}: write the table there, or correct POLARS_CLOUD_DATA"
+        ) from None
+    types: dict[str, dict[str, pl.DataType]] = {file: {} for file in files}
+    for start in range(0, len(files), FILES_PER_QUERY):
+        # One row of nulls, with the types.
+        heads = [
+            pl.scan_parquet(file, hive_partitioning=True)
+            .head(0)
+            .select(pl.all().first().name.prefix(f"{number} "))
+            for number, file in enumerate(files[start : start + FILES_PER_QUERY], start)
+        ]
+        for name, kind in run(pl.concat(heads, how="horizontal")).schema.items():
+            number, _, column = name.partition(" ")
+            types[files[int(number)]][column] = kind
+    return types
+
+
+def _fits(kinds: list[pl.DataType], wanted: pl.DataType | type[pl.DataType]) -> bool:
+    """Return whether a scan accepts files of these types, the first of which is the first file."""
+    import polars as pl
+    from polars.exceptions import PolarsError
+
+    files = []
+    for kind in kinds:
+        pl.DataFrame({"column": [None]}, {"column": kind}).write_parquet(file := BytesIO())
+        files.append(file.getvalue())
+    try:
+        scan_files(files, {"column": wanted}).collect()
+    except PolarsError:
+        return False
+    return True
 
 
 @contextmanager

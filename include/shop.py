@@ -1,9 +1,12 @@
-"""Data location and manifest of the shop. Edit this file, or set the environment variables."""
+"""Data location, tables and manifest of the shop.
+
+Edit this file. The location and the manifest's name can be set by environment variables as well.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from polars_remote.cloud.session import talks_to_emulator
@@ -11,6 +14,8 @@ from polars_remote.compat.versions import AirflowFailException
 
 if TYPE_CHECKING:
     import polars as pl
+
+    Schema = dict[str, pl.DataType | type[pl.DataType]]
 
 PLACEHOLDER = "s3://your-bucket"
 """Default data location: a bucket of the emulator."""
@@ -22,18 +27,88 @@ MANIFEST = os.environ.get("POLARS_CLOUD_MANIFEST", "airflow-production")
 """Name of the manifest that `manifest_reuse` registers."""
 
 
+def get_schemas() -> dict[str, Schema]:
+    """Return the columns of each table that the DAGs read, with their types."""
+    import polars as pl  # here: importing Polars slows down parsing
+
+    money = pl.Decimal(10, 2)
+    return {
+        "sales": {
+            "date": pl.Date,
+            "order_id": pl.Int64,
+            "line": pl.Int64,
+            "region": pl.String,
+            "customer_id": pl.Int64,
+            "status": pl.String,
+            "product": pl.String,
+            "quantity": pl.Int64,
+            "unit_price": money,
+        },
+        "inventory": {
+            "date": pl.Date,
+            "region": pl.String,
+            "product": pl.String,
+            "category": pl.String,
+            "unit_cost": money,
+            "on_hand": pl.Int64,
+        },
+        "returns": {
+            "date": pl.Date,
+            "product": pl.String,
+            "quantity": pl.Int64,
+            "refund": money,
+            "reason": pl.String,
+        },
+    }
+
+
 def scan(table: str) -> pl.LazyFrame:
-    """Scan one of the shop's tables: `sales`, `inventory` or `returns`.
+    """Scan one of the shop's tables with the types of its schema.
 
     Raises
     ------
     AirflowFailException
         As `check_data_location`.
     """
-    import polars as pl  # here: importing Polars slows down parsing
-
     check_data_location()
-    return pl.scan_parquet(f"{DATA}/{table}/")
+    return scan_files(f"{DATA}/{table}/", get_schemas()[table])
+
+
+def scan_files(source: Any, schema: Schema) -> pl.LazyFrame:
+    """Scan files of any types that become those of the schema without loss.
+
+    Integers and floats are widened, categories become strings, and a Datetime becomes the Date that
+    it shows in its own time zone. The query fails for any other type, and for a missing column.
+    Further columns are ignored. The first file sets the types of the others, but for narrower ones.
+
+    Parameters
+    ----------
+    source
+        As `polars.scan_parquet` takes it.
+    """
+    import polars as pl
+    import polars.selectors as cs
+
+    days = [name for name, kind in schema.items() if kind == pl.Date]
+    return (
+        # Without `schema=`: with it, a folder without files would be a table without rows.
+        pl.scan_parquet(
+            source,
+            extra_columns="ignore",
+            cast_options=pl.ScanCastOptions(
+                integer_cast="upcast",
+                float_cast="upcast",
+                datetime_cast=["upcast", "downcast"],
+                categorical_to_string="allow",
+            ),
+        )
+        # A Date is left as it is, so that a filter on it skips row groups.
+        .with_columns(
+            (cs.by_name(days, require_all=False) - cs.date()).dt.date(),
+            (cs.categorical() | cs.enum()).cast(pl.String),
+        )
+        .match_to_schema(schema, extra_columns="ignore", integer_cast="upcast", float_cast="upcast")
+    )
 
 
 def check_data_location() -> None:

@@ -1,4 +1,4 @@
-"""Advice on a query's storage errors."""
+"""Advice on a query's errors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Collection
 
 BUCKET = re.compile(r"\b(?!https?:)[a-z][a-z0-9+.-]*://[^/\s'\"]+(?=/)")
 """Bucket URI in an error. An http or https address is the storage service's own."""
+
+MISSING_MODULE = re.compile(r"No module named '([^']+)'")
 
 
 def add_advice(error: Exception, upstream: Collection[str] = ()) -> None:
@@ -40,6 +42,21 @@ def _find_advice(error: Exception, upstream: Collection[str]) -> str | None:
                 "(polars-<workspace>-IAMWorkerRole-...) the right to read, write and list there, "
                 "or correct the URI"
             )
+    # An import that fails here gives the module's name to the error.
+    if isinstance(error, ModuleNotFoundError) and error.name is None:
+        found = MISSING_MODULE.search(text)
+        module = f"the module {found[1]}" if found else "one of its modules"
+        return (
+            f"A function of the query needs {module}, which the cluster does not have: define what "
+            "it needs inside the task, or name a package that has it in the cluster's requirements"
+        )
+    if "data type mismatch for column" in text:
+        return (
+            "A scanned file has another type (incoming) than the first file or the schema "
+            "(target): the DAG preflight, with the parameter spend, names the file"
+        )
+    if "expanded paths were empty" in text:
+        return "There is no file at the URI of a scan: correct the URI, or write the files first"
     if isinstance(error, FileNotFoundError) and upstream:
         return (
             "If this was the temporary result of another task, it has expired: "
