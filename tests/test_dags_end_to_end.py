@@ -243,11 +243,44 @@ def test_a_failed_query_fails_the_run_with_its_own_exception_and_leaves_no_more_
 
     assert run.state == DagRunState.FAILED
     log = capfd.readouterr().out
-    assert re.search(r"ColumnNotFoundError.*unable to find column", log)
+    assert re.search(r"SchemaError.*missing columns", log)
     assert "Callback failed" not in log
     assert "Failed" in {query["status"] for query in all_ended(emulator)}
     assert variables() == []
     assert live_clusters(emulator) == (dag_id in LEAVES_IT_TO_THE_IDLE_TIMEOUT)
+
+
+@pytest.mark.dag("complete_pipeline")
+def test_a_date_with_a_time_of_day_gives_the_report_of_the_date(
+    dags: dict[str, DAG], emulator: RunningEmulator, tables: Tables
+) -> None:
+    for name, table in tables.items():
+        replace(name, table.with_columns(pl.col("date").cast(pl.Datetime("us")).dt.offset_by("9h")))
+
+    run = dags["complete_pipeline"].test(logical_date=datetime.now(UTC))
+
+    assert run.state == DagRunState.SUCCESS
+    day = run.logical_date.date()
+    file = f"reports/daily/{day}.parquet"
+    report, expected = pl.read_parquet(f"{DATA}/{file}"), complete_pipeline(tables, day)[file]
+    assert expected["revenue"].sum() > 0
+    assert_frame_equal(report, expected, check_row_order=False, check_column_order=False)
+
+
+@pytest.mark.dag("complete_pipeline")
+@pytest.mark.parametrize("kind", [pl.String, pl.Int32])
+def test_a_date_of_another_type_gives_no_report(
+    dags: dict[str, DAG],
+    emulator: RunningEmulator,
+    tables: Tables,
+    capfd: pytest.CaptureFixture[str],
+    kind: type[pl.DataType],
+) -> None:
+    replace("sales", tables["sales"].with_columns(pl.col("date").cast(kind)))
+    run = dags["complete_pipeline"].test(logical_date=datetime.now(UTC))
+    assert run.state == DagRunState.FAILED
+    assert "expected Datetime or Date, got" in capfd.readouterr().out
+    assert "Failed" in {query["status"] for query in all_ended(emulator)}
 
 
 @pytest.mark.dag("single_query")

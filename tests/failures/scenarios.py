@@ -232,7 +232,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         fail_one_of_three,
         {
             "complete_pipeline": failing(
-                "transform_returns", submits=4, cause="ColumnNotFoundError.*quantity"
+                "transform_returns", submits=4, cause="SchemaError.*quantity"
             )
         },
     ),
