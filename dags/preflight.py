@@ -3,10 +3,12 @@
 
 Run it by hand, before all other DAGs. It fails at the first problem that would make them fail. The
 log has one line per step, with its result or with advice: Airflow, client and Polars, the data
-location, the Connection, the login, the workspace, the manifest.
+location, the tables' types, the Connection, the login, the workspace, the manifest. The types are
+checked only if this worker may read the files.
 
 With the parameter `spend`, a billed check follows: it starts a cluster, writes a row to
-`results/preflight.parquet` at the data location, reads it back, and stops the cluster.
+`results/preflight.parquet` at the data location, reads it back, checks the tables' types, and stops
+the cluster.
 
 **What it costs:** nothing. With `spend`, one small node for some minutes. If the task times out,
 the cluster is stopped. If the worker is killed, the cluster is left to its idle timeout.

@@ -111,12 +111,12 @@ def check_cluster(cluster: Cluster, limit: timedelta) -> None:
             row.remote(ctx).single_node().sink_parquet(uri).await_result()
             logger.info("Write: ok: a row to %s", uri)
         with _step("Read"):
-            read = _execute(pl.scan_parquet(uri), ctx)
+            read = execute(pl.scan_parquet(uri), ctx)
             if not read.equals(row.collect()):
                 raise RuntimeError(f"{uri} does not hold what was just written there: {read}")
             logger.info("Read: ok: the same row")
         with _step("Tables"):
-            logger.info("Tables: ok: %s", check_types(lambda query: _execute(query, ctx)))
+            logger.info("Tables: ok: %s", check_types(lambda query: execute(query, ctx)))
         with _step("Stop"):
             until_stopped.close()
             _wait_until_stopped(cluster_id)
@@ -212,9 +212,9 @@ def check_types(run: Callable[[pl.LazyFrame], pl.DataFrame]) -> str:
             for column, wanted in schema.items():
                 if column not in found:
                     problems[f"no column {column}, which must be {wanted}"].append(file)
-                elif not _fits([found[column]], wanted):
+                elif not fits([found[column]], wanted):
                     problems[f"{column} is {found[column]}, and must be {wanted}"].append(file)
-                elif column in first_found and not _fits(
+                elif column in first_found and not fits(
                     [first_found[column], found[column]], wanted
                 ):
                     problems[
@@ -266,7 +266,7 @@ def check_manifest(session: CloudSession) -> str:
     return f"{MANIFEST} is for polars {polars} and Python {python}, as this worker has them"
 
 
-def _execute(query: pl.LazyFrame, ctx: ComputeContext) -> pl.DataFrame:
+def execute(query: pl.LazyFrame, ctx: ComputeContext) -> pl.DataFrame:
     """Return the first rows of the query's result."""
     head = query.remote(ctx).single_node().execute().head
     if head is None:
@@ -307,7 +307,7 @@ def _find_types(
     return types
 
 
-def _fits(kinds: list[pl.DataType], wanted: pl.DataType | type[pl.DataType]) -> bool:
+def fits(kinds: list[pl.DataType], wanted: pl.DataType | type[pl.DataType]) -> bool:
     """Return whether a scan accepts files of these types, the first of which is the first file."""
     import polars as pl
     from polars.exceptions import PolarsError

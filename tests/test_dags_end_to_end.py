@@ -109,6 +109,7 @@ def parallel_single_node(t: Tables, day: date) -> Tables:
 def multi_stage(t: Tables, day: date) -> Tables:
     clean = (
         t["sales"]
+        .drop("sold_at")  # no column of the schema
         .filter(pl.col("product").is_not_null(), pl.col("quantity") > 0, pl.col("status") != "?")
         .unique()
         .with_columns(pl.col("region").str.strip_chars().str.to_titlecase())

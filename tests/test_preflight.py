@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 
+import boto3
 import polars as pl
 import pytest
 from airflow.dag_processing.dagbag import DagBag
@@ -18,6 +19,7 @@ from airflow.sdk import DAG
 
 import polars_remote
 from include import preflight
+from include.shop import get_schemas
 from local_airflow import ROOT
 from polars_cloud_emulator.testing import RunningEmulator, eventually
 from polars_remote import ensure_manifest, use_cluster
@@ -110,6 +112,17 @@ def connection(**values: str | None) -> str:
     return json.dumps({"conn_type": "http", **values})
 
 
+def tables_checked() -> str:
+    """What is said of the sample data, which has a file for each month."""
+    month = pl.col("date").dt.truncate("1mo").n_unique()
+    files = {
+        table: pl.read_parquet(f"s3://your-bucket/{table}/").select(month).item()
+        for table in get_schemas()
+    }
+    told = ", ".join(f"{table} ({number} files)" for table, number in files.items())
+    return f"{told} have the types of their schemas"
+
+
 # Without a cluster
 
 
@@ -128,6 +141,7 @@ def test_each_step_tells_in_a_line_what_it_has_found(
         f"Client: ok: polars-cloud {client}, polars {polars}",
         f"Library: ok: {FOLDER} ({polars_remote.__version__})",
         "Data: ok: s3://your-bucket",
+        f"Tables: ok: {tables_checked()}",
         "Connection: ok: polars_cloud has type http, login polars-cloud-emulator and a password",
         "Login: ok: accepted by the emulator",
         "Workspace: ok: playground",
@@ -251,10 +265,23 @@ def test_the_default_data_location_is_refused_on_the_service(
     with pytest.raises(AirflowFailException):
         preflight.check_setup()
     assert "POLARS_CLOUD_DATA is not set, and its default" in failure(caplog)
+    boto3.client("s3").create_bucket(Bucket="my-bucket")
+    for table in get_schemas():
+        pl.read_parquet(f"s3://your-bucket/{table}/").write_parquet(f"{SHOP}/{table}/all.parquet")
     set_settings(DATA=SHOP)
     preflight.check_setup()
     assert f"Data: ok: {SHOP}" in lines(caplog)
     assert "Login: ok: accepted by Polars Cloud" in lines(caplog)
+
+
+@pytest.mark.usefixtures("in_task")
+def test_a_bucket_that_is_not_there_is_told_without_a_cluster(
+    caplog: pytest.LogCaptureFixture, set_settings: Set
+) -> None:
+    set_settings(DATA="s3://nobodys-bucket/shop")
+    with pytest.raises(OSError, match="NoSuchBucket"):
+        preflight.check_setup()
+    assert failure(caplog).startswith("Tables: FAILED: The bucket s3://nobodys-bucket does not exi")
 
 
 @pytest.mark.usefixtures("in_task")
@@ -361,10 +388,12 @@ def test_a_row_is_written_and_read_and_the_cluster_seen_to_be_stopped(
         f"Start: ok: cluster {cluster['id']} is running",
         f"Write: ok: a row to {FILE}",
         "Read: ok: the same row",
+        f"Tables: ok: {tables_checked()}",
         f"Stop: ok: cluster {cluster['id']} has stopped",
     ]
     assert (cluster["status"], cluster["cluster_size"]) == ("Stopped", 1)
-    assert [query["n_rows"] for query in emulator.state()["queries"]] == [1, 1]
+    of_the_row, of_the_tables = 2, 3 * 3
+    assert len(emulator.state()["queries"]) == of_the_row + of_the_tables
 
 
 @pytest.mark.usefixtures("ti", "pc")
@@ -489,7 +518,7 @@ def test_nothing_is_started_unless_it_is_asked_for(
         "try_cluster": "skipped",
         "preflight": "success",
     }
-    assert len(lines(caplog)) == 8
+    assert len(lines(caplog)) == 9
     assert_nothing_was_started(emulator)
     assert f"Nothing was started, and nothing is billed. With the parameter spend, {BILLED}" in (
         capfd.readouterr().out
@@ -529,7 +558,7 @@ def test_a_failure_with_the_cluster_fails_the_run_and_leaves_no_cluster(
     emulator: RunningEmulator, load: Callable[[str], DAG], set_settings: Set
 ) -> None:
     dag = load("preflight")
-    set_settings(DATA="s3://nobodys-bucket")
+    emulator.add_fault("SubmitQuery", "query_fails", error="PermissionError: no")
     states = run_states(dag, spend=True)
     assert (states["try_cluster"], states["preflight"]) == ("failed", "failed")
     assert cluster_statuses(emulator) == ["Stopped"]

@@ -271,7 +271,7 @@ def test_a_cluster_finds_what_this_machine_finds(
     emulator: RunningEmulator, write: Callable[..., None], tables: dict[str, pl.DataFrame]
 ) -> None:
     def check(query: pl.LazyFrame) -> pl.DataFrame:
-        return preflight._execute(query, ctx)
+        return preflight.execute(query, ctx)
 
     with use_cluster(CLUSTER) as ctx:
         write(*in_all_files(unchanged, tables["sales"]))
@@ -295,7 +295,7 @@ def test_a_table_without_files_is_refused_and_not_read_as_one_without_rows(
         preflight.check_tables()
     with use_cluster(CLUSTER) as ctx:
         with pytest.raises(AirflowFailException, match=problem):
-            preflight.check_types(lambda query: preflight._execute(query, ctx))
+            preflight.check_types(lambda query: preflight.execute(query, ctx))
         with pytest.raises(PolarsError, match="expanded paths were empty"):
             sum_sales(shop.scan("sales")).remote(ctx).single_node().execute()
 
