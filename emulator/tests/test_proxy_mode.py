@@ -77,6 +77,24 @@ def test_direct_query_is_cancelled_by_its_id(
     assert submitted.await_result().status is pc.QueryStatus.CANCELED
 
 
+def test_cluster_takes_queries_in_its_own_mode_alone(
+    pc: ModuleType, start_cluster: StartCluster, context: Any, emulator: RunningEmulator
+) -> None:
+    from polars_cloud.polars_cloud import DBClusterModeModel
+
+    direct, frame = start_cluster(), pl.LazyFrame({"x": [1]})
+    query = frame.remote(direct).execute(blocking=False)
+    query.await_result()
+    direct._connection_mode = DBClusterModeModel.Proxy
+    with pytest.raises(RuntimeError, match="is in direct mode: submit to its scheduler"):
+        frame.remote(direct).execute(blocking=False)
+
+    context._connection_mode = DBClusterModeModel.Direct
+    with pytest.raises(ValueError, match="has no open port"):
+        frame.remote(context).execute(blocking=False)
+    assert len(emulator.state()["queries"]) == 1
+
+
 def test_unknown_query_is_not_found(pc: ModuleType) -> None:
     from uuid import uuid4
 

@@ -234,14 +234,10 @@ def check_cluster(cluster: Cluster) -> None:
             f"A cluster has no option {', '.join(sorted(map(str, unknown)))}: the options are "
             f"{', '.join(sorted(OPTIONS))}"
         )
-    _check_mode(cluster["name"], cluster.get("connection_mode") or "direct")
-
-
-def _check_mode(name: str, mode: str) -> None:
-    if mode != "direct":
+    if (mode := cluster.get("connection_mode")) not in (None, "direct", "proxy"):
         raise ClusterRefusedError(
-            f"Manifest {name} has connection mode {mode}, whose queries cannot be kept on record: "
-            "use mode direct, which is the default"
+            f'A cluster has no connection_mode {mode!r}: write "direct", which is the default, or '
+            '"proxy"'
         )
 
 
@@ -251,7 +247,6 @@ def _open_use(scope: TaskScope, use: ClusterUse, cluster: Cluster) -> ComputeCon
     scope.session.find_workspace()  # without it, no orphan could be ended
     is_used = functools.partial(has_other_users, scope.session, use)
     ctx = register_manifest(scope.session, cluster, is_used)
-    _check_mode(use.manifest, ctx.connection_mode)
     scope.clusters.record(use)  # before the first query starts the cluster
     if get_cluster_id(ctx):
         is_used()  # cancels orphans: our query would wait behind them

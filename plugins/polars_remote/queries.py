@@ -22,6 +22,7 @@ from .cloud.client import (
     get_result_info,
     get_status_code,
     list_queries,
+    uses_proxy,
 )
 from .cloud.plans import Plan, read_plan
 from .cloud.queries import describe, end_query, get_page
@@ -132,6 +133,11 @@ class RecordingClient:
         """
         found = read_plan(plan)
         _check_destinations(found)
+        if found.returns_to_client and uses_proxy(self._ctx):
+            raise QueryRefusedError(
+                "The query was not submitted, because explain needs a connection to the cluster, "
+                "which there is none of in proxy mode: use connection_mode direct"
+            )
         name = self._scope.queries.reserve(found.destinations, found.digest)
         try:
             self._check_open(name)

@@ -18,6 +18,7 @@ from polars_cloud_emulator.model.errors import (
     PermissionDenied,
     TooLarge,
     Unauthenticated,
+    WrongState,
 )
 from polars_cloud_emulator.model.manifests import Manifest
 from polars_cloud_emulator.model.specs import ClusterSpec
@@ -29,6 +30,7 @@ from polars_cloud_emulator.model.workspace import (
     WORKSPACE_ID,
 )
 from polars_cloud_emulator.planes.query_messages import (
+    WAYS,
     parse_id,
     query_result,
     submitted,
@@ -308,6 +310,8 @@ class ControlPlane:
 
     async def get_public_info(self, request: Request) -> Model:
         cluster = self._state.clusters.find(request.path_params["cluster_id"])
+        if cluster.spec.mode == "Proxy":
+            raise WrongState(f"cluster {cluster.id} is in proxy mode: {WAYS['Proxy']}")
         endpoint = {
             "address": self._compute_plane_address,
             # The only thing that tells clusters apart on the one port of the compute plane.

@@ -6,7 +6,7 @@ from uuid import UUID, uuid4
 import msgspec
 from starlette.requests import Request
 
-from polars_cloud_emulator.model.errors import EmulatorError, InvalidRequest
+from polars_cloud_emulator.model.errors import EmulatorError, InvalidRequest, WrongState
 from polars_cloud_emulator.model.queries import Query, QueryStatus
 from polars_cloud_emulator.model.state import State
 from polars_cloud_emulator.model.texts import check_labels
@@ -44,6 +44,11 @@ FILE_TYPES = {
     "csv": FileType.CSV,
     "ndjson": FileType.NDJSON,
 }
+WAYS = {
+    "Direct": "submit to its scheduler",
+    "Proxy": "it has no open port; submit to the control plane",
+}
+"""How a cluster of each mode is reached."""
 NO_PHYSICAL_PLAN = (
     "the emulator has no physical plan, because one worker runs the whole query; "
     "ask for the optimized plan with"
@@ -88,6 +93,9 @@ async def submitted(
     check_labels(labels)
     only_planned = settings.execute_until is ExecuteUntil.OPTIMIZE_IR
     spec = state.clusters.find(cluster_id).spec
+    mode = "Direct" if isinstance(message, DirectSubmitRequest) else "Proxy"
+    if spec.mode != mode:
+        raise WrongState(f"cluster {cluster_id} is in {spec.mode.lower()} mode: {WAYS[spec.mode]}")
     try:
         document = plan.read(message.plan)
         submission.check(document, spec, only_planned=only_planned)

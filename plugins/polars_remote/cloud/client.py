@@ -170,8 +170,8 @@ def send_queries_through(client: QueryClient, ctx: ComputeContext) -> None:
     """Make the context send all its queries through this client.
 
     With polars-cloud 0.12, each route of a query on a direct context ends in `do_query`: sinks,
-    `execute`, `show`, `explain`, `spawn` and `RemoteEngine`. `ctx.start()` does nothing then: the
-    client's `do_query` starts the cluster.
+    `execute`, `show`, `explain`, `spawn` and `RemoteEngine`. The context calls itself direct in
+    proxy mode, too. `ctx.start()` does nothing then: the client's `do_query` starts the cluster.
     """
     ctx.__class__ = _redirected_context()
     ctx._redirected_to = client  # type: ignore[attr-defined]
@@ -227,6 +227,11 @@ def _redirected_context() -> type[ComputeContext]:
     class RedirectedContext(ComputeContext):
         _redirected_to: QueryClient
 
+        @property
+        def connection_mode(self) -> str:
+            """Direct, in proxy mode, too: else the client would pass the recording by."""
+            return "direct"
+
         def start(self, *, wait: bool = False) -> None:
             """Do nothing: the first query starts the cluster."""
 
@@ -266,12 +271,89 @@ def _redirected_context() -> type[ComputeContext]:
     return RedirectedContext
 
 
+class ProxyClient:
+    """Calls about the queries of a cluster in proxy mode, which Polars Cloud passes on.
+
+    Stands in for the client's own connection to a cluster.
+    """
+
+    def __init__(self, ctx: ComputeContext) -> None:
+        self._ctx = ctx
+
+    def do_query(
+        self,
+        *,
+        plan: bytes,
+        settings: Any,
+        labels: list[str] | None,
+        execution_id: str | None,
+        lineage_context: Any,
+    ) -> UUID:
+        """Submit a query; Polars Cloud has no place for `execution_id`, a notebook's cell."""
+        from polars_cloud.constants import API_CLIENT
+
+        assert self._ctx._compute_id is not None, "it was started, or is running"
+        return API_CLIENT.submit_query(
+            self._ctx._compute_id, plan, settings, labels, lineage_context
+        )
+
+    def get_direct_query_status(self, query_id: UUID) -> Any:
+        from polars_cloud.constants import API_CLIENT
+
+        return API_CLIENT.get_query(self._ctx.workspace.id, query_id).query.status_code
+
+    def get_direct_query_result(self, query_id: UUID, timeout_ms: int) -> QueryInfo:
+        """Return the result of a query that has ended: no call is held until then.
+
+        Raises
+        ------
+        TimeoutError
+            The query has not ended.
+        """
+        from polars_cloud import QueryStatus
+        from polars_cloud.constants import API_CLIENT
+
+        status = self.get_direct_query_status(query_id)
+        if not QueryStatus._from_api_model(status).is_done():
+            raise TimeoutError(f"query {query_id} has not ended")
+        return cast("QueryInfo", ProxyResult(API_CLIENT.get_query_result(query_id), status))
+
+    def cancel_direct_query(self, query_id: UUID) -> None:
+        from polars_cloud.constants import API_CLIENT
+
+        API_CLIENT.cancel_proxy_query(self._ctx.workspace.id, query_id)
+
+    def __getattr__(self, name: str) -> Any:
+        raise QueryRefusedError(
+            f"{name} needs a connection to the cluster, which there is none of in proxy mode: use "
+            "connection_mode direct"
+        )
+
+
+class ProxyResult:
+    """Result of a query in proxy mode, with its status, which only a direct one has."""
+
+    def __init__(self, result: QueryInfo, status: Any) -> None:
+        self._result = result
+        self.status = status
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._result, name)
+
+
+def uses_proxy(ctx: ComputeContext) -> bool:
+    """Return whether Polars Cloud passes the context's queries on."""
+    return ctx._connection_mode.as_str() == "proxy"
+
+
 def get_query_client(ctx: ComputeContext) -> SchedulerClient:
-    """Return the client's own connection to the context's cluster."""
+    """Return the client's own connection to the context's cluster, or what stands in for it."""
     from polars_cloud import ComputeContext
 
+    if uses_proxy(ctx):
+        return cast("SchedulerClient", ProxyClient(ctx))
     client = ComputeContext._get_direct_client(ctx)
-    assert client is not None, "only in proxy mode, which is refused"
+    assert client is not None, "the mode is direct"
     return client
 
 
@@ -320,6 +402,8 @@ def connect_query(query_id: str, ctx: ComputeContext) -> DirectQuery:
 
 def get_stages(query: DirectQuery) -> tuple[int, int | None]:
     """Return the number of finished stages, and the total if it is known."""
+    if uses_proxy(get_context(query)):
+        return 0, None
     details = query._client.get_query_details(query._query_id)
     return len(details.finished_stages), details.total_num_stages
 
@@ -328,8 +412,10 @@ def connect_queries(ctx: ComputeContext) -> Callable[[str], DirectQuery]:
     """Return a function that connects to the cluster's queries with the current login.
 
     The client has one login per process. These queries keep their login until it expires, even if
-    another account logs in.
+    another account logs in; those in proxy mode do not.
     """
+    if uses_proxy(ctx):
+        return lambda query_id: connect_query(query_id, ctx)
     from polars_cloud import ClientOptions, DirectQuery, TLSOptions
     from polars_cloud.constants import API_CLIENT
     from polars_cloud.polars_cloud import SchedulerClient

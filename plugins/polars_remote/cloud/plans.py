@@ -26,11 +26,14 @@ class Plan(NamedTuple):
         plan contains a Python `set`.
     has_location
         Whether a successful query has a `location`; False for `sink_batches` and `explain`.
+    returns_to_client
+        Whether the client reads the result from the cluster, as for `explain`.
     """
 
     destinations: tuple[str, ...]
     digest: str
     has_location: bool
+    returns_to_client: bool
 
 
 def read_plan(plan: bytes) -> Plan:
@@ -52,6 +55,7 @@ def read_plan(plan: bytes) -> Plan:
         tuple(uri for uri in uris if uri not in (None, TEMPORARY, TO_CLIENT)),
         hashlib.sha256(plan).hexdigest()[:16],
         None not in uris and TO_CLIENT not in uris,
+        TO_CLIENT in uris,
     )
 
 

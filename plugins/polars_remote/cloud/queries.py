@@ -80,8 +80,8 @@ def find_status(session: CloudSession, query: DirectQuery) -> QueryStatus | None
     """Return the query's status, or None if its cluster does not know it."""
     try:
         return session.call(query.get_status)
-    except RuntimeError as error:
-        if NOT_FOUND not in str(error):
+    except Exception as error:
+        if not _is_not_found(error):
             raise
         return None
 
@@ -102,11 +102,11 @@ def end_query(session: CloudSession, query: DirectQuery) -> None:
             if query.get_status().is_done():
                 return
         except Exception as error:
-            if NOT_FOUND in str(error):
+            if _is_not_found(error):
                 return
             if is_canceled:
                 raise
-        query.cancel()  # raises no error
+        query.cancel()  # a direct one raises no error
         is_canceled = True
         if not query.get_status().is_done():
             raise TimeoutError("it is still running")
@@ -114,6 +114,10 @@ def end_query(session: CloudSession, query: DirectQuery) -> None:
     session.call(cancel_unless_ended)
     if is_canceled:
         logger.info("Canceled query %s", describe(query))
+
+
+def _is_not_found(error: Exception) -> bool:
+    return isinstance(error, not_found_error()) or NOT_FOUND in str(error)
 
 
 def describe(query: DirectQuery) -> str:

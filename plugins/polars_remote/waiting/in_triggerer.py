@@ -2,7 +2,7 @@
 
 Each poll is a single call in a thread, so that the triggerer's event loop is never blocked. The
 client has one login per process. Queries are polled with a login of their cluster's own; all other
-calls take turns.
+calls take turns, as do polls in proxy mode.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from airflow.configuration import conf
 
-from ..cloud.client import connect_queries, get_cluster_status
+from ..cloud.client import connect_queries, get_cluster_status, uses_proxy
 from ..cloud.queries import find_live_cluster
 from ..cloud.retry import is_transient, start_thread, time_limit
 from ..cloud.session import CloudSession, is_logged_out
@@ -63,6 +63,7 @@ class WatchedCluster:
         self._connecting = asyncio.Lock()
         self._calls = asyncio.Semaphore(CALLS_AT_ONCE)
         self._connect_query: Callable[[str], DirectQuery] | None = None
+        self._uses_proxy = False
 
     async def call(self, query_id: str, function: Callable[[DirectQuery], T]) -> T:
         """Call the function with one of the cluster's queries.
@@ -87,8 +88,15 @@ class WatchedCluster:
             if self._connect_query is None:
                 self._connect_query = await _in_thread(self._connect)
             connect = self._connect_query
+
+        def call() -> T:
+            if not self._uses_proxy:
+                return function(connect(query_id))
+            with time_limit(CALL_SECONDS - 1.0), self._session.turn():
+                return function(connect(query_id))
+
         try:
-            return await _in_thread(lambda: function(connect(query_id)))
+            return await _in_thread(call)
         except Exception as error:
             has_new_one = self._connect_query is not connect
             if not has_new_one and (is_logged_out(error) or isinstance(error, TimeoutError)):
@@ -100,6 +108,7 @@ class WatchedCluster:
             ctx = find_live_cluster(self._session, self._cluster_id)
             if ctx is None:
                 raise QueryLostError(f"cluster {self._cluster_id} has stopped")
+            self._uses_proxy = uses_proxy(ctx)
             return self._session.call(connect_queries, ctx)
 
 
