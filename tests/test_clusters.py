@@ -419,31 +419,6 @@ def test_a_cluster_without_a_name_is_refused_and_not_retried(
     assert supervisor.variables == {}
 
 
-@pytest.mark.usefixtures("ti", "pc")
-@pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_a_cluster_in_proxy_mode_is_refused_before_a_start_and_not_retried(
-    emulator: RunningEmulator, supervisor: Supervisor, use: Callable[[Any], Any]
-) -> None:
-    with pytest.raises(ClusterRefusedError, match="use mode direct") as refused:
-        use({**CLUSTER, "connection_mode": "proxy"})
-    assert isinstance(refused.value, AirflowFailException)
-    assert emulator.state()["manifests"] == []
-    assert supervisor.variables == {}
-
-
-def test_a_manifest_in_proxy_mode_is_refused_before_a_start_and_not_retried(
-    pc: ModuleType, emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
-) -> None:
-    emulator.call("POST", "manifest", {**MANIFEST_BODY, "mode": "Proxy", "name": "shop"})
-    with (
-        start_try(raises=AirflowFailException, match="Manifest shop has connection mode proxy"),
-        use_cluster(CLUSTER) as ctx,
-    ):
-        query(ctx)
-    assert cluster_statuses(emulator) == []
-    assert supervisor.variables == {}
-
-
 @pytest.mark.usefixtures("ti", "short_wait")
 def test_a_query_that_nobody_has_waited_for_is_an_error_at_the_end_of_the_block(
     pc: ModuleType, emulator: RunningEmulator

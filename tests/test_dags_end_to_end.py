@@ -1,5 +1,6 @@
 """Every DAG through Airflow and the real client, down to the Parquet that it wrote."""
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, timedelta
@@ -205,7 +206,34 @@ def replace(name: str, table: pl.DataFrame) -> None:
 def test_a_dag_succeeds_and_writes_what_the_same_query_gives_locally(
     dags: dict[str, DAG], emulator: RunningEmulator, tables: Tables, dag_id: str
 ) -> None:
-    run = dags[dag_id].test(logical_date=datetime.now(UTC))
+    check_run(dags[dag_id], emulator, tables)
+
+
+@pytest.mark.parametrize("dag_id", sorted(set(PATTERNS) & EXPECTED.keys()))
+def test_a_dag_does_the_same_in_proxy_mode(
+    dags: dict[str, DAG],
+    emulator: RunningEmulator,
+    tables: Tables,
+    monkeypatch: pytest.MonkeyPatch,
+    dag_id: str,
+) -> None:
+    [cluster] = {id(each): each for each in map(find_cluster, dags[dag_id].tasks) if each}.values()
+    monkeypatch.setitem(cluster, "connection_mode", "proxy")
+    check_run(dags[dag_id], emulator, tables)
+    assert not [call for call in emulator.journal() if "compute_plane" in call["path"]]
+
+
+def find_cluster(task: Any) -> dict[str, Any] | None:
+    """The constant `CLUSTER` of the DAG file that a task's function is written in."""
+    function = inspect.unwrap(task.python_callable)
+    cluster: dict[str, Any] | None = function.__globals__.get("CLUSTER")
+    return cluster
+
+
+def check_run(dag: DAG, emulator: RunningEmulator, tables: Tables) -> None:
+    """Run the DAG, and compare what it wrote with what the same queries give locally."""
+    dag_id = dag.dag_id
+    run = dag.test(logical_date=datetime.now(UTC))
 
     assert run.state == DagRunState.SUCCESS
     queries = all_ended(emulator)

@@ -88,6 +88,13 @@ VARIANTS = {
             "import clean_up, use_cluster": "import use_cluster",
         },
     ),
+    **{
+        f"{dag_id}_by_proxy": (
+            dag_id,
+            {'"idle_timeout_mins": 10': '"idle_timeout_mins": 10, "connection_mode": "proxy"'},
+        )
+        for dag_id in ("status_check", "context_manager_shutdown", "manifest_reuse", "multi_stage")
+    },
     # On the same manifest, with results of its own.
     "parallel_single_node_beside": (
         "parallel_single_node",

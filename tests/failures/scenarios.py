@@ -250,6 +250,14 @@ SCENARIOS: Mapping[str, Scenario] = {
             "context_manager_shutdown": failing(
                 CONTEXT, tries=1, submits=1, cancels=1, cause="Somebody canceled this query"
             ),
+            "status_check_by_proxy": failing(
+                STATUS,
+                tries=1,
+                submits=1,
+                cancels=1,
+                clusters_left=1,
+                cause="Somebody canceled this query",
+            ),
         },
     ),
     "a query outlasts the task's execution_timeout": Scenario(
@@ -285,6 +293,9 @@ SCENARIOS: Mapping[str, Scenario] = {
                 CONTEXT, tries=1, submits=1, cancels=1, cause=CANCELED
             ),
             "manual_shutdown": failing(MANUAL, tries=1, submits=2, cancels=1, cause=CANCELED),
+            "context_manager_shutdown_by_proxy": failing(
+                CONTEXT, tries=1, submits=1, cancels=1, cause=CANCELED
+            ),
         },
     ),
     "a user clears the running task": Scenario(
@@ -403,6 +414,9 @@ SCENARIOS: Mapping[str, Scenario] = {
             "manual_shutdown": Expected(
                 "success", submits=2, cause="accepted although the reply was lost"
             ),
+            "status_check_by_proxy": Expected(
+                "success", submits=1, clusters_left=1, cause=REPLY_LOST
+            ),
         },
     ),
     "the answer to a cluster's start is lost": Scenario(
@@ -470,6 +484,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         {
             "status_check": Expected("success", submits=1, clusters_left=1, cause=UNAVAILABLE),
             "context_manager_shutdown": Expected("success", submits=1, cause=UNAVAILABLE),
+            "context_manager_shutdown_by_proxy": Expected("success", submits=1, cause=UNAVAILABLE),
         },
     ),
     "the worker is killed after submitting": Scenario(
@@ -483,6 +498,9 @@ SCENARIOS: Mapping[str, Scenario] = {
             ),
             # In the seconds between its submission and its deferral.
             "multi_stage": Expected("success", tries=2, submits=3, cause="Resuming query"),
+            "context_manager_shutdown_by_proxy": Expected(
+                "success", tries=2, submits=1, cause="Resuming query"
+            ),
         },
     ),
     "the worker is killed at every try": Scenario(
@@ -496,6 +514,9 @@ SCENARIOS: Mapping[str, Scenario] = {
             ),
             "multi_stage": failing(
                 "clean_sales", submits=1, cancels=1, cause="Process terminated by signal"
+            ),
+            "status_check_by_proxy": failing(
+                STATUS, submits=1, cancels=1, clusters_left=1, cause="Process terminated by signal"
             ),
         },
     ),
@@ -670,6 +691,9 @@ SCENARIOS: Mapping[str, Scenario] = {
             "manifest_reuse": failing(
                 REFUNDS, tries=1, submits=1, cancels=1, clusters_left=1, cause=KILLED
             ),
+            "manifest_reuse_by_proxy": failing(
+                REFUNDS, tries=1, submits=1, cancels=1, clusters_left=1, cause=KILLED
+            ),
         },
     ),
     "a user marks the deferred task success": Scenario(
@@ -725,7 +749,10 @@ SCENARIOS: Mapping[str, Scenario] = {
     ),
     "the triggerer is killed": Scenario(
         with_running_queries({}, kill_triggerer, takes=LONG, deferred=True),
-        {"multi_stage": Expected("success", submits=3, clusters=1, cause="Cluster .* stopped")},
+        {
+            dag_id: Expected("success", submits=3, clusters=1, cause="Cluster .* stopped")
+            for dag_id in ("multi_stage", "multi_stage_by_proxy")
+        },
     ),
     "one of two triggerers is killed": Scenario(
         with_running_queries(
