@@ -47,6 +47,11 @@ def main() -> None:
         help="be slow and forgetful: a cluster starts in minutes, which a fast clock passes over; "
         "results without a destination expire; files in a directory are never replaced",
     )
+    serve.add_argument(
+        "--on-premises",
+        action="store_true",
+        help="be a cluster of a company's own, which runs without a control plane",
+    )
     serve.add_argument("--parent", type=int, help="end when this process, which started it, does")
     options = parser.parse_args()
 
@@ -74,6 +79,7 @@ def main() -> None:
             state_dir=options.state_dir,
             outside_s3=outside_s3,
             realism=REALISTIC if options.realistic else CONVENIENT,
+            on_premises=options.on_premises,
         )
         with emulator:
             ready = f"Polars Cloud emulator ready at {emulator.rest_url}"

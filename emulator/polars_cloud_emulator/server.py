@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
+import json
 import platform
 import socket
 import sys
@@ -28,13 +29,14 @@ from polars_cloud_emulator.faults.middleware import FaultMiddleware
 from polars_cloud_emulator.faults.pending import Faults
 from polars_cloud_emulator.model.errors import CannotKeep, UnknownCall
 from polars_cloud_emulator.model.realism import CONVENIENT, Realism
+from polars_cloud_emulator.model.specs import ClusterSpec, Specs, Version
 from polars_cloud_emulator.model.state import State
 from polars_cloud_emulator.model.workspace import CLUSTER_DOMAIN, ORGANIZATION_ID, WORKSPACE_ID
 from polars_cloud_emulator.planes.admin import Admin
 from polars_cloud_emulator.planes.compute_plane import ComputePlane
 from polars_cloud_emulator.planes.control_plane import ControlPlane
 from polars_cloud_emulator.planes.pages import Pages
-from polars_cloud_emulator.protocol.access_tokens import CLIENT_ID, AccessTokens
+from polars_cloud_emulator.protocol.access_tokens import CLIENT_ID, AccessTokens, ClusterKey
 from polars_cloud_emulator.protocol.client_check import ClientCheck
 from polars_cloud_emulator.protocol.connections import Connection
 from polars_cloud_emulator.protocol.device_logins import DeviceLogins
@@ -52,6 +54,15 @@ from polars_cloud_emulator.workers.pool import processes_that_fit
 
 START_TIMEOUT = 60.0
 """Seconds until a start is given up."""
+ON_PREMISES = ClusterSpec(
+    cluster_size=2,
+    mode="Direct",
+    python_version=Version(*map(int, platform.python_version_tuple())),
+    polars_version=pl.__version__,
+    specs=Specs(cpus=2, ram_gb=4),
+    idle_timeout_mins=10 * 365 * 24 * 60,
+)
+"""The cluster of an emulator on premises, which nobody stops."""
 FULL_DISK_PAUSE = timedelta(minutes=1)
 """Until the sample data of a new day is written again, for which there was no room."""
 
@@ -80,6 +91,9 @@ class Emulator:
         How long an access token is good.
     realism
         How long a start takes and a result is kept, and how files are named.
+    on_premises
+        Be a cluster of a company's own in place of Polars Cloud: one that runs, at its scheduler's
+        address, without a control plane.
 
     Raises
     ------
@@ -103,6 +117,7 @@ class Emulator:
         clock: Clock | None = None,
         token_lifetime: timedelta = timedelta(minutes=5),
         realism: Realism = CONVENIENT,
+        on_premises: bool = False,
     ) -> None:
         self.clock = clock or Clock()
         self._host = host
@@ -113,6 +128,7 @@ class Emulator:
         self._outside_s3 = outside_s3
         self._token_lifetime = token_lifetime
         self._realism = realism
+        self._on_premises = on_premises
         self._resources = contextlib.ExitStack()
 
     @property
@@ -122,6 +138,15 @@ class Emulator:
     @property
     def environment(self) -> dict[str, str]:
         """Every variable that a client in another process needs."""
+        secret = self._files.client_secret()
+        connection = f"http://{CLIENT_ID}:{secret}@"
+        own: dict[str, str] = {}
+        if self._on_premises:
+            authority = self._files.certificate_authority().cert_pem.bytes().decode()
+            headers = {"authorization": ClusterKey(secret).authorization}
+            extra = {"ca_cert": authority, "headers": headers}
+            connection = json.dumps({"conn_type": "http", "extra": extra})
+            own["POLARS_CLUSTER_URI"] = f"https://{self._address(self._tls_listener)}"
         return {
             "POLARS_CLOUD_API_ADDR": self.rest_url,
             # Read by no client, but by who links to the pages.
@@ -130,11 +155,12 @@ class Emulator:
             "POLARS_CLOUD_DOMAIN": f"emulator@{self._address(self._tls_listener)}",
             "POLARS_CLOUD_CONFIG_DIR": str(self._files.client_config),
             "POLARS_CLOUD_CLIENT_ID": CLIENT_ID,
-            "POLARS_CLOUD_CLIENT_SECRET": self._files.client_secret(),
-            "AIRFLOW_CONN_POLARS_CLOUD": f"http://{CLIENT_ID}:{self._files.client_secret()}@",
+            "POLARS_CLOUD_CLIENT_SECRET": secret,
+            "AIRFLOW_CONN_POLARS_CLOUD": connection,
             "SSL_CERT_DIR": str(self._files.trusted_certificates),
             "NO_PROXY": f"{self._host},localhost",
             **self._object_store.environment,
+            **own,
         }
 
     def _address(self, listener: socket.socket) -> str:
@@ -228,7 +254,10 @@ class Emulator:
             self.clock, self._files.client_secret(), self._token_lifetime
         )
         self._device_logins = DeviceLogins(self.clock)
-        check_client = ClientCheck(self._access_tokens)
+        check_authorization: Callable[[str | None], object] = self._access_tokens.check
+        if self._on_premises:
+            check_authorization = ClusterKey(self._files.client_secret()).check
+        check_client = ClientCheck(check_authorization)
         ip, port = self._tls_listener.getsockname()[:2]
         control_plane = ControlPlane(
             self._state,
@@ -244,10 +273,17 @@ class Emulator:
             compute_plane_address=f"{ip}:{port}",
         )
         compute_plane = ComputePlane(
-            self._state, self._compute, self._plans, self._access_tokens, check_client
+            self._state,
+            self._compute,
+            self._plans,
+            check_authorization,
+            check_client,
+            on_premises=self._on_premises,
         )
         self._journal = Journal(self.clock)
-        calls = [*control_plane.routes(), *compute_plane.routes()]
+        calls = compute_plane.routes()
+        if not self._on_premises:
+            calls = [*control_plane.routes(), *calls]
         self._faults = Faults(calls, self._access_tokens)
         admin = Admin(
             self._state,
@@ -277,7 +313,7 @@ class Emulator:
                 *pages.routes(),
                 *admin.routes(),
                 *calls,
-                *control_plane.refusals(),
+                *([] if self._on_premises else control_plane.refusals()),
             ],
             # Starlette raises it for an unknown path and for an unknown method of a known one.
             exception_handlers={HTTPException: functools.partial(_unknown_call, pages)},
@@ -321,6 +357,7 @@ class Emulator:
     @contextlib.asynccontextmanager
     async def _lifespan(self, application: Starlette) -> AsyncIterator[None]:
         self._compute.resume()
+        self._start_on_premises()
         watches = [
             asyncio.create_task(self._compute.watch_clock()),
             asyncio.create_task(self._open_the_shop_each_day()),
@@ -345,6 +382,7 @@ class Emulator:
         with self._kept.change(self._state):
             self._state.clear()
         await self._compute.reset()
+        self._start_on_premises()
         self._journal.entries.clear()
         self._faults.clear()
         self._access_tokens.forget_added_accounts()
@@ -354,6 +392,11 @@ class Emulator:
         async with self._sample_data:
             await asyncio.to_thread(self._object_store.clear, self._last_day())
             await self._write_sample_data()
+
+    def _start_on_premises(self) -> None:
+        """Start the one cluster, unless it is running."""
+        if self._on_premises and not any(c.is_live for c in self._state.clusters.by_id.values()):
+            self._compute.start(lambda: self._state.clusters.start(ON_PREMISES))
 
     async def _open_the_shop(self) -> None:
         """Write the sample data of a new day, unless it is there."""

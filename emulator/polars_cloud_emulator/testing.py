@@ -167,7 +167,7 @@ class RunningEmulator:
 
 @contextlib.contextmanager
 def running_emulator(
-    state_dir: Path | None = None, *, realistic: bool = False
+    state_dir: Path | None = None, *, realistic: bool = False, on_premises: bool = False
 ) -> Iterator[RunningEmulator]:
     """Run an emulator while the context is open; it ends with this process, however that ends.
 
@@ -180,6 +180,8 @@ def running_emulator(
         Directory in which a restarted emulator finds its state; a temporary one if None.
     realistic
         Whether clusters start, results expire and files are named as on a cloud.
+    on_premises
+        Whether it is a cluster of a company's own, at ``POLARS_CLUSTER_URI``, in place of a cloud.
 
     Raises
     ------
@@ -192,6 +194,7 @@ def running_emulator(
         command += ["--port-base", "0", "--env-file", str(env_file)]
         command += ["--state-dir", str(state_dir or Path(scratch) / "state")]
         command += ["--realistic"] if realistic else []
+        command += ["--on-premises"] if on_premises else []
         with subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

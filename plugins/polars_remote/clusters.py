@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from airflow.sdk import task
 
@@ -26,6 +27,7 @@ from .cloud.client import (
     was_available,
 )
 from .cloud.manifests import Cluster, register_manifest
+from .cloud.queries import open_own_cluster
 from .errors import ClusterNotStartedError, ClusterRefusedError
 from .ownership.end import end_use, has_other_users, log_left
 from .ownership.record import ClusterUse
@@ -62,7 +64,8 @@ def use_cluster(cluster: Cluster, *, stop: bool = True) -> Iterator[ComputeConte
     ----------
     cluster
         Manifest's `name`, and options of `polars_cloud.ComputeContext`: `cpus`, `memory`,
-        `cluster_size`, `idle_timeout_mins`, ... The manifest is registered if need be.
+        `cluster_size`, `idle_timeout_mins`, ... The manifest is registered if need be. For a
+        cluster of your own the scheduler's `uri` alone: it is neither started nor stopped.
     stop
         False: leave the cluster to its idle timeout.
 
@@ -82,11 +85,17 @@ def use_cluster(cluster: Cluster, *, stop: bool = True) -> Iterator[ComputeConte
     """
     check_cluster(cluster)
     scope = current_scope()
-    use = ClusterUse(scope.record.owner, scope.record.conn_id, cluster["name"], stops=stop)
-    with scope.clusters.turn(use.manifest):
-        ctx = _open_use(scope, use, cluster)
-        scope.clusters.open_block(use.manifest)
-    client = RecordingClient(scope, ctx, use.manifest, functools.partial(start_and_wait, scope))
+    use: ClusterUse | None = None
+    if "uri" in cluster:
+        scope.clusters.check_open(cluster["uri"])
+        ctx = open_own_cluster(scope.session, cluster["uri"])
+        client = RecordingClient(scope, ctx, cluster["uri"], lambda ctx: None)
+    else:
+        use = ClusterUse(scope.record.owner, scope.record.conn_id, cluster["name"], stops=stop)
+        with scope.clusters.turn(use.manifest):
+            ctx = _open_use(scope, use, cluster)
+            scope.clusters.open_block(use.manifest)
+        client = RecordingClient(scope, ctx, use.manifest, functools.partial(start_and_wait, scope))
     send_queries_through(client, ctx)
     try:
         with default_context(ctx):
@@ -118,6 +127,8 @@ def ensure_manifest(cluster: Cluster) -> None:
         As `use_cluster`.
     """
     check_cluster(cluster)
+    if "uri" in cluster:
+        return
     scope = current_scope()
     use = ClusterUse(scope.record.owner, scope.record.conn_id, cluster["name"])
     is_used = functools.partial(has_other_users, scope.session, use)
@@ -132,6 +143,8 @@ def shared_cluster(
     check: Callable[[], None] | None = None,
 ) -> Iterator[None]:
     """Keep a cluster running while the tasks that are made inside the `with` block run.
+
+    A cluster of your own is only used: no task is made, and `check` is not called.
 
     Makes a setup task `start_cluster` and a teardown task `stop_cluster`. The teardown begins when
     all tasks between them have ended, retries included. A failed task still fails the run.
@@ -151,6 +164,9 @@ def shared_cluster(
         While the DAG file is parsed: `cluster` has no name.
     """
     check_cluster(cluster)
+    if "uri" in cluster:
+        yield
+        return
 
     @query_task(execution_timeout=timedelta(minutes=15))
     def start_cluster() -> None:
@@ -224,6 +240,9 @@ def start_and_wait(scope: TaskScope, ctx: ComputeContext) -> None:
 
 def check_cluster(cluster: Cluster) -> None:
     """Refuse a cluster that cannot be recorded."""
+    if isinstance(cluster, Mapping) and "uri" in cluster:
+        _check_own_cluster(cluster)
+        return
     if not isinstance(cluster, Mapping) or not cluster.get("name"):
         raise ClusterRefusedError(
             f"A cluster needs a name, so that it can be found after its worker was killed: "
@@ -238,6 +257,21 @@ def check_cluster(cluster: Cluster) -> None:
         raise ClusterRefusedError(
             f'A cluster has no connection_mode {mode!r}: write "direct", which is the default, or '
             '"proxy"'
+        )
+
+
+def _check_own_cluster(cluster: Cluster) -> None:
+    url = urlsplit(str(cluster["uri"]))
+    if url.scheme not in ("http", "https") or not url.hostname or url.username:
+        raise ClusterRefusedError(
+            f"The uri of a cluster of your own is its scheduler's, such as "
+            f'"https://polars.example.com:5051", and not {cluster["uri"]!r}'
+        )
+    if others := sorted(map(str, cluster.keys() - {"uri"})):
+        raise ClusterRefusedError(
+            f"A cluster of your own has no option {', '.join(others)}: leave out all but its uri, "
+            "for it is neither started nor stopped; headers and ca_cert are in the extra of the "
+            "Airflow Connection"
         )
 
 

@@ -21,7 +21,9 @@ from .cloud.client import (
     get_query_id,
     get_result_info,
     get_status_code,
+    is_own_cluster,
     list_queries,
+    make_lineage,
     uses_proxy,
 )
 from .cloud.plans import Plan, read_plan
@@ -29,7 +31,7 @@ from .cloud.queries import describe, end_query, get_page
 from .cloud.retry import start_thread
 from .cloud.session import CloudSession
 from .errors import QueryRefusedError
-from .ownership.labels import get_labels
+from .ownership.labels import get_labels, get_lineage
 from .ownership.record import QueryRecord
 from .ownership.scope import TaskScope, current_scope
 from .waiting.in_worker import check_result, wait_until_ended
@@ -79,7 +81,7 @@ class RecordingClient:
     ctx
         Context of the cluster. The first query starts the cluster.
     manifest
-        Name of the cluster's manifest.
+        Name of the cluster's manifest, or the URI of a cluster of your own.
     start
         Starts the context's cluster unless it is running, and waits until it accepts queries.
     """
@@ -144,6 +146,8 @@ class RecordingClient:
             query = self._resume(name)
             if query is None:
                 labels = [*(labels or []), *get_labels()]
+                if lineage_context is None and is_own_cluster(self._manifest):
+                    lineage_context = make_lineage(**get_lineage())
 
                 def submit() -> DirectQuery:
                     query_id = get_query_client(self._ctx).do_query(
@@ -233,6 +237,8 @@ class RecordingClient:
         return query
 
     def _was_stopped(self, record: QueryRecord) -> bool:
+        if is_own_cluster(record.cluster_id):
+            return False
         session = self._scope.session
         workspace = session.find_workspace()
         status, reason = session.call(get_cluster_status, record.cluster_id, workspace)

@@ -38,6 +38,8 @@ class Query(msgspec.Struct, kw_only=True):
     """Ends when its plan is optimized, reads and writes nothing, and takes no worker."""
     priority: int
     labels: list[str]
+    lineage: dict[str, str] | None = None
+    """Its job and its parent's run, for OpenLineage."""
     user: str | None
     submitted_at: datetime
     waits_until: datetime | None = None

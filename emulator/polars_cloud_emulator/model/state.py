@@ -103,6 +103,7 @@ class State:
         only_planned: bool = False,
         priority: int,
         labels: list[str],
+        lineage: dict[str, str] | None = None,
         user: str | None,
     ) -> Query:
         cluster = self.clusters.find(cluster_id)
@@ -121,6 +122,7 @@ class State:
             only_planned=only_planned,
             priority=priority,
             labels=labels,
+            lineage=lineage,
             user=user,
             submitted_at=self._clock.now(),
         )

@@ -160,6 +160,7 @@ class Admin:
             "engine": query.engine,
             "priority": query.priority,
             "labels": query.labels,
+            "lineage": query.lineage,
             "user": query.user,
             "submitted_at": query.submitted_at,
             "started_at": query.started_at,

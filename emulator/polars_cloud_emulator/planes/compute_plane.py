@@ -1,6 +1,7 @@
 """The compute plane of all clusters on one port: scheduler (gRPC) and observatory (REST)."""
 
 import platform
+from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
@@ -28,7 +29,6 @@ from polars_cloud_emulator.planes.query_messages import (
     query_result,
     submitted,
 )
-from polars_cloud_emulator.protocol.access_tokens import AccessTokens
 from polars_cloud_emulator.protocol.client_check import CLIENT_VERSION, ClientCheck
 from polars_cloud_emulator.protocol.grpc_transport import grpc_route, seconds_left
 from polars_cloud_emulator.protocol.messages import (
@@ -58,20 +58,26 @@ ANSWER_SECONDS = 0.5
 
 
 class ComputePlane:
-    """Scheduler and observatory. A call's cluster is the first label of its host name."""
+    """Scheduler and observatory.
+
+    A call's cluster is the first label of its host name; on premises there is one cluster.
+    """
 
     def __init__(
         self,
         state: State,
         compute: Compute,
         plans: KeptPlans,
-        access_tokens: AccessTokens,
+        check_authorization: Callable[[str | None], object],
         check_client: ClientCheck,
+        *,
+        on_premises: bool,
     ) -> None:
         self._state = state
         self._compute = compute
         self._plans = plans
-        self._access_tokens = access_tokens
+        self._check_authorization = check_authorization
+        self._on_premises = on_premises
         self._check_client = check_client
 
     def routes(self) -> list[Route]:
@@ -90,15 +96,20 @@ class ComputePlane:
         ]
 
     async def submit_query(self, message: DirectSubmitRequest, request: Request) -> BaseMessage:
-        host = request.headers.get("host", "")
-        try:
-            cluster_id = UUID(host.partition(".")[0])
-        except ValueError:
-            raise NotFound(f"'{host}' names no cluster; use a ComputeContext") from None
+        cluster_id = self._find_cluster(request.headers.get("host", ""))
         query = await submitted(
             self._state, self._compute, self._plans, cluster_id, message, request
         )
         return QueryReference.of(query.id)
+
+    def _find_cluster(self, host: str) -> UUID:
+        if self._on_premises:
+            [cluster] = (each for each in self._state.clusters.by_id.values() if each.is_live)
+            return cluster.id
+        try:
+            return UUID(host.partition(".")[0])
+        except ValueError:
+            raise NotFound(f"'{host}' names no cluster; use a ComputeContext") from None
 
     async def get_query_status(self, message: QueryReference, request: Request) -> BaseMessage:
         return QueryStatusAnswer(
@@ -151,7 +162,7 @@ class ComputePlane:
 
     async def get_query_details(self, request: Request) -> Response:
         try:
-            self._access_tokens.check(request.headers.get("authorization"))
+            self._check_authorization(request.headers.get("authorization"))
             query = self._state.queries.find(request.path_params["query_id"])
         except EmulatorError as error:
             return refusal(error)

@@ -1,6 +1,7 @@
 """Queries between the protocol and the state, the same for the direct and the proxy mode."""
 
 import asyncio
+from dataclasses import asdict
 from uuid import UUID, uuid4
 
 import msgspec
@@ -121,6 +122,7 @@ async def submitted(
                 only_planned=only_planned,
                 priority=settings.priority or 0,
                 labels=labels,
+                lineage=asdict(message.info.lineage) if message.info.lineage else None,
                 user=request.headers.get("x-polars-user"),
             ),
             request.scope["fault"],

@@ -1,12 +1,12 @@
 """Who may call: one version of the client, with a token that was issued here."""
 
 import os
+from collections.abc import Callable
 
 import polars as pl
 from starlette.datastructures import Headers
 
 from polars_cloud_emulator.model.errors import WrongState
-from polars_cloud_emulator.protocol.access_tokens import AccessTokens
 
 CLIENT_VERSION = "0.12"
 SWITCH = "EMULATOR_ANY_CLIENT"
@@ -14,10 +14,16 @@ SWITCH = "EMULATOR_ANY_CLIENT"
 
 
 class ClientCheck:
-    """Refuses, in words that the user sees, every client whose protocol is not spoken here."""
+    """Refuses, in words that the user sees, every client whose protocol is not spoken here.
 
-    def __init__(self, access_tokens: AccessTokens) -> None:
-        self._access_tokens = access_tokens
+    Parameters
+    ----------
+    check_authorization
+        Raises ``Unauthenticated`` unless this header is good.
+    """
+
+    def __init__(self, check_authorization: Callable[[str | None], object]) -> None:
+        self._check_authorization = check_authorization
 
     def __call__(self, headers: Headers) -> None:
         """Accept a call with these headers.
@@ -42,4 +48,4 @@ class ClientCheck:
                 f"this emulator runs polars {pl.__version__}, the client has "
                 f"{headers.get('x-polars-version', 'none')}; install polars=={pl.__version__}"
             )
-        self._access_tokens.check(headers.get("authorization"))
+        self._check_authorization(headers.get("authorization"))

@@ -98,8 +98,20 @@ class Label(BaseMessage):
 
 
 @dataclass
+class Lineage(BaseMessage):
+    """The job of a query, and the run that it is a part of, for OpenLineage."""
+
+    job_namespace: Annotated[str, Field(1)] = ""
+    job_name: Annotated[str, Field(2)] = ""
+    parent_run_id: Annotated[str, Field(3)] = ""
+    parent_job_namespace: Annotated[str, Field(4)] = ""
+    parent_job_name: Annotated[str, Field(5)] = ""
+
+
+@dataclass
 class QueryInfo(BaseMessage):
     labels: Annotated[list[Label], Field(1)] = field(default_factory=list)
+    lineage: Annotated[Lineage | None, Field(3)] = None
 
 
 @dataclass

@@ -13,7 +13,7 @@ from ..errors import ClusterRefusedError, QueryRefusedError
 
 if TYPE_CHECKING:
     from polars_cloud import ComputeContext, DirectQuery, QueryResult, Workspace
-    from polars_cloud.polars_cloud import QueryInfoPy, SchedulerClient
+    from polars_cloud.polars_cloud import PyLineageContext, QueryInfoPy, SchedulerClient
 
     QueryInfo = QueryInfoPy
 
@@ -66,7 +66,10 @@ def frontend_domain() -> str:
 
 
 def get_cluster_id(ctx: ComputeContext) -> str | None:
-    """Return the id of the context's cluster, or None if it was never started."""
+    """Return the id of the context's cluster, or None if it was never started.
+
+    The id of a cluster of your own is the URI of its scheduler.
+    """
     return str(ctx._compute_id) if ctx._compute_id else None
 
 
@@ -143,6 +146,43 @@ def unregister_manifest(ctx: ComputeContext, name: str) -> None:
         API_CLIENT.unregister_compute_cluster_manifest(workspace_id=ctx.workspace.id, name=name)
 
 
+# Clusters of your own
+
+
+def connect_own_cluster(
+    uri: str, *, domain_name: str | None, headers: dict[str, str], ca_cert: str | None
+) -> ComputeContext:
+    """Return a context of the cluster, which stands in for a `ComputeContext`.
+
+    Raises
+    ------
+    Exception
+        The scheduler cannot be reached, or its certificate is not one of the authority's.
+    """
+    from polars_cloud import ClusterContext, TLSOptions
+
+    ctx = ClusterContext(
+        uri,
+        domain_name=domain_name,
+        extra_headers=headers,
+        tls_options=TLSOptions(ca_cert=ca_cert.encode()) if ca_cert else None,
+    )
+    ctx._compute_id = uri  # type: ignore[assignment]  # the client's is a random one
+    return cast("ComputeContext", ctx)
+
+
+def is_own_cluster(cluster_id: str) -> bool:
+    """Return whether this is the id of a cluster of your own."""
+    return "://" in cluster_id
+
+
+def make_lineage(**fields: Any) -> PyLineageContext:
+    """Return what `with_lineage` makes."""
+    from polars_cloud.polars_cloud import PyLineageContext
+
+    return PyLineageContext(**fields)
+
+
 # Queries
 
 
@@ -173,6 +213,10 @@ def send_queries_through(client: QueryClient, ctx: ComputeContext) -> None:
     `execute`, `show`, `explain`, `spawn` and `RemoteEngine`. The context calls itself direct in
     proxy mode, too. `ctx.start()` does nothing then: the client's `do_query` starts the cluster.
     """
+    if is_own_cluster(get_cluster_id(ctx) or ""):
+        ctx.__class__ = _redirected_own_cluster()
+        ctx._redirected_to = client  # type: ignore[attr-defined]
+        return
     ctx.__class__ = _redirected_context()
     ctx._redirected_to = client  # type: ignore[attr-defined]
     if not ctx._last_known_status.is_available():
@@ -201,14 +245,11 @@ def refuse_queries_without_context() -> None:
 
     For each, the client would start a cluster that nobody stops.
     """
-    from polars_cloud import ComputeContext, set_compute_context
+    from polars_cloud import set_compute_context
 
-    class DefaultContext(ComputeContext):
-        def __init__(self) -> None:
-            """Call nothing: there is no cluster."""
-
+    class DefaultContext:
         def __getattribute__(self, name: str) -> Any:
-            """Return the attribute of the default context."""
+            """Return the attribute of the default context, its class among them."""
             ctx = _default.get()
             if ctx is None:
                 raise QueryRefusedError(
@@ -217,7 +258,7 @@ def refuse_queries_without_context() -> None:
                 )
             return getattr(ctx, name)
 
-    set_compute_context(DefaultContext())
+    set_compute_context(cast("ComputeContext", DefaultContext()))
 
 
 @functools.cache
@@ -269,6 +310,23 @@ def _redirected_context() -> type[ComputeContext]:
             return self._redirected_to
 
     return RedirectedContext
+
+
+@functools.cache
+def _redirected_own_cluster() -> type[ComputeContext]:
+    from polars_cloud import ClusterContext, ComputeContextStatus
+
+    class RedirectedCluster(ClusterContext):
+        _redirected_to: QueryClient
+
+        def get_status(self) -> ComputeContextStatus:
+            """Return IDLE: nobody starts or stops the cluster here."""
+            return ComputeContextStatus.IDLE
+
+        def _get_direct_client(self) -> Any:
+            return self._redirected_to
+
+    return cast("type[ComputeContext]", RedirectedCluster)
 
 
 class ProxyClient:
@@ -350,6 +408,8 @@ def get_query_client(ctx: ComputeContext) -> SchedulerClient:
     """Return the client's own connection to the context's cluster, or what stands in for it."""
     from polars_cloud import ComputeContext
 
+    if is_own_cluster(get_cluster_id(ctx) or ""):
+        return cast("SchedulerClient", ctx._direct_client)
     if uses_proxy(ctx):
         return cast("SchedulerClient", ProxyClient(ctx))
     client = ComputeContext._get_direct_client(ctx)
@@ -412,9 +472,9 @@ def connect_queries(ctx: ComputeContext) -> Callable[[str], DirectQuery]:
     """Return a function that connects to the cluster's queries with the current login.
 
     The client has one login per process. These queries keep their login until it expires, even if
-    another account logs in; those in proxy mode do not.
+    another account logs in. Those in proxy mode do not; those of a cluster of your own need none.
     """
-    if uses_proxy(ctx):
+    if uses_proxy(ctx) or is_own_cluster(get_cluster_id(ctx) or ""):
         return lambda query_id: connect_query(query_id, ctx)
     from polars_cloud import ClientOptions, DirectQuery, TLSOptions
     from polars_cloud.constants import API_CLIENT
@@ -435,8 +495,14 @@ def connect_queries(ctx: ComputeContext) -> Callable[[str], DirectQuery]:
 
 
 def list_queries(ctx: ComputeContext) -> Iterator[tuple[str, str | None]]:
-    """Yield id and destination of each query that was submitted to the context's cluster."""
+    """Yield id and destination of each query that was submitted to the context's cluster.
+
+    A cluster of your own lists none.
+    """
     from polars_cloud.constants import API_CLIENT
+
+    if is_own_cluster(get_cluster_id(ctx) or ""):
+        return
 
     for query in API_CLIENT.get_queries(ctx.workspace.id):
         if query.cluster_id == ctx._compute_id:

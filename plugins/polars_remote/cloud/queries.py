@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING
 
 from ..settings import PORTAL
 from .client import (
+    connect_own_cluster,
     connect_query,
     frontend_domain,
     get_cluster_id,
     get_context,
     get_query_id,
+    is_own_cluster,
     list_queries,
     not_found_error,
 )
-from .session import CloudSession
+from .session import CloudSession, find_access
 
 if TYPE_CHECKING:
     from polars_cloud import ComputeContext, DirectQuery, QueryStatus
@@ -29,6 +31,9 @@ def find_live_cluster(session: CloudSession, cluster_id: str) -> ComputeContext 
     """Return the cluster's context, or None if it has stopped or was never there."""
     from polars_cloud import ComputeContext
 
+    if is_own_cluster(cluster_id):
+        return open_own_cluster(session, cluster_id)
+
     workspace = session.find_workspace()
     try:
         return session.call(lambda: ComputeContext.connect(cluster_id, workspace=workspace))
@@ -38,6 +43,24 @@ def find_live_cluster(session: CloudSession, cluster_id: str) -> ComputeContext 
         if "incorrect state" not in str(error):
             raise
         return None
+
+
+def open_own_cluster(session: CloudSession, uri: str) -> ComputeContext:
+    """Connect to a cluster of your own as the Connection says.
+
+    Raises
+    ------
+    LoginRefusedError
+        The Connection is missing, or its extra has another form.
+    Exception
+        The cluster cannot be reached.
+    """
+    access = find_access(session.conn_id)
+    return session.call(
+        lambda: connect_own_cluster(
+            uri, domain_name=access.domain_name, headers=access.headers, ca_cert=access.ca_cert
+        )
+    )
 
 
 def find_query(
@@ -121,12 +144,14 @@ def _is_not_found(error: Exception) -> bool:
 
 
 def describe(query: DirectQuery) -> str:
-    """Return the query's id and, last, the address of its page."""
-    return f"{get_query_id(query)} {get_page(query)}"
+    """Return the query's id and, last, the address of its page, if it has one."""
+    return f"{get_query_id(query)} {get_page(query)}".rstrip()
 
 
 def get_page(query: DirectQuery) -> str:
-    """Return the address of the query's page on Polars Cloud."""
+    """Return the address of the query's page on Polars Cloud; none on a cluster of your own."""
     ctx = get_context(query)
+    if is_own_cluster(get_cluster_id(ctx) or ""):
+        return ""
     portal = PORTAL or f"https://{frontend_domain()}"
     return f"{portal}/portal/{ctx.workspace.id}/{get_cluster_id(ctx)}/queries/{get_query_id(query)}"

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from airflow.sdk import BaseHook, Connection
 
@@ -33,6 +33,31 @@ never sent to the emulator."""
 # refusal or an outage.
 REFUSED_LOGIN = "missing field `access_token`"
 LOGGED_OUT = "The request does not have valid authentication credentials"
+
+
+class ClusterAccess(NamedTuple):
+    """How to reach clusters of your own, from the extra of a Connection.
+
+    Attributes
+    ----------
+    ca_cert
+        Certificate authority in PEM; None: those of the system.
+    headers
+        Headers of each call, such as `authorization`.
+    domain_name
+        Name in the cluster's certificate, if its URI has an address in place of a name.
+    """
+
+    ca_cert: str | None
+    headers: dict[str, str]
+    domain_name: str | None
+
+
+ACCESS = {*ClusterAccess._fields}
+
+
+class NoAccountError(LoginRefusedError):
+    """The Connection opens clusters of your own, and logs in nowhere."""
 
 
 class CloudSession:
@@ -65,6 +90,12 @@ class CloudSession:
         with _login.held_by(self.conn_id, renew=True):
             pass
 
+    def check_account(self) -> None:
+        """Raise `LoginRefusedError` if the Connection opens clusters of your own alone."""
+        with self.turn():
+            if _login.without_account:
+                raise _login.without_account
+
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Keep this login for the calls in the body. Raises what `log_in` raises."""
@@ -91,6 +122,11 @@ class CloudSession:
             except Exception as error:
                 if not is_logged_out(error):
                     raise
+                if _login.without_account:
+                    raise LoginRefusedError(
+                        f"The cluster did not accept the headers of the Airflow Connection "
+                        f'{self.conn_id!r}: correct "headers" in its extra'
+                    ) from error
                 logger.warning("Login expired, logging in again: %s", error)
             if refused := log_in(self.conn_id):
                 raise refused
@@ -105,6 +141,7 @@ class CloudSession:
             The account has no such workspace. The message lists those that it has.
         """
         if self._workspace is None:
+            self.check_account()
             self._workspace = self.call(_find_workspace)
         return self._workspace
 
@@ -117,6 +154,8 @@ class _Login:
         self._conn_id: str | None = None
         self._users = 0
         self._waiting: list[str] = []
+        self.without_account: NoAccountError | None = None
+        """Why the Connection whose turn it is does not log in."""
         self._holding = ContextVar[str | None]("holding", default=None)
         """Connection for which the current thread, or the one that started it, has the turn."""
 
@@ -149,8 +188,11 @@ class _Login:
             finally:
                 self._waiting.remove(conn_id)
             if renew or self._conn_id != conn_id:
-                self._conn_id = None
-                if error := log_in(conn_id):
+                self._conn_id = self.without_account = None
+                error = log_in(conn_id)
+                if isinstance(error, NoAccountError):
+                    self.without_account = error
+                elif error:
                     self._turns.notify_all()
                     raise error
                 self._conn_id = conn_id
@@ -207,6 +249,11 @@ def find_connection(conn_id: str) -> Connection | LoginRefusedError:
         connection = BaseHook.get_connection(conn_id)
     except AirflowNotFoundException:
         return _refuse(conn_id, "is missing")
+    if not connection.login and ACCESS & connection.extra_dejson.keys():
+        return NoAccountError(
+            f"The Airflow Connection {conn_id!r} has no login, so that it opens clusters of your "
+            'own alone: give use_cluster the cluster\'s {"uri": ...}, or set a login and a password'
+        )
     if not connection.login:
         return _refuse(conn_id, "has no login")
     if not connection.password:
@@ -222,6 +269,35 @@ def find_connection(conn_id: str) -> Connection | LoginRefusedError:
             "POLARS_CLOUD_API_ADDR, or with Docker Compose set POLARS_CLOUD_EMULATOR=0 in .env."
         )
     return connection
+
+
+def find_access(conn_id: str) -> ClusterAccess:
+    """Return what the Connection's extra says about clusters of your own.
+
+    Raises
+    ------
+    LoginRefusedError
+        The Connection is missing, or its extra has another form.
+    """
+    try:
+        extra = BaseHook.get_connection(conn_id).extra_dejson
+    except AirflowNotFoundException:
+        raise _refuse(conn_id, "is missing") from None
+    ca_cert, headers, domain_name = (
+        extra.get("ca_cert"),
+        extra.get("headers") or {},
+        extra.get("domain_name"),
+    )
+    texts = [ca_cert or "", domain_name or ""]
+    if not isinstance(headers, dict) or not all(
+        isinstance(each, str) for each in (*texts, *headers, *headers.values())
+    ):
+        raise LoginRefusedError(
+            f'The extra of the Airflow Connection {conn_id!r} has another form than {{"ca_cert": '
+            '"-----BEGIN CERTIFICATE-----\\n...", "headers": {"name": "value"}, "domain_name": '
+            '"..."}, each of which may be left out'
+        )
+    return ClusterAccess(ca_cert, headers, domain_name)
 
 
 def talks_to_emulator() -> bool:

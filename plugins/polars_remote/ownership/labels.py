@@ -1,6 +1,10 @@
 """Labels that lead from a query on Polars Cloud back to the task that submitted it."""
 
 import hashlib
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+from uuid import UUID
 
 from airflow.sdk import get_current_context
 
@@ -18,6 +22,26 @@ def get_labels() -> list[str]:
     if ti.map_index is not None and ti.map_index >= 0:
         labels["map"] = ti.map_index
     return [shorten(f"{key}={value}") for key, value in labels.items()]
+
+
+def get_lineage() -> dict[str, Any]:
+    """Return the job of a query of the current task, and the task's run as its parent.
+
+    With Airflow's OpenLineage provider, names and id are those of its events.
+    """
+    ti = get_current_context()["ti"]
+    namespace, job, run_id = "default", f"{ti.dag_id}.{ti.task_id}", str(ti.id)
+    with suppress(ImportError):
+        macros = import_module("airflow.providers.openlineage.plugins.macros")
+        namespace, job = macros.lineage_job_namespace(), macros.lineage_job_name(ti)
+        run_id = macros.lineage_run_id(ti)
+    return {
+        "job_namespace": namespace,
+        "job_name": f"{job}.query",
+        "parent_run_id": UUID(run_id),
+        "parent_job_namespace": namespace,
+        "parent_job_name": job,
+    }
 
 
 def shorten(label: str) -> str:

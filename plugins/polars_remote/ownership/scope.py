@@ -99,16 +99,24 @@ class TaskClusters:
 
     def close_block(
         self,
-        use: ClusterUse,
+        use: ClusterUse | None,
         ctx: ComputeContext,
         names: Collection[str],
         error: BaseException | None = None,
     ) -> None:
-        """End a block that uses a cluster; after an error, cancel the named queries first."""
+        """End a block that uses a cluster; after an error, cancel the named queries first.
+
+        Parameters
+        ----------
+        use
+            None: a cluster of your own, which runs on.
+        """
         with grace(error):
             can_end = self._entry.can_be_ended()
             if error and can_end:
                 self._queries.end(names)
+            if use is None:
+                return
             with self.turn(use.manifest):
                 self._blocks[use.manifest] -= 1
                 if (

@@ -226,7 +226,7 @@ async def _poll(
     if not status.is_done():
         if should_log:
             text = await cluster.call(query_id, _describe(status, query["submitted_at"]))
-            logger.info("Query %s is %s: %s", query_id, text, query["page"])
+            logger.info("Query %s is %s %s", query_id, text, query["page"])
         return None
     if status.name != "SUCCESS":
         raise QueryLostError(f"query {query_id} is {status.name}")
