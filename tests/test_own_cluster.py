@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from traceback import TracebackException
 from typing import Any
 
 import polars as pl
@@ -351,3 +352,34 @@ def test_the_pipeline_runs_on_an_own_cluster_when_its_constant_names_it(
     assert report["revenue"].sum() > 0
     assert variables() == []
     assert runs(own)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"headers": {"authorization": "Bearer s3cr3t", "host": "forbidden"}},
+        {"headers": {"authorization": "Bearer s3cr3t", "port": 5051}},
+    ],
+    ids=["refused_by_the_client", "of_another_form"],
+)
+def test_no_traceback_shows_a_header(
+    cluster: dict[str, str],
+    start_try: StartTry,
+    monkeypatch: pytest.MonkeyPatch,
+    extra: dict[str, Any],
+) -> None:
+    connection = json.dumps({"conn_type": "http", "extra": extra})
+    monkeypatch.setenv("AIRFLOW_CONN_POLARS_CLOUD", connection)
+    shown = ""
+    with start_try(raises=Exception):
+        try:
+            with use_cluster(cluster):
+                pass
+        except Exception as error:
+            assert error.__traceback__ is not None
+            frames = error.__traceback__.tb_next  # without this test's own
+            traceback = TracebackException(type(error), error, frames, capture_locals=True)
+            shown = "".join(traceback.format())
+            raise
+    assert "use_cluster" in shown
+    assert "s3cr3t" not in shown

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
 from uuid import UUID
 
@@ -149,9 +150,26 @@ def unregister_manifest(ctx: ComputeContext, name: str) -> None:
 # Clusters of your own
 
 
-def connect_own_cluster(
-    uri: str, *, domain_name: str | None, headers: dict[str, str], ca_cert: str | None
-) -> ComputeContext:
+@dataclass
+class ClusterAccess:
+    """How to reach clusters of your own, from the extra of a Connection.
+
+    Attributes
+    ----------
+    ca_cert
+        Certificate authority in PEM; None: those of the system.
+    headers
+        Headers of each call, such as `authorization`.
+    domain_name
+        Name in the cluster's certificate, if its URI has an address in place of a name.
+    """
+
+    ca_cert: str | None
+    headers: dict[str, str] = field(repr=False)
+    domain_name: str | None
+
+
+def connect_own_cluster(uri: str, access: ClusterAccess) -> ComputeContext:
     """Return a context of the cluster, which stands in for a `ComputeContext`.
 
     Raises
@@ -161,14 +179,21 @@ def connect_own_cluster(
     """
     from polars_cloud import ClusterContext, TLSOptions
 
-    ctx = ClusterContext(
-        uri,
-        domain_name=domain_name,
-        extra_headers=headers,
-        tls_options=TLSOptions(ca_cert=ca_cert.encode()) if ca_cert else None,
-    )
-    ctx._compute_id = uri  # type: ignore[assignment]  # the client's is a random one
-    return cast("ComputeContext", ctx)
+    ca_cert = access.ca_cert
+    try:
+        ctx = ClusterContext(
+            uri,
+            domain_name=access.domain_name,
+            extra_headers=access.headers,
+            tls_options=TLSOptions(ca_cert=ca_cert.encode()) if ca_cert else None,
+        )
+    except Exception as error:
+        # A traceback shows local variables, and the client's frames hold the headers.
+        failed = error.with_traceback(None)
+    else:
+        ctx._compute_id = uri  # type: ignore[assignment]  # the client's is a random one
+        return cast("ComputeContext", ctx)
+    raise failed
 
 
 def is_own_cluster(cluster_id: str) -> bool:

@@ -56,11 +56,9 @@ def open_own_cluster(session: CloudSession, uri: str) -> ComputeContext:
         The cluster cannot be reached.
     """
     access = find_access(session.conn_id)
-    return session.call(
-        lambda: connect_own_cluster(
-            uri, domain_name=access.domain_name, headers=access.headers, ca_cert=access.ca_cert
-        )
-    )
+    if isinstance(access, Exception):
+        raise access
+    return session.call(connect_own_cluster, uri, access)
 
 
 def find_query(

@@ -9,13 +9,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow.sdk import BaseHook, Connection
 
 from ..compat.versions import AirflowNotFoundException
 from ..errors import LoginRefusedError, WorkspaceNotFoundError
 from ..settings import OUTAGE_SECONDS, WORKSPACE
+from .client import ClusterAccess
 from .retry import http_status, is_transient, retry
 
 if TYPE_CHECKING:
@@ -35,25 +36,8 @@ REFUSED_LOGIN = "missing field `access_token`"
 LOGGED_OUT = "The request does not have valid authentication credentials"
 
 
-class ClusterAccess(NamedTuple):
-    """How to reach clusters of your own, from the extra of a Connection.
-
-    Attributes
-    ----------
-    ca_cert
-        Certificate authority in PEM; None: those of the system.
-    headers
-        Headers of each call, such as `authorization`.
-    domain_name
-        Name in the cluster's certificate, if its URI has an address in place of a name.
-    """
-
-    ca_cert: str | None
-    headers: dict[str, str]
-    domain_name: str | None
-
-
-ACCESS = {*ClusterAccess._fields}
+ACCESS = {"ca_cert", "headers", "domain_name"}
+"""Keys of a Connection's extra, as in `ClusterAccess`."""
 
 
 class NoAccountError(LoginRefusedError):
@@ -271,28 +255,22 @@ def find_connection(conn_id: str) -> Connection | LoginRefusedError:
     return connection
 
 
-def find_access(conn_id: str) -> ClusterAccess:
-    """Return what the Connection's extra says about clusters of your own.
+def find_access(conn_id: str) -> ClusterAccess | LoginRefusedError:
+    """Return what the Connection's extra says about clusters of your own, or what is wrong.
 
-    Raises
-    ------
-    LoginRefusedError
-        The Connection is missing, or its extra has another form.
+    Returned as by `log_in`: this frame holds the headers.
     """
     try:
         extra = BaseHook.get_connection(conn_id).extra_dejson
     except AirflowNotFoundException:
-        raise _refuse(conn_id, "is missing") from None
-    ca_cert, headers, domain_name = (
-        extra.get("ca_cert"),
-        extra.get("headers") or {},
-        extra.get("domain_name"),
-    )
-    texts = [ca_cert or "", domain_name or ""]
+        return _refuse(conn_id, "is missing")
+    ca_cert, domain_name = extra.get("ca_cert"), extra.get("domain_name")
+    headers = extra.get("headers") or {}
     if not isinstance(headers, dict) or not all(
-        isinstance(each, str) for each in (*texts, *headers, *headers.values())
+        isinstance(each, str)
+        for each in (ca_cert or "", domain_name or "", *headers, *headers.values())
     ):
-        raise LoginRefusedError(
+        return LoginRefusedError(
             f'The extra of the Airflow Connection {conn_id!r} has another form than {{"ca_cert": '
             '"-----BEGIN CERTIFICATE-----\\n...", "headers": {"name": "value"}, "domain_name": '
             '"..."}, each of which may be left out'
