@@ -370,16 +370,11 @@ def test_no_traceback_shows_a_header(
 ) -> None:
     connection = json.dumps({"conn_type": "http", "extra": extra})
     monkeypatch.setenv("AIRFLOW_CONN_POLARS_CLOUD", connection)
-    shown = ""
-    with start_try(raises=Exception):
-        try:
-            with use_cluster(cluster):
-                pass
-        except Exception as error:
-            assert error.__traceback__ is not None
-            frames = error.__traceback__.tb_next  # without this test's own
-            traceback = TracebackException(type(error), error, frames, capture_locals=True)
-            shown = "".join(traceback.format())
-            raise
+    with start_try(), pytest.raises(Exception) as raised, use_cluster(cluster):  # noqa: PT011
+        pass
+    frames = raised.tb.tb_next  # without this test's own
+    shown = "".join(
+        TracebackException(raised.type, raised.value, frames, capture_locals=True).format()
+    )
     assert "use_cluster" in shown
     assert "s3cr3t" not in shown
