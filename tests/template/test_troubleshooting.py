@@ -17,6 +17,7 @@ LOGS = {"logger.warning", "logger.error", "logger.exception"}
 INSIDE_ANOTHER = {
     "cluster … has stopped",
     "it is still running",
+    "query … has not ended",
     "query … is …",
     "… is no key of the record",
     "module … has no attribute …",
