@@ -1,4 +1,4 @@
-"""What each pattern costs: cluster-seconds billed over query-seconds used, beside the published.
+"""What each pattern costs: vCPU-hours billed beside query-seconds, and beside the published.
 
 Runs each of the eight DAGs and its counterpart of `published_wiring/`, which asks the same queries,
 once with every query succeeding and once with the last one failing and no retries.
@@ -18,24 +18,27 @@ if TYPE_CHECKING:
 FAILURE = "ComputeError: this query was to fail"
 
 NOTE = """
-Billed are the seconds from a cluster's request to its stop, however many its nodes. Those marked
-"idle" are its idle timeout, which passed on the emulator's clock: the same in each run. All others,
-and those of the queries, are real seconds, with small queries and one task at a time: they vary
-from run to run, and much of what is billed is Airflow between two tasks. Where neither idles,
-published / ours therefore says little. Worker processes that start count as the first query's
-seconds, unless the cluster was started before. Queries that ran side by side count each.
-Ratio: seconds billed over those of the queries. Published / ours: of what is billed.
+Billed are the vCPU-hours of all nodes from a cluster's request to its stop. Those marked "idle" are
+of its idle timeout, which passed on the emulator's clock: the same in each run. All others, and the
+seconds of the queries, were measured with small queries and one task at a time: they vary from run
+to run, and much of what is billed is Airflow between two tasks. Where neither idles, published /
+ours therefore says little. Worker processes that start count as the first query's seconds, unless
+the cluster was started before. Queries that ran side by side count each. Ratio: seconds of the
+clusters, whatever their size, over those of the queries. Published / ours: of what is billed.
 """
 
 
 class Cost(NamedTuple):
-    """Of one run of a DAG, in seconds."""
+    """Of one run of a DAG."""
 
     busy: float
-    """Billed, but for the idle timeout."""
+    """vCPU-hours, but for the idle timeout."""
     idle: float
-    """Billed for waiting until the idle timeout."""
+    """vCPU-hours of waiting until the idle timeout."""
+    seconds: float
+    """Seconds of the clusters."""
     queries: list[float]
+    """Seconds."""
 
     @property
     def billed(self) -> float:
@@ -43,8 +46,8 @@ class Cost(NamedTuple):
 
     def cells(self) -> tuple[str, str, str]:
         used = sum(self.queries)
-        idle = f" + {self.idle:.0f} idle" if self.idle else ""
-        return f"{self.busy:.1f}{idle}", f"{used:.1f}", f"{self.billed / used:,.1f}"
+        idle = f" + {self.idle:.4f} idle" if self.idle else ""
+        return f"{self.busy:.4f}{idle}", f"{used:.1f}", f"{self.seconds / used:,.1f}"
 
 
 def measure(emulator: RunningEmulator, dag: "DAG", failing: int | None = None) -> Cost:
@@ -53,9 +56,10 @@ def measure(emulator: RunningEmulator, dag: "DAG", failing: int | None = None) -
     if failing:
         emulator.add_fault("SubmitQuery", "query_fails", nth=failing, error=FAILURE)
     run = run_to_its_end(emulator, dag, FAILURE if failing else None)
-    idle = sum(idle_seconds(cluster) for cluster in run.clusters)
-    billed = sum(cluster["billed_seconds"] for cluster in run.clusters)
-    return Cost(billed - idle, idle, [query["seconds"] for query in run.queries])
+    idle = sum(each["vcpus"] * idle_seconds(each) / 3600 for each in run.clusters)
+    billed = sum(each["vcpus"] * each["billed_seconds"] / 3600 for each in run.clusters)
+    seconds = sum(each["billed_seconds"] for each in run.clusters)
+    return Cost(billed - idle, idle, seconds, [query["seconds"] for query in run.queries])
 
 
 def report(console: Console, title: str, costs: dict[str, tuple[Cost, Cost]]) -> None:

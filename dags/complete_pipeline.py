@@ -8,7 +8,8 @@ while its query runs or the cluster starts.
 
 There is one report file per day. A scheduled run reports the day that has just ended, a run by hand
 reports today. Running a day again replaces only that day's report. The Asset `daily_report`
-announces the report to other DAGs, with date, rows and location.
+announces the report to other DAGs, with date, rows and location. `stop_cluster` logs and returns
+what the cluster cost, and announces it as the Asset `daily_report_cost`.
 
 Simultaneous runs, such as a backfill, share the cluster. The last of them stops it.
 
@@ -29,6 +30,7 @@ from polars_remote import Query, clean_up, query_task, shared_cluster, use_clust
 
 REPORTS = f"{DATA}/reports/daily"
 REPORT = Asset("daily_report", uri=REPORTS)
+COST = Asset("daily_report_cost")
 # A run that is triggered by hand may have no logical date; every run has a `run_after`.
 DAY = "{{ (dag_run.logical_date or dag_run.run_after) | ds }}"
 CLUSTER = {
@@ -130,7 +132,7 @@ def complete_pipeline() -> None:
             # A distributed query writes a directory of files unless it is told to write one.
             return report.remote(ctx).sink_parquet(uri, sink_to_single_file=True)
 
-    with shared_cluster(CLUSTER, check=check_data_location):
+    with shared_cluster(CLUSTER, check=check_data_location, cost=COST):
         build_report(
             DAY,
             sales=transform_sales(DAY),

@@ -35,14 +35,16 @@ def ended_queries(emulator: RunningEmulator, known: set[str]) -> list[dict[str, 
 
 
 def billed(emulator: RunningEmulator, queries: list[dict[str, Any]]) -> str:
-    """Seconds of the queries' clusters, and those still to come while they idle."""
+    """vCPU-hours of the queries' clusters, and those still to come while they idle."""
     used = {query["cluster_id"] for query in queries}
     clusters = [cluster for cluster in emulator.state()["clusters"] if cluster["id"] in used]
-    text = f"{sum(cluster['billed_seconds'] for cluster in clusters):.1f}"
+    hours = sum(each["vcpus"] * each["billed_seconds"] / 3600 for each in clusters)
     idle = sum(
-        60 * cluster["idle_timeout_mins"] for cluster in clusters if not cluster["stopped_at"]
+        each["vcpus"] * each["idle_timeout_mins"] / 60
+        for each in clusters
+        if not each["stopped_at"]
     )
-    return f"{text}+{idle:.0f} idle" if idle else text
+    return f"{hours:.4f}" + (f"+{idle:.4f} idle" if idle else "")
 
 
 def describe(uri: str) -> str:
@@ -92,7 +94,7 @@ def main(dag_ids: list[str], stay: bool, realistic: bool) -> int:
             MIGRATED.touch()
 
         table = Table(
-            *("DAG", "Seconds", "Cluster s"),
+            *("DAG", "Seconds", "vCPU-hours"),
             Column("Rows", justify="right"),
             Column("Written", overflow="fold"),
             box=None,

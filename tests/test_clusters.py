@@ -187,7 +187,7 @@ def end_while_the_cluster_is_looked_at(
     """
     asked = looks_at_the_cluster(emulator)
     emulator.add_fault("GET compute/{id}", "delay", seconds=60)
-    ended = background.submit(end_use, CloudSession("polars_cloud"), use)
+    ended = background.submit(lambda: end_use(CloudSession("polars_cloud"), use).left)
     eventually(lambda: looks_at_the_cluster(emulator) > asked)
     return ended
 
@@ -838,7 +838,7 @@ def test_two_users_who_leave_at_the_same_time_stop_the_cluster(
     monkeypatch.setattr(record, "erase", erase_together)
     with ThreadPoolExecutor() as workers:
         ends = [workers.submit(end_use, CloudSession("polars_cloud"), use) for use in uses]
-        assert [ended.result() for ended in ends] == [[], []]
+        assert [ended.result().left for ended in ends] == [[], []]
     assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}
 
@@ -860,7 +860,7 @@ def test_a_stop_that_is_refused_after_two_have_left_at_the_same_time_stays_on_re
     refuse_stops(emulator)
     with monkeypatch.context() as patched:
         patched.setattr(record, "erase", erase_after_the_other)
-        [left] = end_use(CloudSession("polars_cloud"), use)
+        [left] = end_use(CloudSession("polars_cloud"), use).left
     assert "for good" in left.reason
     assert [entry["owner"][2] for entry in entries(supervisor, "cluster")] == ["short"]
     emulator.clear_faults()
@@ -901,7 +901,7 @@ def test_a_user_who_comes_right_before_the_stop_keeps_the_cluster_running(
         emulator.clear_faults()  # which ends the delay
         assert ended.result() == []
     assert cluster_statuses(emulator) == ["Idle"]
-    assert end_use(CloudSession("polars_cloud"), late) == []
+    assert end_use(CloudSession("polars_cloud"), late).left == []
     assert cluster_statuses(emulator) == ["Stopped"]
 
 
@@ -918,7 +918,8 @@ def test_a_user_who_comes_right_before_the_stop_and_leaves_at_once_leaves_no_clu
 
     def erase_after_the_late_one(key: str) -> None:
         monkeypatch.setattr(record, "erase", erase)
-        assert end_use(session, late) == []  # leaves the stop to the other, who is on record yet
+        # Leaves the stop to the other, who is on record yet.
+        assert end_use(session, late).left == []
         erase(key)
 
     with ThreadPoolExecutor() as background:

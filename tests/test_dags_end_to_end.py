@@ -194,6 +194,14 @@ def live_clusters(emulator: RunningEmulator) -> int:
     return sum(cluster["stopped_at"] is None for cluster in emulator.state()["clusters"])
 
 
+def find_last_event(asset: str) -> AssetEvent:
+    with create_session() as session:
+        events = select(AssetEvent).where(AssetEvent.asset.has(name=asset))
+        event = session.scalars(events.order_by(AssetEvent.id.desc())).first()
+    assert event is not None
+    return event
+
+
 def replace(name: str, table: pl.DataFrame) -> None:
     """Put another table in the place of one of the shop's."""
     s3 = boto3.client("s3")
@@ -361,9 +369,7 @@ def test_the_report_is_announced_as_an_asset_with_date_rows_and_location(
     dags: dict[str, DAG], emulator: RunningEmulator
 ) -> None:
     run = dags["complete_pipeline"].test(logical_date=datetime.now(UTC))
-    with create_session() as session:
-        event = session.scalars(select(AssetEvent).order_by(AssetEvent.id.desc())).first()
-    assert event is not None
+    event = find_last_event("daily_report")
     day = run.logical_date.date()
     report = f"{DATA}/reports/daily/{day}.parquet"
     rows = pl.read_parquet(report).height
@@ -371,6 +377,28 @@ def test_the_report_is_announced_as_an_asset_with_date_rows_and_location(
         run.run_id,
         {"date": str(day), "rows": rows, "location": [report]},
     )
+
+
+@pytest.mark.dag("complete_pipeline")
+def test_the_cost_of_a_run_is_logged_returned_and_announced_as_the_emulator_bills_it(
+    dags: dict[str, DAG], emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "polars_remote")
+    run = dags["complete_pipeline"].test(logical_date=datetime.now(UTC))
+    assert run.state == DagRunState.SUCCESS
+    [cluster] = emulator.state()["clusters"]
+    [stop] = [ti for ti in run.get_task_instances() if ti.task_id == "stop_cluster"]
+    [cost] = returned = stop.xcom_pull("stop_cluster")
+    assert find_last_event("daily_report_cost").extra == {"cost": returned}
+    [line] = [text for each in caplog.records if "Cost of" in (text := each.getMessage())]
+    assert line == (
+        f"Cost of cluster {cluster['id']} of manifest airflow-complete-pipeline in run "
+        f"{run.run_id} of complete_pipeline: 3 nodes, 6 vCPUs, {cost['minutes']} min, "
+        f"{cost['vcpu_hours']} vCPU-hours"
+    )
+    assert 60 * cost["minutes"] == pytest.approx(cluster["billed_seconds"], abs=0.1)
+    node_hours = 3 * cluster["billed_seconds"] / 3600
+    assert cost["vcpu_hours"] == pytest.approx(2 * node_hours, abs=1e-4)
 
 
 @pytest.mark.dag("complete_pipeline")
@@ -397,9 +425,7 @@ def test_tasks_that_are_deferred_hand_over_and_announce_the_same(
     report = pl.read_parquet(f"{DATA}/{file}")
     expected = complete_pipeline(tables, day)[file]
     assert_frame_equal(report, expected, check_row_order=False, check_column_order=False)
-    with create_session() as session:
-        event = session.scalars(select(AssetEvent).order_by(AssetEvent.id.desc())).first()
-    assert event is not None
+    event = find_last_event("daily_report")
     assert event.extra == {
         "date": str(day),
         "rows": report.height,

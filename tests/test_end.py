@@ -238,7 +238,9 @@ def test_another_runs_queries_and_cluster_are_left_alone(
     assert first == "Canceled"
     assert second in ("Scheduled", "InProgress")
     assert cluster_statuses(emulator) != ["Stopped"]
-    assert len(supervisor.variables) == 2
+    assert [entry["owner"][1] for entry in entries(supervisor, "task")] == ["manual__2"]
+    uses = [(each["owner"][1], bool(each["until"])) for each in entries(supervisor, "cluster")]
+    assert sorted(uses) == [("manual__1", True), ("manual__2", False)]
 
 
 @pytest.mark.usefixtures("short_wind_up")

@@ -18,9 +18,11 @@ VARIABLES = {
     "POLARS_CLOUD_DEFER",
     "POLARS_CLOUD_OUTAGE",
     "POLARS_CLOUD_PORTAL",
+    "POLARS_CLOUD_PRICE",
     "POLARS_CLOUD_WORKSPACE",
 }
 SECONDS = "give seconds, such as 120"
+PRICE = "give the price of a vCPU-hour, such as 0.06"
 SWITCH = "give one of 1, true, yes, on, 0, false, no, off"
 
 
@@ -46,6 +48,7 @@ def test_each_setting_has_a_default() -> None:
     assert found.PORTAL is None
     assert found.WORKSPACE == "playground"
     assert found.OUTAGE_SECONDS == 120.0
+    assert found.PRICE is None
     assert found.DEFERS is True
 
 
@@ -54,7 +57,9 @@ def test_each_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POLARS_CLOUD_WORKSPACE", "production")
     monkeypatch.setenv("POLARS_CLOUD_OUTAGE", "0.5")
     monkeypatch.setenv("POLARS_CLOUD_DEFER", "0")
+    monkeypatch.setenv("POLARS_CLOUD_PRICE", "0.06")
     found = read_settings()
+    assert found.PRICE == 0.06
     assert found.PORTAL == "http://127.0.0.1:7410"
     assert found.WORKSPACE == "production"
     assert found.OUTAGE_SECONDS == 0.5
@@ -98,6 +103,10 @@ def test_an_outage_lasts_any_number_of_seconds(monkeypatch: pytest.MonkeyPatch, 
         ("POLARS_CLOUD_OUTAGE", "-1", SECONDS),
         ("POLARS_CLOUD_OUTAGE", "nan", SECONDS),
         ("POLARS_CLOUD_OUTAGE", "inf", SECONDS),
+        ("POLARS_CLOUD_PRICE", "", PRICE),
+        ("POLARS_CLOUD_PRICE", "0,06", PRICE),
+        ("POLARS_CLOUD_PRICE", "-1", PRICE),
+        ("POLARS_CLOUD_PRICE", "nan", PRICE),
         ("POLARS_CLOUD_DEFER", "", SWITCH),
         ("POLARS_CLOUD_DEFER", "maybe", SWITCH),
         ("POLARS_CLOUD_DEFER", "2", SWITCH),

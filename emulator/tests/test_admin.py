@@ -135,6 +135,7 @@ def test_state_shows_what_a_cluster_and_its_queries_cost(
     context.stop()
     [cluster], [query] = emulator.state()["clusters"], emulator.state()["queries"]
     assert (cluster["cluster_size"], cluster["idle_timeout_mins"]) == (2, 30)
+    assert cluster["vcpus"] == 2 * context.cpus
     assert cluster["labels"] == ["daily"]
     assert cluster["requested_at"] < query["submitted_at"] < cluster["stopped_at"]
     assert 0 < query["seconds"] < cluster["billed_seconds"]

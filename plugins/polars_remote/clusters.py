@@ -15,13 +15,14 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from airflow.sdk import task
+from airflow.sdk import Asset, get_current_context, task
 
 from .cloud.client import (
     SPEC,
     default_context,
     get_cluster_id,
     get_cluster_status,
+    get_size,
     send_queries_through,
     start_without_waiting,
     was_available,
@@ -29,8 +30,9 @@ from .cloud.client import (
 from .cloud.manifests import Cluster, register_manifest
 from .cloud.queries import open_own_cluster
 from .errors import ClusterNotStartedError, ClusterRefusedError
+from .ownership.costs import Cost, describe_unknown
 from .ownership.end import end_use, has_other_users, log_left
-from .ownership.record import ClusterUse
+from .ownership.record import ClusterUse, get_use
 from .ownership.scope import TaskScope, current_scope, task_scope
 from .queries import RecordingClient
 from .query_tasks import query_task
@@ -141,6 +143,7 @@ def shared_cluster(
     *,
     conn_id: str = "polars_cloud",
     check: Callable[[], None] | None = None,
+    cost: Asset | None = None,
 ) -> Iterator[None]:
     """Keep a cluster running while the tasks that are made inside the `with` block run.
 
@@ -148,6 +151,8 @@ def shared_cluster(
 
     Makes a setup task `start_cluster` and a teardown task `stop_cluster`. The teardown begins when
     all tasks between them have ended, retries included. A failed task still fails the run.
+    `stop_cluster` logs and returns the cost of the run's use of each cluster, as a list of dicts.
+    What is not known is None, and `remark` says why.
 
     Parameters
     ----------
@@ -157,6 +162,8 @@ def shared_cluster(
         Id of the Airflow Connection.
     check
         Called by `start_cluster` before the start. Its exception fails the task.
+    cost
+        Asset of `stop_cluster`, whose events have what the task returns, as `cost`.
 
     Raises
     ------
@@ -177,9 +184,13 @@ def shared_cluster(
     start: Any = start_cluster()
     dag, started_by = start.operator.dag, start.operator.task_id
 
-    @task(execution_timeout=timedelta(minutes=5))
-    def stop_cluster() -> None:
-        stop_for_run(cluster, conn_id, started_by)
+    @task(execution_timeout=timedelta(minutes=5), outlets=[cost] if cost else [])
+    def stop_cluster() -> list[Cost]:
+        costs = stop_for_run(cluster, conn_id, started_by)
+        if cost:
+            events: Any = get_current_context()["outlet_events"]
+            events[cost].extra = {"cost": costs}
+        return costs
 
     # Not @teardown: its second use in one process fails with "Trigger rule not configurable".
     stop: Any = stop_cluster()
@@ -202,15 +213,29 @@ def start_for_run(cluster: Cluster, conn_id: str) -> None:
         logger.info("Cluster %s of manifest %s is running", get_cluster_id(ctx), use.manifest)
 
 
-def stop_for_run(cluster: Cluster, conn_id: str, started_by: str) -> None:
+def stop_for_run(cluster: Cluster, conn_id: str, started_by: str) -> list[Cost]:
     """Stop the cluster, unless it has stopped by itself or others are using it.
 
     Queries on it whose tasks were killed are canceled first.
+
+    Returns
+    -------
+    list
+        What the run's use of each cluster cost.
     """
     with task_scope(conn_id) as scope:
         scope.begin()
         owner = scope.record.owner._replace(task_id=started_by, whole_run=True)
-        log_left(end_use(scope.session, ClusterUse(owner, conn_id, cluster["name"])))
+        use = ClusterUse(owner, conn_id, cluster["name"])
+        if stored := get_use(use.key):
+            use = stored
+        else:
+            logger.info("The cost is in the log of whoever ended this run's use of the cluster")
+        left, costs = end_use(scope.session, use)
+        log_left(left)
+        return costs or [
+            describe_unknown(use, each, "its use could not be ended") for each in use.clusters
+        ]
 
 
 def start_and_wait(scope: TaskScope, ctx: ComputeContext) -> None:
@@ -225,6 +250,7 @@ def start_and_wait(scope: TaskScope, ctx: ComputeContext) -> None:
     if was_available(ctx):
         return
     session.call(start_without_waiting, ctx)
+    scope.clusters.add_cluster(ctx)
     cluster_id = get_cluster_id(ctx)
     assert cluster_id is not None, "it was started, or is running"
     began = time.monotonic()
@@ -281,10 +307,11 @@ def _open_use(scope: TaskScope, use: ClusterUse, cluster: Cluster) -> ComputeCon
     scope.session.find_workspace()  # without it, no orphan could be ended
     is_used = functools.partial(has_other_users, scope.session, use)
     ctx = register_manifest(scope.session, cluster, is_used)
+    cluster_id = get_cluster_id(ctx)
+    if cluster_id:
+        use.add_cluster(cluster_id, *get_size(ctx), has_started=False)
     scope.clusters.record(use)  # before the first query starts the cluster
-    if get_cluster_id(ctx):
+    if cluster_id:
         is_used()  # cancels orphans: our query would wait behind them
-    logger.info(
-        "Using cluster %s of manifest %s", get_cluster_id(ctx) or "(to be started)", use.manifest
-    )
+    logger.info("Using cluster %s of manifest %s", cluster_id or "(to be started)", use.manifest)
     return ctx

@@ -27,6 +27,19 @@ def _read_seconds(name: str, default: str) -> float:
     return seconds
 
 
+def _read_price(name: str) -> float | None:
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    try:
+        price = float(text)
+    except ValueError:
+        price = math.nan
+    if not 0 <= price < math.inf:
+        raise SettingsError(f"{name} is '{text}': give the price of a vCPU-hour, such as 0.06")
+    return price
+
+
 def _read_name(name: str, default: str) -> str:
     text = os.environ.get(name, default)
     if not text:
@@ -42,6 +55,9 @@ WORKSPACE = _read_name("POLARS_CLOUD_WORKSPACE", "playground")
 
 OUTAGE_SECONDS = _read_seconds("POLARS_CLOUD_OUTAGE", "120")
 """Seconds for which a call is retried while Polars Cloud is unavailable."""
+
+PRICE = _read_price("POLARS_CLOUD_PRICE")
+"""Price of a vCPU-hour, in any currency; None: costs are told in vCPU-hours alone."""
 
 DEFERS = _read_switch("POLARS_CLOUD_DEFER", "1")
 """A `@query_task` defers while it waits. This needs a triggerer."""

@@ -65,6 +65,14 @@ class ClusterSpec(msgspec.Struct, kw_only=True):
     env_vars: dict[str, str] = {}
 
     @property
+    def vcpus(self) -> int:
+        """Of each node."""
+        if self.instance_type is not None:
+            return instance_types()[self.instance_type.standard].vcpus
+        assert self.specs is not None, "check_spec has looked"
+        return self.specs.cpus
+
+    @property
     def idle_timeout(self) -> timedelta:
         minutes = self.idle_timeout_mins
         return timedelta(minutes=DEFAULT_IDLE_TIMEOUT_MINS if minutes is None else minutes)

@@ -142,6 +142,7 @@ class Admin:
             "manifest": cluster.manifest,
             "status": cluster.status,
             "cluster_size": cluster.spec.cluster_size,
+            "vcpus": cluster.spec.vcpus * cluster.spec.cluster_size,
             "idle_timeout_mins": cluster.spec.idle_timeout.total_seconds() / 60,
             "labels": cluster.spec.labels,
             "requested_at": cluster.requested_at,

@@ -70,6 +70,7 @@ def workspace_answer() -> Model:
 def _hardware(spec: ClusterSpec) -> Model:
     model: Model = {
         "cluster_size": spec.cluster_size,
+        "vcpus": spec.vcpus,
         "mode": spec.mode,
         "log_level": spec.log_level or "Info",
         "req_storage": spec.storage,
@@ -81,14 +82,12 @@ def _hardware(spec: ClusterSpec) -> Model:
             "req_ram_gb": spec.specs.ram_gb,
             "req_big_instance_multiplier": spec.specs.multiplier,
             "cpu_architectures": spec.specs.cpu_architectures,
-            "vcpus": spec.specs.cpus,
             "ram_mib": spec.specs.ram_gb * 1024,
         }
     if spec.instance_type is not None:
         model |= {
             "instance_type": spec.instance_type.standard,
             "big_instance_type": spec.instance_type.big,
-            "vcpus": instance_types()[spec.instance_type.standard].vcpus,
             "ram_mib": instance_types()[spec.instance_type.standard].ram_mib,
         }
     return model

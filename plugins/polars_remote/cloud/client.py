@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard, cast
 from uuid import UUID
 
 from ..errors import ClusterRefusedError, QueryRefusedError
@@ -113,6 +113,50 @@ def get_cluster_status(cluster_id: str, workspace: Workspace) -> tuple[str, str]
     cluster = API_CLIENT.get_compute_cluster(workspace.id, UUID(cluster_id))
     message = cluster.termination.termination_message if cluster.termination else None
     return ComputeContextStatus._from_api_model(cluster.status).name, message or ""
+
+
+class ClusterBill(NamedTuple):
+    """What Polars Cloud says about a cluster's time and size.
+
+    Attributes
+    ----------
+    status
+        Such as `STOPPING`.
+    started_at, stopped_at
+        When it was requested and when it stopped, in seconds since the epoch; None: not told.
+    vcpus
+        Of all nodes together; None: not told.
+    """
+
+    status: str
+    started_at: float
+    stopped_at: float | None
+    nodes: int
+    vcpus: int | None
+
+
+def get_cluster_bill(cluster_id: str, workspace: Workspace) -> ClusterBill:
+    from polars_cloud import ComputeContextStatus
+    from polars_cloud.constants import API_CLIENT
+
+    cluster = API_CLIENT.get_compute_cluster(workspace.id, UUID(cluster_id))
+    status = ComputeContextStatus._from_api_model(cluster.status).name
+    # While it is stopping, the time of its end is not the last one.
+    termination = cluster.termination if status in ("STOPPED", "FAILED") else None
+    per_node = cluster.vcpus or cluster.req_cpu_cores
+    has_other_nodes = cluster.big_instance_type or cluster.req_big_instance_multiplier
+    return ClusterBill(
+        status=status,
+        started_at=cluster.request_time.timestamp(),
+        stopped_at=termination.termination_time.timestamp() if termination else None,
+        nodes=cluster.cluster_size,
+        vcpus=per_node * cluster.cluster_size if per_node and not has_other_nodes else None,
+    )
+
+
+def get_size(ctx: ComputeContext) -> tuple[int, int | None]:
+    """Return the number of nodes, and the vCPUs of all; None if only an instance type is known."""
+    return ctx.cluster_size, ctx.cpus * ctx.cluster_size if ctx.cpus else None
 
 
 def get_spec(ctx: ComputeContext) -> dict[str, Any]:

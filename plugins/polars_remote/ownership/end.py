@@ -8,10 +8,12 @@ same cluster, or the sweep. A task's result never depends on this.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from airflow.configuration import conf
@@ -25,6 +27,7 @@ from ..cloud.session import CloudSession
 from ..compat.internals import has_supervisor
 from ..compat.versions import LISTS_VARIABLES
 from . import record
+from .costs import Cost, describe_unknown, log_costs
 from .record import ClusterUse, Owner, QueryRecord, TaskRecord
 
 if TYPE_CHECKING:
@@ -42,6 +45,13 @@ ENDS_AT_ONCE = 8
 """Maximum concurrent cancellations of a task."""
 
 FindQuery = Callable[[CloudSession, str, QueryRecord], "DirectQuery | None"]
+
+
+class EndedUse(NamedTuple):
+    """What could not be ended, and what the run's use of each cluster cost, if it has ended."""
+
+    left: list[Left]
+    costs: list[Cost]
 
 
 class Left(NamedTuple):
@@ -106,6 +116,8 @@ def end_orphans(run: str = "", *, besides: Collection[str] = ()) -> list[Left]:
         (record.CLUSTERS, run, record.get_use),
     ):
         for key in record.find_keys(prefix, of_run):
+            if record.is_ended(key):
+                continue  # the last user of the cluster erases it
             if key not in done and record.get_owner_part(key) not in watched:
                 left += _end_orphan(key, get, run, done)
     return left
@@ -135,7 +147,7 @@ def _end_orphan(
     logger.info("Ending orphans of %s", entry.owner)
     session = CloudSession(entry.conn_id)
     if isinstance(entry, ClusterUse):
-        return end_use(session, entry)
+        return end_use(session, entry).left
     left = end_task(session, key, entry)
     done.update(entry.cluster_uses)  # those that could not be ended
     return left
@@ -194,7 +206,7 @@ def end_task(
             continue
         if use and use.manifest in busy:
             uses.append(use_key)
-        elif use and (failed := end_use(session, use)):
+        elif use and (failed := end_use(session, use).left):
             left += failed
             uses.append(use_key)
     try:
@@ -243,9 +255,7 @@ def find_recorded(session: CloudSession, name: str, query: QueryRecord) -> Direc
     return find_query(session, query.cluster_id, query.query_id, destination, query.known)
 
 
-def end_use(
-    session: CloudSession, use: ClusterUse, ctx: ComputeContext | None = None
-) -> list[Left]:
+def end_use(session: CloudSession, use: ClusterUse, ctx: ComputeContext | None = None) -> EndedUse:
     """End a use of a cluster; the last user stops it. Never raises.
 
     Two users may end at the same time. Each erases its use, then checks again for other users; the
@@ -258,24 +268,29 @@ def end_use(
         Context of the cluster, if its id is known.
     """
     others = _Others(session, use)
+    ended: ClusterUse | None = None
     is_erased = False
     try:
         is_last = not others.are_active() and others.stop_unless_used(ctx)
+        if not is_last:
+            ended = others.keep_for_shares()
         record.erase(use.key)
         is_erased = True
         if not is_last and (others.are_active() or not others.stop_unless_used(ctx)):
             logger.info("Cluster of manifest %s runs on for its other users", use.manifest)
-        else:
-            others.erase_ended()
+        costs = others.log_costs(ended)
+        others.erase_ended()
     except Exception as error:
         left = [Left(f"the use of the cluster of manifest {use.manifest}", use.owner, str(error))]
         if is_erased:
             try:
                 record.put(use.key, use)
+                if ended:
+                    record.erase(ended.key)
             except Exception as error:
                 left.append(Left("the entry", use.owner, str(error)))
-        return left
-    return []
+        return EndedUse(left, [])
+    return EndedUse([], costs)
 
 
 def has_other_users(session: CloudSession, use: ClusterUse) -> bool:
@@ -291,25 +306,108 @@ class _Others:
         self._use = use
         self.want_stop = use.stops
         """Whether this user, or one of the users that have ended, is to stop the cluster."""
-        self._ended = set[str]()
+        self._keys: list[str] = []
+        """Keys of all uses but this one, those that have ended included."""
+        self._active: ClusterUse | None = None
+        """An active user that was seen."""
+        self._orphans: dict[str, ClusterUse] = {}
+        """Uses whose owners were killed, by key; their queries are canceled."""
 
     def are_active(self) -> bool:
         """Return whether another user is active; cancel the queries of users that have ended."""
-        for key in record.find_keys(record.cluster_prefix(self._use.manifest)):
-            if key == self._use.key or not (other := record.get_use(key)):
+        self._active = None
+        keys = record.find_keys(record.cluster_prefix(self._use.manifest))
+        self._keys = [key for key in keys if key != self._use.key]
+        for key in self._keys:
+            if record.is_ended(key) or not (other := record.get_use(key)):
                 continue
             if other.owner.is_active():
+                self._active = other
                 return True
             # The sweep ends uses of other Connections: this process has one login at a time.
             if other.conn_id == self._session.conn_id and self._end_tasks(other):
                 self.want_stop |= other.stops
-                self._ended.add(key)
+                self._orphans[key] = other
         return False
 
+    def keep_for_shares(self) -> ClusterUse | None:
+        """Record when this use has ended, if another user needs that for its share of the cost."""
+        if not (self._use.clusters and self._active):
+            return None
+        of_this_run, of_others = self._get_users()
+        known = self._active.clusters
+        if not of_others and all(
+            known.get(cluster_id, math.inf) <= since
+            for cluster_id, since in self._use.clusters.items()
+        ):
+            return None
+        ended = replace(self._use, until=time.time(), is_charged=not of_this_run)
+        record.put(ended.key, ended)
+        return ended
+
+    def log_costs(self, ended: ClusterUse | None = None) -> list[Cost]:
+        """Log the cost of each run whose use has ended, and return that of this use's run.
+
+        Parameters
+        ----------
+        ended
+            This use, if it was recorded as ended.
+        """
+        of_this_run, _ = self._get_users()
+        if of_this_run:
+            reason = "other tasks of this run use the cluster"
+            return [describe_unknown(self._use, each, reason) for each in self._use.clusters]
+        try:
+            runs = self._get_uncharged(ended)
+        except Exception as error:
+            logger.warning("The cost of manifest %s is not known: %s", self._use.manifest, error)
+            return [describe_unknown(self._use, each, str(error)) for each in self._use.clusters]
+        costs = {
+            run: log_costs(self._session, uses, others, is_last=not self._active and not index)
+            for index, (run, (uses, others)) in enumerate(runs.items())
+        }
+        return costs[self._use.owner.run]
+
+    def _get_uncharged(
+        self, ended: ClusterUse | None
+    ) -> dict[str, tuple[list[ClusterUse], list[ClusterUse]]]:
+        """Return the uncharged uses of each run that has ended, this run first, and the others."""
+        stored = {
+            key: use
+            for key in self._keys
+            if not (ended and key == ended.key)
+            and (use := self._orphans.get(key) or record.get_use(key))
+        }
+        every = [self._use, *stored.values()]
+        runs = [self._use.owner.run]
+        if not self._active:
+            runs = [*dict.fromkeys(runs + [each.owner.run for each in self._orphans.values()])]
+        found = {}
+        for run in runs:
+            of_run = [each for each in every if each.owner.run == run]
+            charged = max((each.until or 0.0 for each in of_run if each.is_charged), default=0.0)
+            uses = [each for each in of_run if each.until is None or each.until > charged]
+            found[run] = uses, [each for each in every if each not in uses]
+        return found
+
+    def _get_users(self) -> tuple[list[str], list[str]]:
+        """Return the keys of other users that have not ended: of this run, and of other runs."""
+        users = [key for key in self._keys if not record.is_ended(key) and key not in self._orphans]
+        run = self._use.owner.run
+        of_this_run = [key for key in users if record.get_run_part(key) == run]
+        return of_this_run, [key for key in users if key not in of_this_run]
+
     def erase_ended(self) -> None:
-        """Erase the uses of the owners that have ended."""
-        for key in self._ended:
-            record.erase(key)
+        """Erase the uses that have ended: of others if this was the last user, of its run if not.
+
+        A use that has ended on its own stays on record for the others' shares.
+        """
+        run = self._use.owner.run
+        for key in self._keys:
+            if (key in self._orphans and (not self._active or record.get_run_part(key) == run)) or (
+                not self._active and record.is_ended(key)
+            ):
+                record.erase(key)
 
     def stop_unless_used(self, ctx: ComputeContext | None) -> bool:
         """Stop the cluster if that is wanted; return False if another user has come."""

@@ -1,9 +1,10 @@
 """The record: which query and which cluster belongs to which task.
 
 An entry is an Airflow Variable. All tasks and the DAG processor can read and list Variables, and a
-Variable outlives a killed worker. An entry exists while a query or a cluster is in use. Its single
-writer is the task that its key names. Keys consist of digests: a key has at most 250 characters,
-and Airflow masks the value of a key that looks like the name of a secret.
+Variable outlives a killed worker. An entry exists while a query or a cluster is in use. An ended
+use of a cluster stays until the last user is done, if the others share its cost with it. An entry's
+single writer is the task that its key names. Keys consist of digests: a key has at most 250
+characters, and Airflow masks the value of a key that looks like the name of a secret.
 
 `task_state_store`, and `ResumableJobMixin` on top of it, show an entry to its own task only. Other
 users of a cluster and callbacks could not read it.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
@@ -29,6 +31,8 @@ VERSION = 2
 PREFIX = "polars_cloud"
 TASKS, CLUSTERS = f"{PREFIX}/task/", f"{PREFIX}/cluster/"
 """Prefixes of the keys of all tasks and of all uses of clusters."""
+ENDED = "-"
+"""Part of the key of a use that has ended."""
 
 
 class Owner(NamedTuple):
@@ -229,12 +233,28 @@ class ClusterUse(Stored):
     ----------
     stops
         Whether the last user stops the cluster; otherwise its idle timeout does.
+    clusters
+        When the use of each cluster began, by cluster id, in seconds since the epoch. 0: with the
+        cluster's start.
+    nodes, vcpus, seen_at
+        Size of the latest cluster, with the vCPUs of all nodes if they are known, and since when
+        the task has used it.
+    until
+        When the use ended. Set while others use the cluster, which share its cost.
+    is_charged
+        Whether the cost of this ended use was logged.
     """
 
     owner: Owner
     conn_id: str
     manifest: str
     stops: bool = True
+    clusters: dict[str, float] = field(default_factory=dict)
+    nodes: int = 1
+    vcpus: int | None = None
+    seen_at: float | None = None
+    until: float | None = None
+    is_charged: bool = False
     version: int = VERSION
 
     @classmethod
@@ -243,7 +263,24 @@ class ClusterUse(Stored):
 
     @property
     def key(self) -> str:
-        return cluster_prefix(self.manifest) + f"{self.owner.run}/{self.owner.task}"
+        key = cluster_prefix(self.manifest) + f"{self.owner.run}/{self.owner.task}"
+        return key if self.until is None else f"{key}{ENDED}{self.until:.3f}"
+
+    def add_cluster(
+        self, cluster_id: str, nodes: int, vcpus: int | None, *, has_started: bool
+    ) -> None:
+        """Note the use of a cluster: from now on, or from its start if the owner has started it."""
+        self.nodes, self.vcpus, self.seen_at = nodes, vcpus, time.time()
+        self.clusters[cluster_id] = 0.0 if has_started else self.seen_at
+
+    def merge(self, earlier: ClusterUse) -> None:
+        """Add an earlier use by the same owner."""
+        self.stops |= earlier.stops
+        if earlier.clusters.keys() >= self.clusters.keys():
+            self.nodes, self.vcpus = earlier.nodes, earlier.vcpus
+            self.seen_at = earlier.seen_at
+        for cluster_id, since in earlier.clusters.items():
+            self.clusters[cluster_id] = min(since, self.clusters.get(cluster_id, since))
 
 
 def task_key(owner: Owner, ti_id: object = "") -> str:
@@ -254,6 +291,17 @@ def task_key(owner: Owner, ti_id: object = "") -> str:
 def cluster_prefix(manifest: str) -> str:
     """Return the prefix of the keys of all uses of the manifest's cluster."""
     return f"{CLUSTERS}{digest(manifest)}/"
+
+
+def is_ended(key: str) -> bool:
+    """Return whether the key is of a use of a cluster that has ended."""
+    return key.startswith(CLUSTERS) and ENDED in key
+
+
+def get_run_part(key: str) -> str:
+    """Return the part of a use's key that names its run: `Owner.run`."""
+    _, _, _, run, _ = key.split("/")
+    return run
 
 
 def get_owner_part(key: str) -> str:

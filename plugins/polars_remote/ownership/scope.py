@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 from airflow.sdk import get_current_context
 
 from ..cloud.advice import add_advice
-from ..cloud.client import refuse_queries_without_context
+from ..cloud.client import (
+    get_cluster_id,
+    get_manifest_name,
+    get_size,
+    refuse_queries_without_context,
+)
 from ..cloud.session import CloudSession
 from ..compat.copies import FOLDER, describe, find_hidden_copies
 from ..compat.internals import get_clear_number, is_resumed
@@ -83,13 +88,24 @@ class TaskClusters:
         with self._entry.lock:
             self.check_open(use.manifest)
             self._entry.check_owned()
+            earlier = self._uses.get(use.manifest)  # of an outer block
             if use.key not in self._entry.record.cluster_uses:
                 self._entry.record.cluster_uses.append(use.key)
+            elif earlier is None:
+                earlier = record.get_use(use.key)  # of an earlier try, or before a deferral
             self._entry.save()
-            if earlier := self._uses.get(use.manifest):
-                use.stops |= earlier.stops  # of an outer block
+            if earlier:
+                use.merge(earlier)
             self._uses[use.manifest] = use
         record.put(use.key, use)
+
+    def add_cluster(self, ctx: ComputeContext) -> None:
+        """Record which cluster the task has started: its cost is known after the worker is gone."""
+        manifest, cluster_id = get_manifest_name(ctx), get_cluster_id(ctx)
+        use = self._uses.get(manifest or "")
+        if use and cluster_id and cluster_id not in use.clusters:
+            use.add_cluster(cluster_id, *get_size(ctx), has_started=True)
+            record.put(use.key, use)
 
     def leave_running(self, manifest: str) -> None:
         """Leave the manifest's cluster to its idle timeout: a detached query runs on it."""
@@ -134,7 +150,8 @@ class TaskClusters:
 
     def _end(self, use: ClusterUse, ctx: ComputeContext) -> None:
         use = self._uses.get(use.manifest, use)
-        if left := end_use(self._session, use, ctx):
+        left = end_use(self._session, use, ctx).left
+        if left:
             self.given_up.add(use.key)
         else:
             self.given_up.discard(use.key)

@@ -1,0 +1,198 @@
+"""What a run's use of a cluster cost.
+
+The service tells when a cluster was requested and when it stopped. While several runs use it, each
+is charged an equal part. Time in which no run used it, such as an idle timeout, is charged to none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from ..cloud.client import ClusterBill, get_cluster_bill
+from ..cloud.retry import time_left
+from ..cloud.session import CloudSession
+from ..settings import PRICE
+from .record import ClusterUse
+
+logger = logging.getLogger(__name__)
+
+STOPPING_SECONDS = 10.0
+"""How long to wait for a cluster that is stopping: only then its end is known."""
+
+Span = tuple[float, float]
+"""Begin and end of a use, in seconds since the epoch."""
+
+Cost = dict[str, Any]
+"""Plain JSON, as `describe_cost` makes it."""
+
+
+def log_costs(
+    session: CloudSession,
+    uses: Sequence[ClusterUse],
+    others: Collection[ClusterUse] = (),
+    *,
+    is_last: bool = True,
+) -> list[Cost]:
+    """Log what a run's uses of a manifest's clusters cost, and return it; never raises.
+
+    Parameters
+    ----------
+    uses
+        All uses of the run that are not charged yet.
+    others
+        Uses by other runs, and those of this run that are charged already.
+    is_last
+        Whether the run was the last that used the cluster.
+    """
+    return [
+        _log_cost(session, cluster_id, uses, others, is_last)
+        for cluster_id in dict.fromkeys(each for use in uses for each in use.clusters)
+    ]
+
+
+def _log_cost(
+    session: CloudSession,
+    cluster_id: str,
+    uses: Sequence[ClusterUse],
+    others: Collection[ClusterUse],
+    is_last: bool,
+) -> Cost:
+    use = uses[0]
+    try:
+        # A task that leaves its cluster to the idle timeout ends without a call.
+        bill = None if others else _get_recorded_bill(use, cluster_id)
+        bill = bill or _get_bill(session, cluster_id)
+    except Exception as error:
+        cost = describe_unknown(use, cluster_id, " ".join(str(error).split()))
+    else:
+        now = time.time()
+        mine = _get_spans(cluster_id, uses, now)
+        of_runs = defaultdict[str, list[ClusterUse]](list)
+        for other in others:
+            of_runs[other.owner.run].append(other)
+        spans = [_get_spans(cluster_id, each, now) for each in of_runs.values()]
+        takes_rest = is_last and bill.stopped_at is not None
+        ends = bill.stopped_at or now
+        seconds = get_share(mine, spans, bill.started_at, ends, takes_rest=takes_rest)
+        cost = describe_cost(use, cluster_id, bill, seconds, is_shared=any(spans))
+    size = f"{cost['nodes']} nodes, {cost['vcpus']} vCPUs, {cost['minutes']} min"
+    money = "" if cost["money"] is None else f", {cost['money']} at {PRICE} per vCPU-hour"
+    logger.info(
+        "Cost of cluster %s of manifest %s in run %s of %s: %s%s%s",
+        cluster_id,
+        use.manifest,
+        use.owner.run_id,
+        use.owner.dag_id,
+        "" if cost["minutes"] is None else f"{size}, {cost['vcpu_hours']} vCPU-hours",
+        money,
+        f" ({cost['remark']})" if cost["remark"] else "",
+    )
+    return cost
+
+
+def describe_cost(
+    use: ClusterUse, cluster_id: str, bill: ClusterBill, seconds: float, *, is_shared: bool
+) -> Cost:
+    """Return the cost as plain JSON.
+
+    `minutes`, `vcpu_hours` and `money` are this run's part. `started` and `stopped` are the
+    cluster's own times. What is not known is None.
+    """
+    hours = None if bill.vcpus is None else bill.vcpus * seconds / 3600
+    remarks = ["shared with other runs"] if is_shared else []
+    if bill.vcpus is None:
+        remarks.append("Polars Cloud does not tell its vCPUs")
+    if bill.stopped_at is None:
+        remarks.append(f"until now, and the cluster is {bill.status.lower()}")
+    return {
+        "cluster": cluster_id,
+        "manifest": use.manifest,
+        "nodes": bill.nodes,
+        "vcpus": bill.vcpus,
+        "started": _format(bill.started_at),
+        "stopped": None if bill.stopped_at is None else _format(bill.stopped_at),
+        "minutes": round(seconds / 60, 4),
+        "vcpu_hours": None if hours is None else round(hours, 6),
+        "money": None if hours is None or PRICE is None else round(hours * PRICE, 6),
+        "remark": "; ".join(remarks),
+    }
+
+
+def describe_unknown(use: ClusterUse, cluster_id: str, reason: str) -> Cost:
+    """Return a cost that is not known, as plain JSON."""
+    keys = ("nodes", "vcpus", "started", "stopped", "minutes", "vcpu_hours", "money")
+    return {
+        "cluster": cluster_id,
+        "manifest": use.manifest,
+        **dict.fromkeys(keys),
+        "remark": f"not known: {reason}",
+    }
+
+
+def get_share(
+    mine: Collection[Span],
+    others: Iterable[Collection[Span]],
+    begins: float,
+    ends: float,
+    *,
+    takes_rest: bool,
+) -> float:
+    """Return a run's part of a cluster's seconds.
+
+    Parameters
+    ----------
+    mine
+        When the run used the cluster.
+    others
+        When each of the other runs did.
+    begins, ends
+        Of the cluster.
+    takes_rest
+        Whether the run also gets the time after it has begun in which no run used the cluster.
+    """
+    runs = [mine, *others]
+    mine_begins = min((begin for begin, _ in mine), default=ends)
+    edges = {min(max(edge, begins), ends) for run in runs for span in run for edge in span}
+    seconds = 0.0
+    for begin, end in itertools.pairwise(sorted({begins, ends, *edges})):
+        using = [any(a <= begin and end <= b for a, b in run) for run in runs]
+        if using[0]:
+            seconds += (end - begin) / sum(using)
+        elif takes_rest and not any(using) and begin >= mine_begins:
+            seconds += end - begin
+    return seconds
+
+
+def _get_spans(cluster_id: str, uses: Iterable[ClusterUse], now: float) -> list[Span]:
+    return [
+        (use.clusters[cluster_id], use.until or now) for use in uses if cluster_id in use.clusters
+    ]
+
+
+def _get_recorded_bill(use: ClusterUse, cluster_id: str) -> ClusterBill | None:
+    """Return the bill so far of a cluster that is left to its idle timeout."""
+    if use.stops or use.seen_at is None or cluster_id != list(use.clusters)[-1]:
+        return None
+    return ClusterBill("LEFT TO ITS IDLE TIMEOUT", use.seen_at, None, use.nodes, use.vcpus)
+
+
+def _get_bill(session: CloudSession, cluster_id: str) -> ClusterBill:
+    """Return the cluster's bill, if possible after the cluster has stopped."""
+    deadline = time.monotonic()
+    if time_left(STOPPING_SECONDS) == STOPPING_SECONDS:  # a task that is killed does not wait
+        deadline += STOPPING_SECONDS
+    while True:
+        bill = session.call(get_cluster_bill, cluster_id, session.find_workspace())
+        if bill.status != "STOPPING" or time.monotonic() > deadline:
+            return bill
+        time.sleep(0.2)
+
+
+def _format(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds")
