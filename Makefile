@@ -64,6 +64,8 @@ versions: wheel $(OLDER_AIRFLOWS:%=.venv/airflow-%/installed) ## Run the DAGs on
 	for version in $(OLDER_AIRFLOWS); do \
 		.venv/airflow-$$version/bin/python -m pytest tests/failures --dist=load \
 			-m 'any_airflow or deferred' -W default || exit; \
+		.venv/airflow-$$version/bin/python -m pytest --numprocesses=0 -W default \
+			tests/test_page.py || exit; \
 	done
 	.venv/bin/uv pip install --quiet --no-deps --target .venv/wheel/site \
 		.venv/wheel/airflow_polars_remote-*.whl

@@ -332,9 +332,12 @@ def test_each_call_of_the_clients_private_api_is_still_there(pc: ModuleType) -> 
 
 
 def test_each_private_name_of_airflow_is_still_there(supervisor: object) -> None:
+    from airflow import models
+    from airflow.api_fastapi.core_api import security
     from airflow.sdk.api.datamodels._generated import DagRun, TIRunContext
     from airflow.sdk.bases import operator
     from airflow.sdk.execution_time import supervisor as supervisors
+    from airflow.utils import session
 
     looked_up = {
         "task_runner.SUPERVISOR_COMMS": hasattr(task_runner, "SUPERVISOR_COMMS"),
@@ -348,6 +351,12 @@ def test_each_private_name_of_airflow_is_still_there(supervisor: object) -> None
         "airflow.sdk.bases.operator.TRIGGER_FAIL_REPR": hasattr(operator, "TRIGGER_FAIL_REPR"),
         "supervisor.InProcessSupervisorComms": hasattr(supervisors, "InProcessSupervisorComms"),
         "airflow.sdk.serde": find_spec("airflow.sdk.serde") is not None,
+        "airflow.api_fastapi.core_api.security.requires_access_variable": hasattr(
+            security, "requires_access_variable"
+        ),
+        "airflow.models.Variable": hasattr(models, "Variable"),
+        "airflow.models.TaskInstance": hasattr(models, "TaskInstance"),
+        "airflow.utils.session.create_session": hasattr(session, "create_session"),
     }
     vanished = [name for name, is_there in looked_up.items() if not is_there]
     assert vanished == [], f"Airflow has no {', '.join(vanished)} any more"

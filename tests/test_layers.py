@@ -17,6 +17,8 @@ ROOMS = {
     "cloud": {"compat", "errors", "settings"},
     "ownership": {"cloud", "compat", "errors", "settings"},
     "connection": {"cloud", "settings"},
+    "page": {"ownership", "compat"},
+    "plugin": {"page"},
     "waiting": {"ownership", "cloud", "compat", "errors", "settings"},
 }
 """What a DAG calls lies above these, in this order."""

@@ -1,7 +1,8 @@
 """Run remote Polars queries from Airflow tasks, and leave no query or cluster behind.
 
 All imports in this folder are relative, so it can be renamed or moved. A name is imported when it
-is first used: Airflow's API server imports only `links` and `connection`.
+is first used: Airflow's API server imports only `links`, `connection`,
+`plugin` and `page`.
 """
 
 from importlib import import_module

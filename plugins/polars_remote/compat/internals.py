@@ -79,3 +79,38 @@ def is_resumed(context: Context) -> bool:
 def has_lost_its_trigger(next_method: str) -> bool:
     """Return whether the task is resumed because its trigger failed or timed out."""
     return next_method == TRIGGER_FAIL_REPR
+
+
+# In the API server
+
+
+def require_access_to_variables() -> Any:
+    """Return FastAPI's dependency that refuses whoever may not read Airflow's Variables."""
+    from airflow.api_fastapi.core_api.security import requires_access_variable
+
+    return requires_access_variable("GET")
+
+
+def find_variables(prefix: str) -> dict[str, str]:
+    """Return the Variables below the prefix, read from the database."""
+    from airflow.models import Variable
+    from airflow.utils.session import create_session
+    from sqlalchemy import select
+
+    with create_session() as session:
+        found = session.scalars(select(Variable).where(Variable.key.startswith(prefix)))  # noqa: AIR311
+        return {each.key: each.val for each in found}
+
+
+def find_states(dag_id: str, run_id: str) -> dict[tuple[str, int], str | None]:
+    """Return the states of a run's tasks by id and map index, read from the database."""
+    from airflow.models import TaskInstance
+    from airflow.utils.session import create_session
+    from sqlalchemy import select
+
+    columns = TaskInstance.task_id, TaskInstance.map_index, TaskInstance.state
+    of_run = select(*columns).where(TaskInstance.dag_id == dag_id, TaskInstance.run_id == run_id)
+    with create_session() as session:
+        return {
+            (task_id, map_index): state for task_id, map_index, state in session.execute(of_run)
+        }

@@ -276,6 +276,7 @@ class ClusterUse(Stored):
     def merge(self, earlier: ClusterUse) -> None:
         """Add an earlier use by the same owner."""
         self.stops |= earlier.stops
+        self.unknown = earlier.unknown | self.unknown
         if earlier.clusters.keys() >= self.clusters.keys():
             self.nodes, self.vcpus = earlier.nodes, earlier.vcpus
             self.seen_at = earlier.seen_at
