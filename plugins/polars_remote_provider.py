@@ -22,7 +22,7 @@ def get_provider_info() -> dict[str, Any]:
                 "hook-class-name": "polars_remote.connection.PolarsCloudHook",
                 "hook-name": "Polars Cloud",
                 "ui-field-behaviour": {
-                    "hidden-fields": ["host", "port", "schema", "extra"],
+                    "hidden-fields": ["host", "port", "schema"],
                     "relabeling": {"login": "Client ID", "password": "Client secret"},
                 },
             }

@@ -36,7 +36,7 @@ class PolarsCloudHook(BaseHook):
     def get_ui_field_behaviour(cls) -> dict[str, Any]:
         """Return the labels of the form, for Airflow 3.1; later ones read the provider's."""
         return {
-            "hidden_fields": ["host", "port", "schema", "extra"],
+            "hidden_fields": ["host", "port", "schema"],
             "relabeling": {"login": "Client ID", "password": "Client secret"},
         }
 
