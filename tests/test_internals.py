@@ -278,10 +278,17 @@ def clients_objects(pc: ModuleType, ctx: Any) -> dict[str, tuple[Any, ...]]:
 
     ctx.start()
     query = LF.remote(ctx).execute(blocking=False)
+    info = constants.API_CLIENT.get_compute_server_info(ctx.workspace.id, ctx._compute_id)
+    own = pc.ClusterContext(
+        f"https://{info.scheduler.address}",
+        domain_name=info.scheduler.tls_server_name,
+        tls_options=pc.TLSOptions(ca_cert=info.public_server_key.encode()),
+    )
     return {
-        "_compute_id": (ctx,),
+        "_compute_id": (ctx, own),
         "_name": (ctx,),
-        "_direct_client": (ctx,),
+        "_direct_client": (ctx, own),
+        "_connection_mode": (ctx, own),
         "_last_known_status": (ctx,),
         "_idle_timeout_mins": (ctx,),
         # Of a context by name there is none: the manifest is asked for it.
@@ -293,6 +300,7 @@ def clients_objects(pc: ModuleType, ctx: Any) -> dict[str, tuple[Any, ...]]:
         "_from_api_model": (pc.ComputeContextStatus,),
         "SchedulerClient": (polars_cloud,),
         "QueryInfoPy": (polars_cloud,),
+        "PyLineageContext": (polars_cloud,),
         "NotFoundError": (polars_cloud,),
         "ComputeClusterMisspecified": (polars_cloud,),
         "API_CLIENT": (constants,),

@@ -404,6 +404,8 @@ class ProxyClient:
     Stands in for the client's own connection to a cluster.
     """
 
+    _ctx: ComputeContext
+
     def __init__(self, ctx: ComputeContext) -> None:
         self._ctx = ctx
 
@@ -459,6 +461,8 @@ class ProxyClient:
 
 class ProxyResult:
     """Result of a query in proxy mode, with its status, which only a direct one has."""
+
+    _result: QueryInfo
 
     def __init__(self, result: QueryInfo, status: Any) -> None:
         self._result = result
