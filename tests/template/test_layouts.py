@@ -36,6 +36,7 @@ LAYOUTS = [
     "Git bundle",
     "Packaged zip",
     "MWAA",
+    "Google Managed Airflow",
     "Helm chart with git-sync",
 ]
 WITHOUT_CLIENT = "Git bundle, no client"
@@ -318,6 +319,18 @@ def mwaa(folder: Path) -> Deployment:
     return deployment
 
 
+def google(folder: Path) -> Deployment:
+    bucket, mounted = folder / "bucket", folder / "home" / "gcs"
+    for name in ("dags", "plugins"):
+        (bucket / name).mkdir(parents=True)
+    deployment = Deployment(mounted, triggers=mounted / "plugins")
+    expected = ("Set POLARS_CLOUD_WORKSPACE, ", "Make", "Install")
+    deployment.copy("multi_stage", bucket, *expected)
+    shutil.copytree(bucket, mounted)
+    deployment.bundles = {"Google Managed Airflow": (mounted / "dags", ["multi_stage"])}
+    return deployment
+
+
 def astro(
     folder: Path, name: str, dag_id: str, *expected: str, is_package: bool, plugins: bool
 ) -> Deployment:
@@ -447,6 +460,7 @@ DEPLOYMENTS = (
     local_bundle,
     airflow_home,
     mwaa,
+    google,
     astro_package,
     astro_without_init,
     git_sync,
@@ -523,7 +537,7 @@ def test_the_triggerer_imports_from_where_the_table_says(looks: Looks, layout: s
         assert Path(found) == deployment.triggers / TRIGGERS
 
 
-@pytest.mark.parametrize("layout", ["AIRFLOW_HOME", "MWAA"])
+@pytest.mark.parametrize("layout", ["AIRFLOW_HOME", "MWAA", "Google Managed Airflow"])
 def test_helpers_among_the_plugins_are_not_taken_for_plugins(looks: Looks, layout: str) -> None:
     _, future = looks[layout]
     assert future.result()["plugins"] == []
