@@ -27,6 +27,8 @@ from polars_remote.ownership.scope import TaskScope, task_scope
 
 T = TypeVar("T")
 
+RUN_START = datetime.now(UTC)
+
 StartTry = Callable[..., AbstractContextManager[RuntimeTaskInstance]]
 
 
@@ -99,6 +101,8 @@ def start_try(
     run_id: str = "manual__1",
     map_index: int = -1,
     clear_number: int = 0,
+    max_tries: int = 3,
+    run_start: datetime | None = RUN_START,
     upstream: str | None = None,
     task: BaseOperator | None = None,
     resumes: UUID | None = None,
@@ -140,9 +144,10 @@ def start_try(
         map_index=map_index,
         task=task,
         start_date=datetime.now(UTC),
+        max_tries=max_tries,
     )
     context: Any = ti.get_template_context()
-    context["dag_run"] = SimpleNamespace(clear_number=clear_number)
+    context["dag_run"] = SimpleNamespace(clear_number=clear_number, start_date=run_start)
     if resumes:  # not before there is a context, which would be made from it
         ti._ti_context_from_server = SimpleNamespace(next_method="resume")  # type: ignore[assignment]
     states, name = SUPERVISOR_COMMS.states[run_id], _name(task.task_id, map_index)  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ from .cloud.client import (
     make_lineage,
     uses_proxy,
 )
-from .cloud.plans import Plan, read_plan
+from .cloud.plans import Plan, read_plan, set_sink_uuid
 from .cloud.queries import describe, end_query, get_page
 from .cloud.retry import start_thread
 from .cloud.session import CloudSession
@@ -74,7 +74,8 @@ class RecordingClient:
     marked, is cleared or times out before the query has ended. If only the worker ends, the query
     runs on and the next try resumes it. If the reply is lost, the query is looked up by its
     destination before it is submitted again. A temporary result has no destination, so its query is
-    submitted again.
+    submitted again. So is one that writes to an Iceberg table, to which other tasks may append at
+    the same moment; Polars commits only one of the two.
 
     Parameters
     ----------
@@ -140,12 +141,14 @@ class RecordingClient:
                 "The query was not submitted, because explain needs a connection to the cluster, "
                 "which there is none of in proxy mode: use connection_mode direct"
             )
-        name = self._scope.queries.reserve(found.destinations, found.digest)
+        tables = (table.name for table in found.tables)
+        name = self._scope.queries.reserve((*found.destinations, *tables), found.digest)
         try:
             self._check_open(name)
             query = self._resume(name)
             if query is None:
                 labels = [*(labels or []), *get_labels()]
+                plan = self._mark_appends(plan, found)
                 if lineage_context is None and is_own_cluster(self._manifest):
                     lineage_context = make_lineage(**get_lineage())
 
@@ -251,6 +254,18 @@ class RecordingClient:
                 f"The query for {name} was not submitted, because the use_cluster block of its "
                 "context has ended: submit it inside the block"
             )
+
+    def _mark_appends(self, plan: bytes, found: Plan) -> bytes:
+        """Return the plan with UUIDs by which Polars appends once, however often it is submitted.
+
+        Writing twice does no harm to any other sink.
+        """
+        for table in found.tables:
+            if table.is_appended_to:
+                sink_uuid = self._scope.get_sink_uuid(table.name)
+                plan = set_sink_uuid(plan, table, sink_uuid)
+                logger.info("Snapshot of %s has polars.sink-uuid %s", table.name, sink_uuid)
+        return plan
 
     def _resume(self, name: str) -> DirectQuery | None:
         query = self._scope.queries.find_resumable(name)

@@ -211,8 +211,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
                     value.raise_err()
                 if value.status.name == "CANCELED":
                     raise QueryCanceledError(
-                        "Somebody canceled this query, and nothing was written: "
-                        f"{value.finished_task_info.id}"
+                        f"Somebody canceled this query: {value.finished_task_info.id}"
                     )
                 name = scope.queries.find_name(str(value.finished_task_info.id)) or str(id(value))
                 results[name] = Result(location=value.location or [], rows=value.n_rows_total)

@@ -14,6 +14,24 @@ TEMPORARY, TO_CLIENT = "<in-memory>", "<flight>"
 """Targets of a query whose result goes to a temporary place or back to the client."""
 
 
+class Table(NamedTuple):
+    """An Iceberg table that a query writes to.
+
+    Attributes
+    ----------
+    name
+        Name in its catalog, with namespaces.
+    is_appended_to
+        Whether the query appends; otherwise it replaces all rows.
+    sink_uuid
+        UUID that Polars writes into the summary of the snapshot.
+    """
+
+    name: str
+    is_appended_to: bool
+    sink_uuid: str
+
+
 class Plan(NamedTuple):
     """Identity of a query.
 
@@ -28,12 +46,15 @@ class Plan(NamedTuple):
         Whether a successful query has a `location`; False for `sink_batches` and `explain`.
     returns_to_client
         Whether the client reads the result from the cluster, as for `explain`.
+    tables
+        Iceberg tables that its sinks name.
     """
 
     destinations: tuple[str, ...]
     digest: str
     has_location: bool
     returns_to_client: bool
+    tables: tuple[Table, ...]
 
 
 def read_plan(plan: bytes) -> Plan:
@@ -56,7 +77,19 @@ def read_plan(plan: bytes) -> Plan:
         hashlib.sha256(plan).hexdigest()[:16],
         None not in uris and TO_CLIENT not in uris,
         TO_CLIENT in uris,
+        tuple(_read_table(each["Iceberg"]) for each in payloads if "Iceberg" in each),
     )
+
+
+def set_sink_uuid(plan: bytes, table: Table, sink_uuid: str) -> bytes:
+    """Return the plan with another UUID for its sink to the table.
+
+    Polars commits nothing if the table has a snapshot with the sink's UUID.
+    """
+    old, new = (msgspec.msgpack.encode(each) for each in (table.sink_uuid, sink_uuid))
+    if plan.count(old) != 1:
+        raise ValueError(f"The plan does not name the sink to {table.name} once")
+    return plan.replace(old, new)
 
 
 def _find_root(plan: bytes) -> dict[str, Any]:
@@ -81,3 +114,7 @@ def _find_uri(payload: dict[str, Any]) -> str | None:
         case {"Partitioned": {"base_path": {"inner": str(uri)}}}:
             return uri
     return None
+
+
+def _read_table(sink: dict[str, Any]) -> Table:
+    return Table(sink["table_name"], sink["mode"] == "Append", sink["sink_uuid_str"])

@@ -251,7 +251,7 @@ def end_queries(
 def find_recorded(session: CloudSession, name: str, query: QueryRecord) -> DirectQuery | None:
     """Connect to a query on record, or return None if its cluster is gone or does not know it."""
     # Older releases wrote no destination: the name was the destination.
-    destination = query.destination or ("" if name.startswith("temporary result") else name)
+    destination = query.destination or (name if "://" in name else "")
     return find_query(session, query.cluster_id, query.query_id, destination, query.known)
 
 

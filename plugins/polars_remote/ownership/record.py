@@ -190,7 +190,8 @@ class TaskRecord(Stored):
     is_stale
         The task has failed or was cleared: its queries are canceled, not resumed.
     queries
-        Queries by name. The name is the destination, or a temporary result's digest.
+        Queries by name. The name is the destination, a URI or a table, or a temporary result's
+        digest.
     cluster_uses
         Keys of the entries about clusters that the task uses.
     waits_for

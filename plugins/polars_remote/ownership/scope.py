@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 import time
+import uuid
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -192,6 +193,8 @@ class TaskScope:
         self.entry = TaskEntry(record.task_key(owner, ti.id), task)
         self.queries = TaskQueries(self.entry, self.session, ti.try_number)
         self.clusters = TaskClusters(self.entry, self.session, self.queries)
+        # A retry changes neither; a clear of the task changes the second.
+        self._life = context["dag_run"].start_date, ti.max_tries
         self._is_killed = False
         self._is_left = False
         self._is_ended_by_user: bool | None = None
@@ -205,6 +208,14 @@ class TaskScope:
     def can_return_queries(self) -> bool:
         """Whether the task may return queries instead of waiting for them."""
         return hasattr(self.task, "defers")
+
+    def get_sink_uuid(self, table: str) -> str:
+        """Return the UUID of the task's append to an Iceberg table.
+
+        All tries have the same, until a user clears the task.
+        """
+        parts = (*self.record.owner, *self._life, table)
+        return uuid.uuid5(uuid.NAMESPACE_OID, "\0".join(map(str, parts))).hex
 
     def begin(self) -> None:
         """Log in, and cancel earlier tries' queries if the task was cleared or has failed.

@@ -125,9 +125,7 @@ def check_result(scope: TaskScope, name: str, query: DirectQuery, result: QueryR
         if not result.finished_task_info.errors:
             raise QueryLostError(f"Query {query_id} failed without an error")
     elif result.status.name == "CANCELED":
-        raise QueryCanceledError(
-            f"Somebody canceled this query, and nothing was written: {describe(query)}"
-        )
+        raise QueryCanceledError(f"Somebody canceled this query: {describe(query)}")
     elif not result.location and (record is None or record.has_location):
         raise QueryLostError(
             f"This query succeeded without saying where its result is: {describe(query)}"
