@@ -32,6 +32,7 @@ from .cloud.retry import start_thread
 from .cloud.session import CloudSession
 from .errors import QueryRefusedError
 from .ownership.labels import get_labels, get_lineage
+from .ownership.lineage import add_datasets
 from .ownership.record import QueryRecord
 from .ownership.scope import TaskScope, current_scope
 from .waiting.in_worker import check_result, wait_until_ended
@@ -145,7 +146,7 @@ class RecordingClient:
         name = self._scope.queries.reserve((*found.destinations, *tables), found.digest)
         try:
             self._check_open(name)
-            query = self._resume(name)
+            query = self._resume(name, found)
             if query is None:
                 labels = [*(labels or []), *get_labels()]
                 plan = self._mark_appends(plan, found)
@@ -197,9 +198,10 @@ class RecordingClient:
         if name not in results:
             raise TimeoutError("timed out waiting for the query result")
         _, query = self._queries[str(query_id)]
-        if not (results[name].status.name == "CANCELED" and str(query_id) in self._canceled):
+        if results[name].status.name == "CANCELED" and str(query_id) in self._canceled:
+            self._scope.queries.mark_ended(get_query_id(query))
+        else:
             check_result(self._scope, name, query, results[name])
-        self._scope.queries.mark_ended(get_query_id(query))
         self._submit_again.pop(name, None)
         record = self._scope.queries.get_record(name)
         if results[name].status.name != "SUCCESS" and record and record.query_id == str(query_id):
@@ -267,13 +269,14 @@ class RecordingClient:
                 logger.info("Snapshot of %s has polars.sink-uuid %s", table.name, sink_uuid)
         return plan
 
-    def _resume(self, name: str) -> DirectQuery | None:
+    def _resume(self, name: str, plan: Plan) -> DirectQuery | None:
         query = self._scope.queries.find_resumable(name)
         if query is not None:
             record = self._scope.record.queries[name]
             logger.info("Resuming query of try %d: %s", record.try_number, describe(query))
             record.query_id, record.page = get_query_id(query), get_page(query)
             record.submitted_at = record.submitted_at or time.time()
+            add_datasets(record, plan)
             self.names.add(name)
             self._scope.queries.put(name, record, query)
         return query
@@ -296,6 +299,7 @@ class RecordingClient:
                 destination=destination,
                 has_location=plan.has_location,
             )
+            add_datasets(record, plan)
             scope.queries.put(name, record)
             self.names.add(name)
             try:

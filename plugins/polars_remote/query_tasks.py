@@ -34,7 +34,13 @@ from .queries import STOP_RACE_SECONDS, get_recording_client
 from .settings import DEFERS
 from .waiting import deferral
 from .waiting.deferral import check_deadline, defer_until_ended
-from .waiting.in_worker import check_result, log_result, refuse_forgotten, wait_until_ended
+from .waiting.in_worker import (
+    check_result,
+    get_written,
+    log_result,
+    refuse_forgotten,
+    wait_until_ended,
+)
 
 if TYPE_CHECKING:
     from polars_cloud import DirectQuery
@@ -190,9 +196,9 @@ class QueryTask(DecoratedOperator, PythonOperator):
             if query := scope.queries.get_record(name):
                 rows, location = found["rows"], found["location"]
                 log_result(query.query_id or name, rows, location, query.submitted_at)
-        for name in wait.results:
+        for name, result in wait.results.items():
             if (query := scope.queries.get_record(name)) and query.query_id:
-                scope.queries.mark_ended(query.query_id)
+                scope.queries.mark_ended(query.query_id, result)
         if left := [name for name in names if name not in wait.results]:
             check_deadline(scope)
             self._wait(scope, wait, {name: _reconnect(scope, name) for name in left})
@@ -214,7 +220,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
                         f"Somebody canceled this query: {value.finished_task_info.id}"
                     )
                 name = scope.queries.find_name(str(value.finished_task_info.id)) or str(id(value))
-                results[name] = Result(location=value.location or [], rows=value.n_rows_total)
+                results[name] = get_written(value)
             elif not is_query(value):
                 return value
             elif found := scope.queries.find_name(get_query_id(value)):
@@ -265,7 +271,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
             check_result(scope, name, queries[name], result)
             if result.status.name == "FAILED":
                 result.raise_err()
-            wait.results[name] = Result(location=result.location or [], rows=result.n_rows_total)
+            wait.results[name] = get_written(result)
         if left := [name for name in queries if name not in found]:
             defer_until_ended(scope, left, wait)
 

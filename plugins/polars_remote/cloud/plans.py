@@ -1,4 +1,4 @@
-"""Read a query's destinations from its serialized plan."""
+"""Read a query's sources and destinations from its serialized plan."""
 
 from __future__ import annotations
 
@@ -48,6 +48,9 @@ class Plan(NamedTuple):
         Whether the client reads the result from the cluster, as for `explain`.
     tables
         Iceberg tables that its sinks name.
+    scans
+        Paths of the files and folders that each of its scans names. Neither in-memory frames nor
+        sources in Python, such as Iceberg tables, have a path.
     """
 
     destinations: tuple[str, ...]
@@ -55,10 +58,11 @@ class Plan(NamedTuple):
     has_location: bool
     returns_to_client: bool
     tables: tuple[Table, ...]
+    scans: tuple[tuple[str, ...], ...]
 
 
 def read_plan(plan: bytes) -> Plan:
-    """Read the sinks of a plan that Polars 2.0 serialized.
+    """Read the sinks and scans of a plan that Polars 2.0 serialized.
 
     A plan is a header and a MessagePack document: the root's index, the data of in-memory frames,
     and last the nodes. Only the root and the nodes are decoded.
@@ -68,7 +72,7 @@ def read_plan(plan: bytes) -> Plan:
     ValueError
         The plan has another form.
     """
-    root = _find_root(plan)
+    root, nodes = _find_nodes(plan)
     sinks = root["SinkMultiple"]["inputs"] if "SinkMultiple" in root else [root]
     payloads = [sink["Sink"]["payload"] for sink in sinks]
     uris = [_find_uri(payload) for payload in payloads]
@@ -78,6 +82,7 @@ def read_plan(plan: bytes) -> Plan:
         None not in uris and TO_CLIENT not in uris,
         TO_CLIENT in uris,
         tuple(_read_table(each["Iceberg"]) for each in payloads if "Iceberg" in each),
+        tuple(paths for node in nodes if (paths := _find_paths(node))),
     )
 
 
@@ -92,7 +97,8 @@ def set_sink_uuid(plan: bytes, table: Table, sink_uuid: str) -> bytes:
     return plan.replace(old, new)
 
 
-def _find_root(plan: bytes) -> dict[str, Any]:
+def _find_nodes(plan: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the root, and all nodes."""
     end = len(plan)
     data = plan.find(DATA_KEY, HEADER_LENGTH)
     # A text in a node, or the data of a frame, may look like the key.
@@ -102,8 +108,8 @@ def _find_root(plan: bytes) -> dict[str, Any]:
             start = msgspec.msgpack.decode(b"\x81" + plan[HEADER_LENGTH + 1 : data])
         except msgspec.DecodeError:
             continue
-        root: dict[str, Any] = nodes[start["root"]["idx"]]["value"]
-        return root
+        values = [node["value"] for node in nodes]
+        return values[start["root"]["idx"]], values
     raise ValueError("This plan is not one that Polars serialized")
 
 
@@ -118,3 +124,10 @@ def _find_uri(payload: dict[str, Any]) -> str | None:
 
 def _read_table(sink: dict[str, Any]) -> Table:
     return Table(sink["table_name"], sink["mode"] == "Append", sink["sink_uuid_str"])
+
+
+def _find_paths(node: dict[str, Any] | None) -> tuple[str, ...]:
+    match node:
+        case {"Scan": {"sources": {"Paths": [*paths]}}}:
+            return tuple(path["inner"] for path in paths)
+    return ()

@@ -26,6 +26,8 @@ from ..compat import variable_keys
 from ..compat.internals import TASK_ENDS, get_task_states, read_variable
 
 T = TypeVar("T")
+Dataset = tuple[str, str]
+"""Namespace and name of a dataset; a list of the two once it was stored."""
 
 VERSION = 2
 PREFIX = "polars_cloud"
@@ -122,6 +124,8 @@ class QueryRecord(Stored):
         Whether the query has a `location` once it has succeeded.
     query_id, page, submitted_at
         Set after the submission; the time is in seconds since the epoch.
+    inputs, outputs
+        Namespaces and names of the datasets that it reads and writes; None without OpenLineage.
     """
 
     cluster_id: str
@@ -133,6 +137,8 @@ class QueryRecord(Stored):
     query_id: str | None = None
     page: str = ""
     submitted_at: float | None = None
+    inputs: list[Dataset] | None = None
+    outputs: list[Dataset] | None = None
 
     def dump(self) -> dict[str, Any]:
         """Omit fields without a value: older releases take each stored field as set."""

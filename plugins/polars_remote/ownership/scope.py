@@ -26,7 +26,7 @@ from ..compat.copies import FOLDER, describe, find_hidden_copies
 from ..compat.internals import get_clear_number, is_resumed
 from ..compat.versions import AirflowTaskTimeout, TaskDeferred
 from ..errors import LoginRefusedError, NotAuthenticatedError, QueryRefusedError
-from . import record
+from . import lineage, record
 from .end import end_queries, end_task, end_use, log_left
 from .entry import TaskEntry
 from .kills import TaskKilled, grace, is_ended_by_user
@@ -34,6 +34,7 @@ from .record import ClusterUse, Owner, TaskRecord, Wait
 from .task_queries import TaskQueries
 
 if TYPE_CHECKING:
+    from airflow.providers.openlineage.extractors import OperatorLineage
     from polars_cloud import ComputeContext
 
 logger = logging.getLogger(__name__)
@@ -290,6 +291,10 @@ class TaskScope:
         with self.entry.lock:
             self.queries.is_closed = self._is_left = True
 
+    def report_datasets(self, _: object) -> OperatorLineage:
+        """Return the datasets of the queries that have ended, for the OpenLineage provider."""
+        return lineage.report_datasets(self.queries.results.values())
+
     def on_kill(self) -> None:
         """Raise `TaskKilled`: Airflow's SIGTERM alone runs no `finally` block of a `@task`."""
         # Airflow calls this for a time-out as well, which needs no second exception.
@@ -316,6 +321,7 @@ def task_scope(conn_id: str) -> Iterator[TaskScope]:
     context[SCOPE] = scope
     # On the task itself: during a deferral the context is already gone when SIGTERM comes.
     scope.task.on_kill = scope.on_kill
+    scope.task.get_openlineage_facets_on_complete = scope.report_datasets
     if hidden := find_hidden_copies():
         logger.warning(
             "polars_remote is imported from %s, which hides %s: delete all but one",

@@ -10,7 +10,7 @@ from ..cloud.session import CloudSession
 from ..errors import QueryNotAwaitedError, QueryRefusedError
 from .end import end_queries, find_recorded, log_left
 from .entry import TaskEntry
-from .record import QueryRecord
+from .record import QueryRecord, Result
 
 if TYPE_CHECKING:
     from polars_cloud import DirectQuery
@@ -26,6 +26,9 @@ class TaskQueries:
     ----------
     ended
         Names of queries of which the task knows how they ended.
+    results
+        Records and results of the queries that the task has waited for, by name. The result is None
+        if a query has not succeeded.
     given_up
         Names of queries that could not be canceled.
     is_closed
@@ -40,6 +43,7 @@ class TaskQueries:
         """Names of queries, by destination and by name."""
         self._open: dict[str, DirectQuery] = {}
         self.ended: set[str] = set()
+        self.results: dict[str, tuple[QueryRecord, Result | None]] = {}
         self.given_up: set[str] = set()
         self.is_closed = False
 
@@ -119,10 +123,11 @@ class TaskQueries:
                 return name
         return None
 
-    def mark_ended(self, query_id: str) -> None:
-        """Note that the task knows how the query ended."""
+    def mark_ended(self, query_id: str, result: Result | None = None) -> None:
+        """Note that the task knows how the query ended, and its result if it has succeeded."""
         if name := self.find_name(query_id):
             self.ended.add(name)
+            self.results[name] = self._entry.record.queries[name], result
 
     def forget(self, query_id: str) -> None:
         """Detach the query: it runs on, and nobody ends it."""

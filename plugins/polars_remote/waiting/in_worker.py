@@ -14,6 +14,7 @@ from ..cloud.client import get_query_id
 from ..cloud.queries import describe
 from ..cloud.retry import SIGNAL_SECONDS
 from ..errors import QueryCanceledError, QueryLostError
+from ..ownership.record import Result
 from . import deferral
 from .deferral import check_deadline
 from .progress import Progress, describe_progress
@@ -118,7 +119,8 @@ def check_result(scope: TaskScope, name: str, query: DirectQuery, result: QueryR
         The query succeeded without a location, or failed without an error.
     """
     query_id = get_query_id(query)
-    scope.queries.mark_ended(query_id)
+    has_succeeded = result.status.name == "SUCCESS"
+    scope.queries.mark_ended(query_id, get_written(result) if has_succeeded else None)
     record = scope.queries.get_record(name)
     if result.status.name == "FAILED":
         logger.error("Query failed: %s", describe(query))
@@ -133,6 +135,11 @@ def check_result(scope: TaskScope, name: str, query: DirectQuery, result: QueryR
     else:
         submitted_at = record.submitted_at if record else None
         log_result(query_id, result.n_rows_total, result.location or [], submitted_at)
+
+
+def get_written(result: QueryResult) -> Result:
+    """Return where a query has written its rows, and how many."""
+    return Result(location=result.location or [], rows=result.n_rows_total)
 
 
 def log_result(
