@@ -1545,7 +1545,20 @@ def test_the_destinations_of_several_sinks_are_read() -> None:
     ids=["temporary", "to the client", "batches"],
 )
 def test_a_result_without_a_destination_has_none(frame: pl.LazyFrame, has_location: bool) -> None:
-    assert read(frame)[::2] == ((), has_location)
+    plan = read(frame)
+    assert (plan.destinations, plan.has_location) == ((), has_location)
+
+
+@pytest.mark.parametrize(
+    "scan",
+    [pl.scan_parquet, pl.scan_csv, pl.scan_ipc, pl.scan_ndjson, pl.scan_lines],
+    ids=lambda scan: scan.__name__,
+)
+def test_the_paths_of_each_scan_are_read_from_its_plan(scan: Any) -> None:
+    paths = ("s3://b/sales/*.x", "s3://b/stock/", "gs://b/one")
+    frames = [scan(paths[:2]), scan(paths[2]), TWO_ROWS]
+    frame = pl.concat(frames, how="horizontal").sink_parquet(FILE, lazy=True)
+    assert read(frame).scans == (paths[:2], paths[2:])
 
 
 def test_another_destination_or_another_query_has_another_digest() -> None:

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from posixpath import dirname
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ..cloud.plans import Plan
@@ -14,6 +14,8 @@ from .record import Dataset, QueryRecord, Result
 
 if TYPE_CHECKING:
     from airflow.providers.openlineage.extractors import OperatorLineage
+
+    Lineage = OperatorLineage[Any, Any]
 
 MOST_INPUTS = 100
 """Maximum inputs of a query: the record holds them until the query has ended."""
@@ -34,7 +36,7 @@ def add_datasets(query: QueryRecord, plan: Plan) -> None:
         query.outputs = [name_dataset(destination) for destination in plan.destinations]
 
 
-def report_datasets(queries: Iterable[tuple[QueryRecord, Result | None]]) -> OperatorLineage:
+def report_datasets(queries: Iterable[tuple[QueryRecord, Result | None]]) -> Lineage:
     """Return inputs of the queries, and outputs and rows of those that have succeeded."""
     from airflow.providers.openlineage.extractors import OperatorLineage
     from openlineage.client.event_v2 import InputDataset, OutputDataset

@@ -34,8 +34,9 @@ from .record import ClusterUse, Owner, TaskRecord, Wait
 from .task_queries import TaskQueries
 
 if TYPE_CHECKING:
-    from airflow.providers.openlineage.extractors import OperatorLineage
     from polars_cloud import ComputeContext
+
+    from .lineage import Lineage
 
 logger = logging.getLogger(__name__)
 
@@ -291,7 +292,7 @@ class TaskScope:
         with self.entry.lock:
             self.queries.is_closed = self._is_left = True
 
-    def report_datasets(self, _: object) -> OperatorLineage:
+    def report_datasets(self, _: object) -> Lineage:
         """Return the datasets of the queries that have ended, for the OpenLineage provider."""
         return lineage.report_datasets(self.queries.results.values())
 
