@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -12,6 +13,7 @@ from typing import Any
 import polars as pl
 import pytest
 from airflow.dag_processing.dagbag import DagBag
+from airflow.providers.openlineage.plugins import macros
 from airflow.sdk import DAG, DagRunState
 from airflow.sdk.exceptions import AirflowFailException, TaskDeferred
 
@@ -245,10 +247,18 @@ def test_the_log_tells_the_age_of_a_query_where_the_observatory_is_out_of_reach(
     assert "INPROGRESS after 0 min" in caplog.text
 
 
+@pytest.mark.parametrize("has_provider", [True, False])
 def test_a_query_names_its_task_and_the_tasks_run_for_lineage(
-    own: RunningEmulator, cluster: dict[str, str], start_try: StartTry
+    own: RunningEmulator,
+    cluster: dict[str, str],
+    start_try: StartTry,
+    monkeypatch: pytest.MonkeyPatch,
+    has_provider: bool,
 ) -> None:
+    if not has_provider:
+        monkeypatch.setitem(sys.modules, macros.__name__, None)
     with start_try() as ti, use_cluster(cluster) as ctx:
+        run_id = str(macros.lineage_run_id(ti) if has_provider else ti.id)  # type: ignore[arg-type]
         submit(ctx).await_result()
         given: Any = TWO_ROWS.remote(ctx)
         given.with_lineage(job_namespace="mine", job_name="own").execute()
@@ -256,7 +266,7 @@ def test_a_query_names_its_task_and_the_tasks_run_for_lineage(
     assert first == {
         "job_namespace": "default",
         "job_name": "shop.run_query.query",
-        "parent_run_id": str(ti.id),
+        "parent_run_id": run_id,
         "parent_job_namespace": "default",
         "parent_job_name": "shop.run_query",
     }

@@ -147,7 +147,9 @@ def start_try(
         max_tries=max_tries,
     )
     context: Any = ti.get_template_context()
-    context["dag_run"] = SimpleNamespace(clear_number=clear_number, start_date=run_start)
+    context["dag_run"] = SimpleNamespace(
+        clear_number=clear_number, start_date=run_start, run_after=datetime.now(UTC)
+    )
     if resumes:  # not before there is a context, which would be made from it
         ti._ti_context_from_server = SimpleNamespace(next_method="resume")  # type: ignore[assignment]
     states, name = SUPERVISOR_COMMS.states[run_id], _name(task.task_id, map_index)  # type: ignore[attr-defined]
