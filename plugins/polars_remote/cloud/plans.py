@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import msgspec
@@ -82,7 +83,7 @@ def read_plan(plan: bytes) -> Plan:
         None not in uris and TO_CLIENT not in uris,
         TO_CLIENT in uris,
         tuple(_read_table(each["Iceberg"]) for each in payloads if "Iceberg" in each),
-        tuple(paths for node in nodes if (paths := _find_paths(node))),
+        tuple(_find_paths(nodes)),
     )
 
 
@@ -126,8 +127,14 @@ def _read_table(sink: dict[str, Any]) -> Table:
     return Table(sink["table_name"], sink["mode"] == "Append", sink["sink_uuid_str"])
 
 
-def _find_paths(node: dict[str, Any] | None) -> tuple[str, ...]:
-    match node:
-        case {"Scan": {"sources": {"Paths": [*paths]}}}:
-            return tuple(path["inner"] for path in paths)
-    return ()
+def _find_paths(nodes: list[Any]) -> Iterator[tuple[str, ...]]:
+    """Yield the paths of each scan, which may lie inside another node, as in a concatenation."""
+    left = nodes[::-1]
+    while left:
+        match left.pop():
+            case {"Scan": {"sources": {"Paths": [*paths]}}}:
+                yield tuple(path["inner"] for path in paths)
+            case dict(inner):
+                left += [*inner.values()][::-1]
+            case list(inner):
+                left += inner[::-1]
