@@ -373,7 +373,8 @@ def _get_outlet_events(context: Context) -> list[dict[str, Any]]:
         {
             "outlet": outlet,
             "extra": events[outlet].extra,
-            "partitions": sorted(events[outlet].partition_keys),
+            # Before Airflow 3.3, events have no partitions.
+            "partitions": sorted(getattr(events[outlet], "partition_keys", ())),
             "added": [
                 (Asset(each.dest_asset_key.name, each.dest_asset_key.uri), each.extra)
                 for each in events[outlet].asset_alias_events
