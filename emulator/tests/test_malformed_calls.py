@@ -82,7 +82,8 @@ def test_malformed_reference_is_an_invalid_argument(
 def test_malformed_submission_is_an_invalid_argument(
     emulator: RunningEmulator, headers: dict[str, str], start_cluster: Any, message: bytes
 ) -> None:
-    cluster = field(1, field(1, str(start_cluster()._compute_id).encode()))
+    cluster_id = start_cluster(connection_mode="proxy")._compute_id
+    cluster = field(1, field(1, str(cluster_id).encode()))
     path = f"{CONTROL_PLANE}/SubmitQuery"
     status, words = call_grpc(emulator.environment, path, headers, cluster + message)
     assert status is grpc.StatusCode.INVALID_ARGUMENT
@@ -113,7 +114,8 @@ def test_submission_that_the_client_would_not_make_is_refused_in_words(
     message: bytes,
     words: str,
 ) -> None:
-    cluster = field(1, field(1, str(start_cluster()._compute_id).encode()))
+    cluster_id = start_cluster(connection_mode="proxy")._compute_id
+    cluster = field(1, field(1, str(cluster_id).encode()))
     path = f"{CONTROL_PLANE}/SubmitQuery"
     status, said = call_grpc(emulator.environment, path, headers, cluster + message)
     assert status is grpc.StatusCode.INVALID_ARGUMENT
