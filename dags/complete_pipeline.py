@@ -15,7 +15,7 @@ Simultaneous runs, such as a backfill, share the cluster. The last of them stops
 
 **What it costs:** three nodes from `start_cluster` to `stop_cluster`.
 
-**Copy along:** the folder `include/`.
+**Copy along:** the folders `include/` and `plugins/polars_remote/`.
 """
 
 from datetime import datetime, timedelta

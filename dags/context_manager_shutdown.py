@@ -12,7 +12,7 @@ and so hides the error of the body. Simultaneous runs share the cluster. The las
 at once. A `@query_task` is resumed some seconds after its query has ended, and its cluster runs
 until then.
 
-**Copy along:** the folder `include/`.
+**Copy along:** the folders `include/` and `plugins/polars_remote/`.
 """
 
 from datetime import datetime, timedelta

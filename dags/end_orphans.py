@@ -8,7 +8,7 @@ no triggerer, or if DAGs lack `on_failure_callback=clean_up` and `on_success_cal
 **What it costs:** a task of one second every 15 minutes, and no call to Polars Cloud if there is no
 orphan. This DAG needs Airflow 3.3, which lists Variables.
 
-**Copy along:** the folder `include/`.
+**Copy along:** the folder `plugins/polars_remote/`.
 """
 
 from datetime import datetime, timedelta

@@ -12,7 +12,7 @@ Python versions, and is registered anew after an upgrade.
 **What it costs:** the cluster from the first query until ten minutes after the last. No task stops
 it, because another may be using it. No worker slot while the cluster starts or the query runs.
 
-**Copy along:** the folder `include/`.
+**Copy along:** the folders `include/` and `plugins/polars_remote/`.
 """
 
 from datetime import datetime, timedelta

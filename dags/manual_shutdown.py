@@ -15,7 +15,7 @@ Tasks that are cleared later start it again, and the last of them stops it.
 **What it costs:** the cluster from `start_cluster` to `stop_cluster`. If nobody stops it, its idle
 timeout does after ten minutes. No worker slot while queries run.
 
-**Copy along:** the folder `include/`.
+**Copy along:** the folders `include/` and `plugins/polars_remote/`.
 """
 
 from datetime import datetime, timedelta

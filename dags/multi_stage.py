@@ -12,7 +12,7 @@ its input was deleted fails, and names the other task to clear.
 **What it costs:** the cluster from the first stage to the last, which share it as in
 `manual_shutdown`. No worker slot while a stage runs.
 
-**Copy along:** the folder `include/`.
+**Copy along:** the folders `include/` and `plugins/polars_remote/`.
 """
 
 from datetime import datetime, timedelta

@@ -13,7 +13,7 @@ hundreds of them wait at the same time, whatever the number of slots.
 
 **What it costs:** three nodes from `start_cluster` to `stop_cluster`.
 
-**Copy along:** the folder `include/`.
+**Copy along:** the folders `include/` and `plugins/polars_remote/`.
 """
 
 from datetime import datetime, timedelta

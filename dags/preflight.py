@@ -13,7 +13,7 @@ the cluster.
 **What it costs:** nothing. With `spend`, one small node for some minutes. If the task times out,
 the cluster is stopped. If the worker is killed, the cluster is left to its idle timeout.
 
-**Copy along:** the folder `include/`.
+**Copy along:** the folders `include/` and `plugins/polars_remote/`.
 """
 
 from datetime import timedelta

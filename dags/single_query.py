@@ -14,7 +14,7 @@ use `status_check`.
 **What it costs:** nobody stops the cluster. Its idle timeout stops it ten minutes after the query
 has ended, the minimum that Polars Cloud allows. These minutes are billed.
 
-**Copy along:** the folder `include/`.
+**Copy along:** the folders `include/` and `plugins/polars_remote/`.
 """
 
 from datetime import datetime, timedelta

@@ -13,7 +13,7 @@ worker dies, the next try resumes the query.
 query has ended. `context_manager_shutdown` saves these ten minutes. With the slot, the same task
 can go on with the result. If a task only waits, use `@query_task`, as in `manifest_reuse`.
 
-**Copy along:** the folder `include/`.
+**Copy along:** the folders `include/` and `plugins/polars_remote/`.
 """
 
 from datetime import datetime, timedelta

@@ -1,1 +1,1 @@
-"""Modules that the DAGs share: login, shop, preflight and `polars_remote/`."""
+"""Modules that the DAGs share: login, shop and preflight."""

@@ -10,8 +10,10 @@ from polars_remote.connection import PolarsCloudHook
 SECRET = "a-secret-of-nobody"
 
 
-def press_test(monkeypatch: pytest.MonkeyPatch, login: str, password: str) -> tuple[bool, str]:
-    account = {"conn_type": "polars_cloud", "login": login, "password": password}
+def press_test(
+    monkeypatch: pytest.MonkeyPatch, login: str = "", password: str = "", **extra: object
+) -> tuple[bool, str]:
+    account = {"conn_type": "polars_cloud", "login": login, "password": password, "extra": extra}
     monkeypatch.setenv("AIRFLOW_CONN_TRIED", json.dumps(account))
     return PolarsCloudHook("tried").test_connection()
 
@@ -38,3 +40,12 @@ def test_a_polars_cloud_that_is_out_of_reach_is_no_refusal(
     assert "Connection refused" in message
     assert "pc login" not in message
     assert SECRET not in message
+
+
+def test_a_connection_to_clusters_of_your_own_alone_has_nothing_to_test(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert press_test(monkeypatch, headers={"authorization": SECRET}) == (
+        False,
+        "Nothing to test: this Connection opens clusters of your own alone",
+    )

@@ -117,6 +117,14 @@ def test_each_part_of_an_entry_is_read_as_it_was_written() -> None:
     assert record.get_use(use.key) == use
 
 
+def test_the_cluster_that_was_used_last_stays_last_when_an_earlier_use_is_added() -> None:
+    owner = Owner("pipeline", "run", "report", -1)
+    earlier = ClusterUse(owner, "polars_cloud", "shop", clusters={"first": 1.0})
+    use = ClusterUse(owner, "polars_cloud", "shop", clusters={"second": 2.0})
+    use.merge(earlier)
+    assert list(use.clusters.items()) == [("first", 1.0), ("second", 2.0)]
+
+
 @pytest.mark.usefixtures("supervisor")
 def test_erasing_what_is_gone_is_no_error() -> None:
     record.erase(record.task_key(OWNER, "1"))

@@ -231,7 +231,7 @@ def stop_for_run(cluster: Cluster, conn_id: str, started_by: str) -> list[Cost]:
             use = stored
         else:
             logger.info("The cost is in the log of whoever ended this run's use of the cluster")
-        left, costs = end_use(scope.session, use)
+        left, costs = end_use(scope.session, use, waits=True)
         log_left(left)
         return costs or [
             describe_unknown(use, each, "its use could not be ended") for each in use.clusters

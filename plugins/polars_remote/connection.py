@@ -7,7 +7,7 @@ from typing import Any
 
 from airflow.sdk import BaseHook
 
-from .cloud.session import REFUSED_LOGIN
+from .cloud.session import ACCESS, REFUSED_LOGIN
 from .settings import OUTAGE_SECONDS
 
 LOG_IN = """
@@ -48,6 +48,8 @@ class PolarsCloudHook(BaseHook):
         """
         connection = self.get_connection(self.conn_id)
         account = {"client_id": connection.login, "client_secret": connection.password}
+        if not connection.login and ACCESS & connection.extra_dejson.keys():
+            return False, "Nothing to test: this Connection opens clusters of your own alone"
         if not (connection.login and connection.password):
             return False, "Set login = client ID and password = client secret"
         try:

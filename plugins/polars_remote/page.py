@@ -157,7 +157,8 @@ def _cluster(manifest: str, uses: Iterable[ClusterUse], now: float) -> str:
             f"{so_far}</span></p>"
         )
     if not latest:
-        lines.append("<p class=quiet>No cluster was started yet</p>")
+        what = "A cluster of your own" if "://" in manifest else "No cluster was started yet"
+        lines.append(f"<p class=quiet>{what}</p>")
     return "".join(lines)
 
 

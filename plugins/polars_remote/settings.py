@@ -29,7 +29,7 @@ def _read_seconds(name: str, default: str) -> float:
 
 def _read_price(name: str) -> float | None:
     text = os.environ.get(name)
-    if text is None:
+    if not text:
         return None
     try:
         price = float(text)

@@ -133,7 +133,7 @@ def _find_paths(nodes: list[Any]) -> Iterator[tuple[str, ...]]:
     while left:
         match left.pop():
             case {"Scan": {"sources": {"Paths": [*paths]}}}:
-                yield tuple(path["inner"] for path in paths)
+                yield tuple(path["inner"] for path in paths if isinstance(path, dict))
             case dict(inner):
                 left += [*inner.values()][::-1]
             case list(inner):

@@ -1,5 +1,6 @@
 """Other copies of the library that Python could import."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -14,12 +15,18 @@ def find_hidden_copies() -> list[str]:
     """
     folders = {(Path(entry) / FOLDER.name).resolve() for entry in sys.path}
     return sorted(
-        describe(folder) for folder in folders - {FOLDER} if (folder / "__init__.py").is_file()
+        describe(folder)
+        for folder in folders - {FOLDER}
+        # Unlike `Path.is_file`, it raises nothing for a folder that the user may not read.
+        if os.path.isfile(folder / "__init__.py")
     )
 
 
 def describe(folder: Path) -> str:
     """Return the path of a copy, with its version."""
-    text = (folder / "__init__.py").read_text()
+    try:
+        text = (folder / "__init__.py").read_text()
+    except OSError:  # in a zip
+        text = ""
     version = re.search(r'^__version__ = "(.+)"', text, re.MULTILINE)
     return f"{folder} ({version[1] if version else 'no version'})"

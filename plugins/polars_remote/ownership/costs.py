@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
@@ -38,6 +39,7 @@ def log_costs(
     others: Collection[ClusterUse] = (),
     *,
     is_last: bool = True,
+    waits: bool,
 ) -> list[Cost]:
     """Log what a run's uses of a manifest's clusters cost, and return it; never raises.
 
@@ -49,9 +51,11 @@ def log_costs(
         Uses by other runs, and those of this run that are charged already.
     is_last
         Whether the run was the last that used the cluster.
+    waits
+        Whether to wait some seconds until the cluster has stopped.
     """
     return [
-        _log_cost(session, cluster_id, uses, others, is_last)
+        _log_cost(session, cluster_id, uses, others, is_last=is_last, waits=waits)
         for cluster_id in dict.fromkeys(each for use in uses for each in use.clusters)
     ]
 
@@ -61,16 +65,15 @@ def _log_cost(
     cluster_id: str,
     uses: Sequence[ClusterUse],
     others: Collection[ClusterUse],
+    *,
     is_last: bool,
+    waits: bool,
 ) -> Cost:
     use = uses[0]
     try:
         # A task that leaves its cluster to the idle timeout ends without a call.
         bill = None if others else _get_recorded_bill(use, cluster_id)
-        bill = bill or _get_bill(session, cluster_id)
-    except Exception as error:
-        cost = describe_unknown(use, cluster_id, " ".join(str(error).split()))
-    else:
+        bill = bill or _get_bill(session, cluster_id, waits=waits)
         now = time.time()
         mine = _get_spans(cluster_id, uses, now)
         of_runs = defaultdict[str, list[ClusterUse]](list)
@@ -81,6 +84,8 @@ def _log_cost(
         ends = bill.stopped_at or now
         seconds = get_share(mine, spans, bill.started_at, ends, takes_rest=takes_rest)
         cost = describe_cost(use, cluster_id, bill, seconds, is_shared=any(spans))
+    except Exception as error:
+        cost = describe_unknown(use, cluster_id, " ".join(str(error).split()))
     size = f"{cost['nodes']} nodes, {cost['vcpus']} vCPUs, {cost['minutes']} min"
     money = "" if cost["money"] is None else f", {cost['money']} at {PRICE} per vCPU-hour"
     logger.info(
@@ -182,16 +187,16 @@ def _get_recorded_bill(use: ClusterUse, cluster_id: str) -> ClusterBill | None:
     return ClusterBill("LEFT TO ITS IDLE TIMEOUT", use.seen_at, None, use.nodes, use.vcpus)
 
 
-def _get_bill(session: CloudSession, cluster_id: str) -> ClusterBill:
-    """Return the cluster's bill, if possible after the cluster has stopped."""
+def _get_bill(session: CloudSession, cluster_id: str, *, waits: bool) -> ClusterBill:
+    """Return the cluster's bill, if it is worth the wait after the cluster has stopped."""
     deadline = time.monotonic()
-    if time_left(STOPPING_SECONDS) == STOPPING_SECONDS:  # a task that is killed does not wait
+    if waits and time_left(math.inf) == math.inf:  # a task that is killed does not wait
         deadline += STOPPING_SECONDS
     while True:
         bill = session.call(get_cluster_bill, cluster_id, session.find_workspace())
         if bill.status != "STOPPING" or time.monotonic() > deadline:
             return bill
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 def _format(moment: float) -> str:

@@ -44,6 +44,8 @@ PARSE_SECONDS = 10.0
 ENDS_AT_ONCE = 8
 """Maximum concurrent cancellations of a task."""
 
+Uncharged = dict[str, tuple[list[ClusterUse], list[ClusterUse]]]
+"""Uses of a run whose cost is due, and the other users, by `Owner.run`; this use's run first."""
 FindQuery = Callable[[CloudSession, str, QueryRecord], "DirectQuery | None"]
 
 
@@ -255,7 +257,13 @@ def find_recorded(session: CloudSession, name: str, query: QueryRecord) -> Direc
     return find_query(session, query.cluster_id, query.query_id, destination, query.known)
 
 
-def end_use(session: CloudSession, use: ClusterUse, ctx: ComputeContext | None = None) -> EndedUse:
+def end_use(
+    session: CloudSession,
+    use: ClusterUse,
+    ctx: ComputeContext | None = None,
+    *,
+    waits: bool = False,
+) -> EndedUse:
     """End a use of a cluster; the last user stops it. Never raises.
 
     Two users may end at the same time. Each erases its use, then checks again for other users; the
@@ -266,6 +274,8 @@ def end_use(session: CloudSession, use: ClusterUse, ctx: ComputeContext | None =
     ----------
     ctx
         Context of the cluster, if its id is known.
+    waits
+        Whether to wait some seconds until the cluster has stopped, for the whole of its cost.
     """
     others = _Others(session, use)
     ended: ClusterUse | None = None
@@ -278,7 +288,7 @@ def end_use(session: CloudSession, use: ClusterUse, ctx: ComputeContext | None =
         is_erased = True
         if not is_last and (others.are_active() or not others.stop_unless_used(ctx)):
             logger.info("Cluster of manifest %s runs on for its other users", use.manifest)
-        costs = others.log_costs(ended)
+        uncharged = others.find_uncharged(ended)
         others.erase_ended()
     except Exception as error:
         left = [Left(f"the use of the cluster of manifest {use.manifest}", use.owner, str(error))]
@@ -290,7 +300,7 @@ def end_use(session: CloudSession, use: ClusterUse, ctx: ComputeContext | None =
             except Exception as error:
                 left.append(Left("the entry", use.owner, str(error)))
         return EndedUse(left, [])
-    return EndedUse([], costs)
+    return EndedUse([], others.log_costs(uncharged, waits=waits))
 
 
 def has_other_users(session: CloudSession, use: ClusterUse) -> bool:
@@ -345,8 +355,8 @@ class _Others:
         record.put(ended.key, ended)
         return ended
 
-    def log_costs(self, ended: ClusterUse | None = None) -> list[Cost]:
-        """Log the cost of each run whose use has ended, and return that of this use's run.
+    def find_uncharged(self, ended: ClusterUse | None) -> Uncharged | str:
+        """Return the uses whose cost is due, or why it is not known or not due.
 
         Parameters
         ----------
@@ -355,22 +365,30 @@ class _Others:
         """
         of_this_run, _ = self._get_users()
         if of_this_run:
-            reason = "other tasks of this run use the cluster"
-            return [describe_unknown(self._use, each, reason) for each in self._use.clusters]
+            return "other tasks of this run use the cluster"
         try:
-            runs = self._get_uncharged(ended)
+            return self._get_uncharged(ended)
         except Exception as error:
             logger.warning("The cost of manifest %s is not known: %s", self._use.manifest, error)
-            return [describe_unknown(self._use, each, str(error)) for each in self._use.clusters]
+            return str(error)
+
+    def log_costs(self, uncharged: Uncharged | str, *, waits: bool) -> list[Cost]:
+        """Log the cost of each run, and return that of this use's run."""
+        if isinstance(uncharged, str):
+            return [describe_unknown(self._use, each, uncharged) for each in self._use.clusters]
         costs = {
-            run: log_costs(self._session, uses, others, is_last=not self._active and not index)
-            for index, (run, (uses, others)) in enumerate(runs.items())
+            run: log_costs(
+                self._session,
+                uses,
+                others,
+                is_last=not self._active and not index,
+                waits=waits,
+            )
+            for index, (run, (uses, others)) in enumerate(uncharged.items())
         }
         return costs[self._use.owner.run]
 
-    def _get_uncharged(
-        self, ended: ClusterUse | None
-    ) -> dict[str, tuple[list[ClusterUse], list[ClusterUse]]]:
+    def _get_uncharged(self, ended: ClusterUse | None) -> Uncharged:
         """Return the uncharged uses of each run that has ended, this run first, and the others."""
         stored = {
             key: use
@@ -403,8 +421,10 @@ class _Others:
         A use that has ended on its own stays on record for the others' shares.
         """
         run = self._use.owner.run
+        of_this_run, _ = self._get_users()
         for key in self._keys:
-            if (key in self._orphans and (not self._active or record.get_run_part(key) == run)) or (
+            is_of_ended_run = not of_this_run and record.get_run_part(key) == run
+            if (key in self._orphans and (not self._active or is_of_ended_run)) or (
                 not self._active and record.is_ended(key)
             ):
                 record.erase(key)

@@ -31,7 +31,8 @@ def get_lineage() -> dict[str, Any]:
     """
     ti = get_current_context()["ti"]
     namespace, job, run_id = "default", f"{ti.dag_id}.{ti.task_id}", str(ti.id)
-    with suppress(ImportError):
+    # Whatever fails in the provider, the query is more important.
+    with suppress(Exception):
         macros = import_module("airflow.providers.openlineage.plugins.macros")
         namespace, job = macros.lineage_job_namespace(), macros.lineage_job_name(ti)
         run_id = macros.lineage_run_id(ti)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from posixpath import dirname
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from ..cloud.plans import Plan
 from .record import Dataset, QueryRecord, Result
@@ -81,7 +81,7 @@ def name_dataset(uri: str) -> Dataset:
     if scheme in ("", "file"):
         return "file", rest.rstrip("/") or "/"
     if scheme in ("http", "https"):
-        host, path = host.rpartition("@")[2], urlsplit(uri).path
+        host, path = host.rpartition("@")[2], re.split("[?#]", path)[0]
     return f"{SCHEMES.get(scheme, scheme)}://{host}", path.strip("/") or "/"
 
 

@@ -287,8 +287,11 @@ class ClusterUse(Stored):
         if earlier.clusters.keys() >= self.clusters.keys():
             self.nodes, self.vcpus = earlier.nodes, earlier.vcpus
             self.seen_at = earlier.seen_at
-        for cluster_id, since in earlier.clusters.items():
-            self.clusters[cluster_id] = min(since, self.clusters.get(cluster_id, since))
+        # The latest cluster stays the last.
+        self.clusters = {
+            cluster_id: min(since, earlier.clusters.get(cluster_id, since))
+            for cluster_id, since in (earlier.clusters | self.clusters).items()
+        }
 
 
 def task_key(owner: Owner, ti_id: object = "") -> str:

@@ -153,7 +153,7 @@ class TaskClusters:
 
     def _end(self, use: ClusterUse, ctx: ComputeContext) -> None:
         use = self._uses.get(use.manifest, use)
-        left = end_use(self._session, use, ctx).left
+        left = end_use(self._session, use, ctx, waits=True).left
         if left:
             self.given_up.add(use.key)
         else:
