@@ -161,9 +161,10 @@ def test_a_dag_works_in_another_deployment_with_only_what_it_names(
     dags: dict[str, DAG], parse: Parse, tmp_path: Path, dag_id: str
 ) -> None:
     dag = dags[dag_id]
-    [folder] = re.findall(r"\*\*Copy along:\*\* the folder `(\w+)/`", dag.doc_md or "")
+    [named] = re.findall(r"\*\*Copy along:\*\* the folders? (.+)\.", dag.doc_md or "")
     shutil.copy(dag.fileloc, tmp_path)
-    shutil.copytree(ROOT / folder, tmp_path / folder)
+    for folder in re.findall(r"`([\w/]+)/`", named):
+        shutil.copytree(ROOT / folder, tmp_path / Path(folder).name)
 
     # Nothing but the DAGs folder, which Airflow itself adds to the path.
     report = parse(tmp_path)
