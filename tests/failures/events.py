@@ -99,8 +99,14 @@ def with_running_queries(
 def let_queries_end(airflow: Deployment, run: Run) -> None:
     """Let those that take long end, one after the other where they wait for each other."""
 
+    def running() -> set[str]:
+        return {query["id"] for query in airflow.emulator.running_queries() if query["started_at"]}
+
     def have_ended() -> bool:
+        # No query is given its time twice: the clock would also stop the cluster that has no other.
+        now = running()
         airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
+        airflow.eventually(lambda: now.isdisjoint(running()))
         return not airflow.emulator.running_queries()
 
     airflow.eventually(have_ended)
