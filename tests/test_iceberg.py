@@ -39,7 +39,7 @@ def cluster(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def catalog(emulator: RunningEmulator, tmp_path: Path) -> SqlCatalog:
+def catalog(emulator: RunningEmulator, tmp_path: Path) -> Iterator[SqlCatalog]:
     """A catalog with one empty table, in a file that the emulator's workers can open."""
     catalog = SqlCatalog(
         "shop",
@@ -54,7 +54,8 @@ def catalog(emulator: RunningEmulator, tmp_path: Path) -> SqlCatalog:
     )
     catalog.create_namespace("shop")
     catalog.create_table(TABLE, TWO_ROWS.collect().to_arrow().schema)
-    return catalog
+    yield catalog
+    catalog.close()
 
 
 @pytest.fixture
