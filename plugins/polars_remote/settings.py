@@ -57,7 +57,7 @@ OUTAGE_SECONDS = _read_seconds("POLARS_CLOUD_OUTAGE", "120")
 """Seconds for which a call is retried while Polars Cloud is unavailable."""
 
 PRICE = _read_price("POLARS_CLOUD_PRICE")
-"""Price of a vCPU-hour, in any currency; None: costs are told in vCPU-hours alone."""
+"""Price of a vCPU-hour, in any currency; None: costs have vCPU-hours and no money."""
 
 DEFERS = _read_switch("POLARS_CLOUD_DEFER", "1")
 """A `@query_task` defers while it waits. This needs a triggerer."""

@@ -123,9 +123,9 @@ class ClusterBill(NamedTuple):
     status
         Such as `STOPPING`.
     started_at, stopped_at
-        When it was requested and when it stopped, in seconds since the epoch; None: not told.
+        When it was requested and when it stopped, in seconds since the epoch; None if unknown.
     vcpus
-        Of all nodes together; None: not told.
+        vCPUs of all nodes; None if unknown.
     """
 
     status: str

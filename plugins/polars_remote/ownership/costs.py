@@ -157,7 +157,7 @@ def get_share(
     others
         When each of the other runs did.
     begins, ends
-        Of the cluster.
+        Start of the cluster, and its stop or now.
     takes_rest
         Whether the run also gets the time after it has begun in which no run used the cluster.
     """

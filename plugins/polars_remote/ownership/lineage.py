@@ -53,7 +53,8 @@ def report_datasets(queries: Iterable[tuple[QueryRecord, Result | None]]) -> Lin
         written = query.outputs or [name_dataset(each) for each in merge_files(result.location)]
         for namespace, name in written:
             output = outputs[namespace, name] = OutputDataset(namespace, name)
-            if len(written) == 1 and result.rows is not None:  # else nobody tells them apart
+            # The rows of several outputs cannot be told apart.
+            if len(written) == 1 and result.rows is not None:
                 output.outputFacets = {
                     "outputStatistics": (
                         output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(
