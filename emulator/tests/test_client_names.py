@@ -4,6 +4,7 @@ A name that a newer client adds has no row in these tables, and fails the test o
 """
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -101,7 +102,7 @@ QUERIES: Calls = {
     "sink_batches": lambda used: used.frame.sink_batches(id).await_result(),
     "sink_csv": lambda used: used.frame.sink_csv(SINKS).await_result(),
     "sink_iceberg": Refused(
-        lambda used: used.frame.sink_iceberg("shop.sales", mode="append", catalog=own_catalog()),
+        lambda used: append_to_own_catalog(used.frame),
         "needs pyiceberg and PyArrow",
     ),
     "sink_ipc": lambda used: used.frame.sink_ipc(SINKS).await_result(),
@@ -387,10 +388,14 @@ COMMANDS: dict[str, tuple[int, str] | None] = {
 """Exit code and words of each command of `pc`."""
 
 
-def own_catalog() -> Any:
+def append_to_own_catalog(frame: Any) -> Any:
     from pyiceberg.catalog.sql import SqlCatalog
 
-    return SqlCatalog("shop", uri="sqlite:///:memory:", warehouse="s3://your-bucket/warehouse")
+    warehouse = "s3://your-bucket/warehouse"
+    with contextlib.closing(
+        SqlCatalog("shop", uri="sqlite:///:memory:", warehouse=warehouse)
+    ) as catalog:
+        return frame.sink_iceberg("shop.sales", mode="append", catalog=catalog)
 
 
 def log_in(used: Used, authenticate: Callable[..., None]) -> None:

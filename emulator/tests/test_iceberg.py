@@ -1,6 +1,7 @@
 """Iceberg tables: a worker writes the files, and commits them to the table's catalog."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,18 @@ def storage(emulator: RunningEmulator) -> dict[str, str]:
 
 
 @pytest.fixture
-def make_table(storage: dict[str, str], tmp_path: Path) -> Callable[[str], Any]:
-    def make(warehouse: str) -> Any:
-        catalog = SqlCatalog(
-            "shop", uri=f"sqlite:///{tmp_path}/catalog.db", warehouse=warehouse, **storage
-        )
-        catalog.create_namespace("shop")
-        return catalog.create_table("shop.sales", rows(0).collect().to_arrow().schema)
+def make_table(storage: dict[str, str], tmp_path: Path) -> Iterator[Callable[[str], Any]]:
+    with contextlib.ExitStack() as catalogs:
 
-    return make
+        def make(warehouse: str) -> Any:
+            catalog = SqlCatalog(
+                "shop", uri=f"sqlite:///{tmp_path}/catalog.db", warehouse=warehouse, **storage
+            )
+            catalogs.callback(catalog.close)
+            catalog.create_namespace("shop")
+            return catalog.create_table("shop.sales", rows(0).collect().to_arrow().schema)
+
+        yield make
 
 
 def height(table: Any) -> int:
