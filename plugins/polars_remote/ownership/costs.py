@@ -36,9 +36,9 @@ Cost = dict[str, Any]
 def log_costs(
     session: CloudSession,
     uses: Sequence[ClusterUse],
-    others: Collection[ClusterUse] = (),
+    others: Collection[ClusterUse],
     *,
-    is_last: bool = True,
+    is_last: bool,
     waits: bool,
 ) -> list[Cost]:
     """Log what a run's uses of a manifest's clusters cost, and return it; never raises.
