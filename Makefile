@@ -17,81 +17,29 @@ export UV_COMPILE_BYTECODE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo emulator airflow copy preflight check check-style check-file check-run test \
-	test-template failures versions mutations wheel celery lint benchmark bench-calls comparison load waiting lock upgrade clean
+	test-template test-failures test-versions test-celery test-mutations wheel lint lock outdated \
+	bench bench-calls bench-comparison bench-load bench-waiting clean
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^##@ / { print "\n" substr($$0, 5) } \
+		/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
-demo: .venv/installed ## Run the eight DAGs on the emulator, print what they did; OPEN=1: show it; REALISTIC=1
+##@ Run it
+
+demo: .venv/installed ## Run the DAGs on the emulator; OPEN=1 shows the emulator's page, REALISTIC=1 simulates slow starts
 	.venv/bin/python scripts/demo.py $(if $(OPEN),--open) $(if $(REALISTIC),--realistic)
 
 emulator: .venv/installed ## Serve the emulator until Ctrl-C
 	.venv/bin/python -m polars_cloud_emulator serve --state-dir .emulator --env-file .emulator/env
 
 airflow: PORT := 8080
-airflow: .venv/installed ## Serve Airflow's UI, with the DAGs and the emulator, until Ctrl-C
+airflow: .venv/installed ## Serve Airflow with the DAGs, and the emulator, until Ctrl-C
 	.venv/bin/python scripts/standalone.py --port $(PORT)
 
-copy: .venv/installed ## Copy a DAG into another Airflow, or upgrade it there: DAG=complete_pipeline TO=/path/to/it; DIFF=1
-	.venv/bin/python scripts/copy_dag.py "$(DAG)" "$(TO)" $(if $(DIFF),--diff)
-
-# With the Connection and the variables of the calling shell, which make hands on as they are.
-preflight: .venv/installed ## Check your account, before the first run; SPEND=1: with a cluster; EMULATOR=1: try it
-	.venv/bin/python scripts/preflight.py $(if $(EMULATOR),--emulator) $(if $(SPEND),--spend)
-
-# Three at a time on two cores: a test waits for part of its time. What a file's tests share is made
-# quickly, so that they need not stay together: who has nothing left takes from the others.
-test: .venv/installed ## Run the tests of the DAGs and of what they share
-	.venv/bin/python -m pytest --numprocesses=3 --dist=worksteal
-
-test-template: .venv/installed ## Run those of the template itself: its pages, scripts and layouts, the emulator
-	.venv/bin/python -m pytest emulator/tests tests/template
-
-failures: .venv/installed ## Run the DAGs while things go wrong, under a scheduler; ALL=1: each DAG
-	.venv/bin/python -m pytest tests/failures --dist=worksteal $(if $(ALL),,-m 'not further')
-
-# Another release, such as one that has just come out, is installed without a lock.
-ifdef AIRFLOW
-versions: .venv/installed
-	.venv/bin/uv venv --quiet --clear --python .venv/bin/python .venv/airflow-$(AIRFLOW)
-	.venv/bin/uv pip install --quiet --python .venv/airflow-$(AIRFLOW) --no-build \
-		apache-airflow==$(AIRFLOW) --requirements requirements.txt --group emulator --group tests
-	for tests in tests/test_internals.py 'tests/failures -m any_airflow'; do \
-		.venv/airflow-$(AIRFLOW)/bin/python -m pytest $$tests --dist=load -W default || exit; \
-	done
-else
-versions: wheel $(OLDER_AIRFLOWS:%=.venv/airflow-%/installed) ## Run the DAGs on older Airflows, and let some things go wrong; AIRFLOW=3.4.0: on another
-	for version in $(OLDER_AIRFLOWS); do \
-		.venv/airflow-$$version/bin/python -m pytest tests/failures --dist=load \
-			-m 'any_airflow or deferred' -W default || exit; \
-		.venv/airflow-$$version/bin/python -m pytest --numprocesses=0 -W default \
-			tests/test_page.py || exit; \
-	done
-	.venv/bin/uv pip install --quiet --no-deps --target .venv/wheel/site \
-		.venv/wheel/airflow_polars_remote-*.whl
-	.venv/bin/python -m pytest -q --numprocesses=0 tests/wheel
-endif
-
-mutations: .venv/installed ## Break each promise once, and tell which break no test notices; WORDS=...: some
-	.venv/bin/python scripts/mutations.py $(WORDS)
-
-wheel: .venv/installed ## Build the wheels of library and emulator; try the latter where nothing else is installed
-	rm -rf .venv/wheel && mkdir .venv/wheel
-	for folder in plugins emulator; do \
-		.venv/bin/uv build --quiet --wheel --out-dir .venv/wheel $$folder || exit; \
-	done
-	.venv/bin/uv venv --quiet --python .venv/bin/python .venv/wheel/venv
-	.venv/bin/uv pip install --quiet --python .venv/wheel/venv .venv/wheel/polars_cloud_emulator-*.whl pytest
-	env --unset PYTHONPATH .venv/wheel/venv/bin/polars-cloud-emulator serve --help >/dev/null
-	cp emulator/examples/test_queries.py .venv/wheel
-	cd .venv/wheel && env --unset PYTHONPATH venv/bin/python -m pytest -q -c /dev/null --rootdir . \
-		--confcutdir . -W error test_queries.py
-
-celery: .venv/installed ## Run the DAGs on two Celery workers; needs redis-server
-	.venv/bin/python -m pytest tests/celery --numprocesses=0
+##@ Write your own DAGs
 
 # Side by side: a parse and a run take a core each.
-check: .venv/installed ## Check a DAG that you edited, and what it writes: DAG=multi_stage; without it, all
+check: .venv/installed ## Lint and run a DAG, and print what it wrote: DAG=multi_stage; all DAGs without DAG=
 	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target check-style check-file check-run
 
 check-style:
@@ -105,33 +53,79 @@ check-file:
 check-run:
 	.venv/bin/python scripts/demo.py $(DAG)
 
+##@ Use your own Airflow and account
+
+# With the Connection and the variables of the calling shell, which make hands on as they are.
+preflight: .venv/installed ## Check your account; SPEND=1 starts a cluster, too; EMULATOR=1 checks the emulator instead
+	.venv/bin/python scripts/preflight.py $(if $(EMULATOR),--emulator) $(if $(SPEND),--spend)
+
+copy: .venv/installed ## Copy or upgrade a DAG in another Airflow: DAG=complete_pipeline TO=/path; DIFF=1 shows changes
+	.venv/bin/python scripts/copy_dag.py "$(DAG)" "$(TO)" $(if $(DIFF),--diff)
+
+##@ Test
+
+# Three at a time on two cores: a test waits for part of its time. What a file's tests share is made
+# quickly, so that they need not stay together: who has nothing left takes from the others.
+test: .venv/installed ## Test the DAGs, include/ and the library
+	.venv/bin/python -m pytest --numprocesses=3 --dist=worksteal
+
+test-template: .venv/installed ## Test the emulator, the pages, the scripts and the layouts
+	.venv/bin/python -m pytest emulator/tests tests/template
+
+test-failures: .venv/installed ## Inject failures under a real scheduler; ALL=1 does so for each DAG
+	.venv/bin/python -m pytest tests/failures --dist=worksteal $(if $(ALL),,-m 'not further')
+
+# Another release, such as one that has just come out, is installed without a lock.
+ifdef AIRFLOW
+test-versions: .venv/installed
+	.venv/bin/uv venv --quiet --clear --python .venv/bin/python .venv/airflow-$(AIRFLOW)
+	.venv/bin/uv pip install --quiet --python .venv/airflow-$(AIRFLOW) --no-build \
+		apache-airflow==$(AIRFLOW) --requirements requirements.txt --group emulator --group tests
+	for tests in tests/test_internals.py 'tests/failures -m any_airflow'; do \
+		.venv/airflow-$(AIRFLOW)/bin/python -m pytest $$tests --dist=load -W default || exit; \
+	done
+else
+test-versions: wheel $(OLDER_AIRFLOWS:%=.venv/airflow-%/installed) ## Run the DAGs, and some failures, on older Airflows; AIRFLOW=3.4.0 tests another release
+	for version in $(OLDER_AIRFLOWS); do \
+		.venv/airflow-$$version/bin/python -m pytest tests/failures --dist=load \
+			-m 'any_airflow or deferred' -W default || exit; \
+		.venv/airflow-$$version/bin/python -m pytest --numprocesses=0 -W default \
+			tests/test_page.py || exit; \
+	done
+	.venv/bin/uv pip install --quiet --no-deps --target .venv/wheel/site \
+		.venv/wheel/airflow_polars_remote-*.whl
+	.venv/bin/python -m pytest -q --numprocesses=0 tests/wheel
+endif
+
+test-celery: .venv/installed ## Run the DAGs on two Celery workers; needs redis-server
+	.venv/bin/python -m pytest tests/celery --numprocesses=0
+
+test-mutations: .venv/installed ## Break each promise in the code, and list what no test notices; WORDS=... selects some
+	.venv/bin/python scripts/mutations.py $(WORDS)
+
+##@ Change the template
+
 lint: .venv/installed ## Check style, imports and types
 	.venv/bin/python -m ruff check
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
 
-benchmark bench-calls comparison load waiting: PYTHONPATH := $(PYTHONPATH):$(CURDIR)/scripts
-benchmark: .venv/installed ## Measure the emulator, and what each pattern costs
-	.venv/bin/python benchmarks/emulator_footprint.py
-	.venv/bin/python benchmarks/cluster_cost.py
-
-bench-calls: .venv/installed ## Count the calls of a task, and the seconds beyond its query; 3 minutes
-	.venv/bin/python benchmarks/task_calls.py
-
-load: .venv/installed ## Measure how the emulator bears large data and thousands of queries; 4 minutes
-	.venv/bin/python benchmarks/emulator_load.py
-
-waiting: .venv/installed ## Measure what it costs to wait, in the worker and without it; an hour
-	.venv/bin/python benchmarks/waiting.py
-
-comparison: .venv/installed ## Put the published wiring beside ours: its bill, and the same failures
-	.venv/bin/python benchmarks/billed_beyond_queries.py
-	.venv/bin/python benchmarks/published_failures.py
+wheel: .venv/installed ## Build the wheels of the library and the emulator, and try the emulator's
+	rm -rf .venv/wheel && mkdir .venv/wheel
+	for folder in plugins emulator; do \
+		.venv/bin/uv build --quiet --wheel --out-dir .venv/wheel $$folder || exit; \
+	done
+	.venv/bin/uv venv --quiet --python .venv/bin/python .venv/wheel/venv
+	.venv/bin/uv pip install --quiet --python .venv/wheel/venv .venv/wheel/polars_cloud_emulator-*.whl pytest
+	env --unset PYTHONPATH .venv/wheel/venv/bin/polars-cloud-emulator serve --help >/dev/null
+	cp emulator/examples/test_queries.py .venv/wheel
+	cd .venv/wheel && env --unset PYTHONPATH venv/bin/python -m pytest -q -c /dev/null --rootdir . \
+		--confcutdir . -W error test_queries.py
 
 # Keeps what still fits; without the file, everything moves to its newest release.
 lock: LOCK = .venv/bin/uv pip compile --quiet --no-build --universal --generate-hashes \
 	--custom-compile-command 'make lock' --python-version $(lastword $(PYTHON_VERSIONS))
-lock: .venv/bin/uv ## Write the locks anew, after a version was changed
+lock: .venv/bin/uv ## Update the lock files after a change of versions
 	$(LOCK) --output-file requirements-dev.lock requirements.txt --group dev
 	# What the image adds to Airflow's own.
 	sed -n '/^polars-cloud/p' requirements.txt | $(LOCK) --no-emit-package \
@@ -143,10 +137,32 @@ lock: .venv/bin/uv ## Write the locks anew, after a version was changed
 			--group airflow-$$version --group emulator --group tests || exit; \
 	done
 
-upgrade: .venv/installed ## Show what is newer than the pinned versions, and what a bump would change
-	.venv/bin/python scripts/upgrade.py
+outdated: .venv/installed ## List newer versions of pinned packages, and what each would change
+	.venv/bin/python scripts/outdated.py
 
-clean: ## Delete everything that the commands made
+##@ Measure
+
+bench bench-calls bench-comparison bench-load bench-waiting: PYTHONPATH := $(PYTHONPATH):$(CURDIR)/scripts
+bench: .venv/installed ## Measure the emulator's footprint and what each pattern costs
+	.venv/bin/python benchmarks/emulator_footprint.py
+	.venv/bin/python benchmarks/cluster_cost.py
+
+bench-calls: .venv/installed ## Count a task's API calls and measure its overhead; 3 minutes
+	.venv/bin/python benchmarks/task_calls.py
+
+bench-load: .venv/installed ## Load the emulator with large data and thousands of queries; 4 minutes
+	.venv/bin/python benchmarks/emulator_load.py
+
+bench-waiting: .venv/installed ## Measure the cost of waiting in the worker and in the triggerer; 1 hour
+	.venv/bin/python benchmarks/waiting.py
+
+bench-comparison: .venv/installed ## Compare costs and failures with the published example's wiring
+	.venv/bin/python benchmarks/billed_beyond_queries.py
+	.venv/bin/python benchmarks/published_failures.py
+
+##@ Clean up
+
+clean: ## Delete everything that these commands created
 	rm -rf .venv .airflow .emulator .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -r {} +
 

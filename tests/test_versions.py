@@ -10,9 +10,9 @@ import pytest
 from include.preflight import NEWEST_TRIED, OLDEST_PYTHON
 from left_to_do import OLDEST_AIRFLOW
 from local_airflow import ROOT
+from outdated import package, read_lock, read_pins
 from polars_cloud_emulator.protocol.client_check import CLIENT_VERSION
 from polars_remote.compat.versions import OLDEST
-from upgrade import package, read_lock, read_pins
 
 LOCKS = ["requirements.lock", "requirements-dev.lock", ".ci/airflow-3-1.lock"]
 LOCKS += [".ci/airflow-3-2.lock"]

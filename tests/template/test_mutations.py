@@ -1,4 +1,4 @@
-"""The list of mutations fits the code: `make mutations` could try each of them."""
+"""The list of mutations fits the code: `make test-mutations` could try each of them."""
 
 import pytest
 

@@ -10,8 +10,6 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -179,17 +177,6 @@ def test_every_task_succeeds_at_its_first_try(session: Session) -> None:
             continue
         outcome = (task["state"], task["try_number"])
         assert outcome == ("success", 1), f"{task}\n{session.log(task)[-6000:]}"
-
-
-@pytest.mark.dag("parallel_single_node")
-def test_mapped_tasks_run_at_the_same_time(session: Session) -> None:
-    mapped = [
-        (datetime.fromisoformat(task["start_date"]), datetime.fromisoformat(task["end_date"]))
-        for task in session.task_instances
-        if task["dag_id"] == "parallel_single_node" and task["map_index"] >= 0
-    ]
-    assert len(mapped) == 5
-    assert any(max(a[0], b[0]) < min(a[1], b[1]) for a, b in combinations(mapped, 2)), mapped
 
 
 def test_every_query_succeeds(session: Session) -> None:
