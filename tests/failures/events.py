@@ -103,10 +103,12 @@ def let_queries_end(airflow: Deployment, run: Run) -> None:
         return {query["id"] for query in airflow.emulator.running_queries() if query["started_at"]}
 
     def have_ended() -> bool:
-        # No query is given its time twice: the clock would also stop the cluster that has no other.
-        now = running()
-        airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
-        airflow.eventually(lambda: now.isdisjoint(running()))
+        # Advance the clock once per query, and only while a query is running. Otherwise the cluster
+        # reaches its idle timeout.
+        airflow.eventually(lambda: running() or not airflow.emulator.running_queries())
+        if now := running():
+            airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
+            airflow.eventually(lambda: now.isdisjoint(running()))
         return not airflow.emulator.running_queries()
 
     airflow.eventually(have_ended)
