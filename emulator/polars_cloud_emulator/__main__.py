@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from polars_cloud_emulator.env_file import NotAnEnvFile, write_env_file
-from polars_cloud_emulator.model.errors import CannotKeep
+from polars_cloud_emulator.model.errors import CannotPersist
 from polars_cloud_emulator.model.realism import CONVENIENT, REALISTIC
 from polars_cloud_emulator.server import Emulator
 from polars_cloud_emulator.storage.object_store import UnusableEnvironment
@@ -62,10 +62,10 @@ def main() -> None:
         if name.startswith("AWS_") or (own_s3 and name.lower().endswith("_proxy")):
             del os.environ[name]
 
-    def give_up(words: str) -> NoReturn:
+    def exit_with_error(message: str) -> NoReturn:
         if options.parent:  # it reads the first line
-            print(words, flush=True)
-        parser.exit(1, f"{parser.prog}: {words}\n")
+            print(message, flush=True)
+        parser.exit(1, f"{parser.prog}: {message}\n")
 
     # All files of the emulator are this user's alone, and so are those of its workers.
     os.umask(0o077)
@@ -91,21 +91,21 @@ def main() -> None:
             while not stop.wait(PARENT_CHECK_SECONDS if options.parent else None):
                 if os.getppid() != options.parent:
                     break
-    except (UnusableStateDirectory, CannotKeep) as error:
-        give_up(str(error))
+    except (UnusableStateDirectory, CannotPersist) as error:
+        exit_with_error(str(error))
     except NotAnEnvFile as error:
-        give_up(f"--env-file: {error}")
+        exit_with_error(f"--env-file: {error}")
     except UnusableEnvironment as error:
-        give_up(f"--object-store environment: {error}")
+        exit_with_error(f"--object-store environment: {error}")
     except OverflowError as error:
-        give_up(f"--port-base {options.port_base}: {error}")
+        exit_with_error(f"--port-base {options.port_base}: {error}")
     except OSError as error:
         hint = ""
         if error.errno == errno.EADDRINUSE:
             hint = "; is another emulator running? try --port-base"
         elif isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
             hint = f"; --host {options.host} has to be a name or an IPv4 address of this machine"
-        give_up(f"{error}{hint}")
+        exit_with_error(f"{error}{hint}")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ class Clock:
         self.reset()
 
     def now(self) -> datetime:
-        now = self.now_for_logins() + self._passed_over
+        now = self.now_for_logins() + self._skipped
         if now < self._latest:  # the system's clock was set back
-            self.pass_over(self._latest - now)
+            self.skip(self._latest - now)
         self._latest = max(now, self._latest)
         return self._latest
 
@@ -28,14 +28,14 @@ class Clock:
     def advance(self, by: timedelta) -> None:
         self._ahead += by
 
-    def pass_over(self, by: timedelta) -> None:
+    def skip(self, by: timedelta) -> None:
         """Let time pass in which nobody does anything but wait for a cluster."""
-        self._passed_over += by
+        self._skipped += by
 
-    def go_on_from(self, moment: datetime) -> None:
+    def never_before(self, moment: datetime) -> None:
         """Let it be no earlier than a moment of an emulator that has ended."""
         self._latest = max(moment, self._latest)
 
     def reset(self) -> None:
-        self._ahead = self._passed_over = timedelta(0)
+        self._ahead = self._skipped = timedelta(0)
         self._latest = datetime.min.replace(tzinfo=UTC)

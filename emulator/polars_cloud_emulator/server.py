@@ -27,7 +27,7 @@ from starlette.responses import Response
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.faults.middleware import FaultMiddleware
 from polars_cloud_emulator.faults.pending import Faults
-from polars_cloud_emulator.model.errors import CannotKeep, UnknownCall
+from polars_cloud_emulator.model.errors import CannotPersist, UnknownCall
 from polars_cloud_emulator.model.realism import CONVENIENT, Realism
 from polars_cloud_emulator.model.specs import ClusterSpec, Specs, Version
 from polars_cloud_emulator.model.state import State
@@ -39,15 +39,15 @@ from polars_cloud_emulator.planes.pages import Pages
 from polars_cloud_emulator.protocol.access_tokens import CLIENT_ID, AccessTokens, ClusterKey
 from polars_cloud_emulator.protocol.client_check import ClientCheck
 from polars_cloud_emulator.protocol.connections import Connection
+from polars_cloud_emulator.protocol.cross_origin import CrossOriginMiddleware
 from polars_cloud_emulator.protocol.device_logins import DeviceLogins
-from polars_cloud_emulator.protocol.door import Door
-from polars_cloud_emulator.protocol.grpc_transport import refusal_in_kind
+from polars_cloud_emulator.protocol.grpc_transport import refusal_for
 from polars_cloud_emulator.protocol.journal import Journal, JournalMiddleware
 from polars_cloud_emulator.protocol.request_bodies import RequestBodyMiddleware
 from polars_cloud_emulator.protocol.tls_listener import TlsListener, TlsOnlyMiddleware
-from polars_cloud_emulator.storage.kept_plans import KeptPlans
-from polars_cloud_emulator.storage.kept_state import CommitMiddleware, KeptState
 from polars_cloud_emulator.storage.object_store import ObjectStore, OutsideObjectStore
+from polars_cloud_emulator.storage.persisted_plans import PersistedPlans
+from polars_cloud_emulator.storage.persisted_state import CommitMiddleware, PersistedState
 from polars_cloud_emulator.storage.state_directory import StateDirectory
 from polars_cloud_emulator.workers.compute import TICK, Compute
 from polars_cloud_emulator.workers.pool import processes_that_fit
@@ -101,7 +101,7 @@ class Emulator:
         A port is taken.
     UnusableStateDirectory
         The state directory is in use, damaged, another user's or not writable.
-    CannotKeep
+    CannotPersist
         There is no room for the sample data.
     UnusableEnvironment
         ``outside_s3`` leads to no object store.
@@ -176,10 +176,10 @@ class Emulator:
             )
             self._files = StateDirectory(state_dir)
             resources.callback(self._files.close)
-            self._plans = KeptPlans(self._files.plans)
-            self._kept = KeptState(self._files.state, self._plans)
-            resources.callback(self._kept.close)
-            self._snapshot = self._kept.load()
+            self._plans = PersistedPlans(self._files.plans)
+            self._persisted = PersistedState(self._files.state, self._plans)
+            resources.callback(self._persisted.close)
+            self._snapshot = self._persisted.load()
             self._object_store: ObjectStore | OutsideObjectStore
             if self._outside_s3 is None:
                 [s3_listener] = s3_listeners
@@ -242,7 +242,7 @@ class Emulator:
         self._compute = Compute(
             self._state,
             self.clock,
-            self._kept,
+            self._persisted,
             plans=self._plans,
             environment=self._object_store.environment,
             temporary_uri=self._object_store.temporary_uri,
@@ -261,7 +261,7 @@ class Emulator:
         ip, port = self._tls_listener.getsockname()[:2]
         control_plane = ControlPlane(
             self._state,
-            self._kept,
+            self._persisted,
             self._compute,
             self._plans,
             self._access_tokens,
@@ -293,7 +293,7 @@ class Emulator:
             self.clock,
             self._access_tokens,
             self._reset,
-            self._open_the_shop,
+            self._update_sample_data,
         )
         pages = Pages(
             self._state,
@@ -306,8 +306,8 @@ class Emulator:
         )
         await asyncio.to_thread(self._object_store.load)
         self._sample_data = asyncio.Lock()
-        self._opened: date | None = None
-        await self._open_the_shop()
+        self._sample_data_day: date | None = None
+        await self._update_sample_data()
         application = Starlette(
             routes=[
                 *pages.routes(),
@@ -322,11 +322,11 @@ class Emulator:
         application.router.redirect_slashes = False
         await hypercorn.asyncio.serve(
             RequestBodyMiddleware(  # type: ignore[arg-type]
-                Door(
+                CrossOriginMiddleware(
                     JournalMiddleware(
                         TlsOnlyMiddleware(
                             FaultMiddleware(
-                                CommitMiddleware(application, self._kept, self._state),
+                                CommitMiddleware(application, self._persisted, self._state),
                                 self._faults,
                                 self._access_tokens,
                             ),
@@ -339,7 +339,7 @@ class Emulator:
                 )
             ),
             self._hypercorn_config(),
-            shutdown_trigger=self._released,
+            shutdown_trigger=self._wait_for_shutdown,
         )
 
     def _hypercorn_config(self) -> hypercorn.Config:
@@ -360,7 +360,7 @@ class Emulator:
         self._start_on_premises()
         watches = [
             asyncio.create_task(self._compute.watch_clock()),
-            asyncio.create_task(self._open_the_shop_each_day()),
+            asyncio.create_task(self._update_sample_data_daily()),
         ]
         self._started.set_result(None)
         yield
@@ -368,18 +368,18 @@ class Emulator:
             watch.cancel()
         await self._compute.close()
         try:
-            self._kept.commit(self._state)
-        except CannotKeep as error:
+            self._persisted.commit(self._state)
+        except CannotPersist as error:
             print(f"{error}. The latest is lost", file=sys.stderr)
 
-    async def _released(self) -> None:
+    async def _wait_for_shutdown(self) -> None:
         """Return when the server is to stop, and no call has to wait for anything else."""
         await self._stopping.wait()
         self._faults.clear()
         self._compute.release_waiters()
 
     async def _reset(self) -> None:
-        with self._kept.change(self._state):
+        with self._persisted.transaction(self._state):
             self._state.clear()
         await self._compute.reset()
         self._start_on_premises()
@@ -398,27 +398,27 @@ class Emulator:
         if self._on_premises and not any(c.is_live for c in self._state.clusters.by_id.values()):
             self._compute.start(lambda: self._state.clusters.start(ON_PREMISES))
 
-    async def _open_the_shop(self) -> None:
+    async def _update_sample_data(self) -> None:
         """Write the sample data of a new day, unless it is there."""
         async with self._sample_data:
-            if self.clock.now().date() != self._opened:
+            if self.clock.now().date() != self._sample_data_day:
                 await self._write_sample_data()
 
     async def _write_sample_data(self) -> None:
         """Write the sample data up to tomorrow, so that a run just after midnight finds sales."""
         last_day = self._last_day()
         await asyncio.to_thread(self._object_store.write_sample_data, last_day)
-        self._opened = last_day - timedelta(days=1)
+        self._sample_data_day = last_day - timedelta(days=1)
 
     def _last_day(self) -> date:
         return self.clock.now().date() + timedelta(days=1)
 
-    async def _open_the_shop_each_day(self) -> None:
+    async def _update_sample_data_daily(self) -> None:
         while True:
             pause = TICK
             try:
-                await self._open_the_shop()
-            except CannotKeep:
+                await self._update_sample_data()
+            except CannotPersist:
                 pause = FULL_DISK_PAUSE
             await asyncio.sleep(pause.total_seconds())
 
@@ -454,7 +454,7 @@ async def _unknown_call(pages: Pages, request: Request, _: Exception) -> Respons
     if request.method == "GET" and "text/html" in request.headers.get("accept", ""):
         return pages.unknown(request.url.path)
     error = UnknownCall(f"the emulator does not know {request.method} {request.url.path}")
-    return refusal_in_kind(request, error)
+    return refusal_for(request, error)
 
 
 def _listen(host: str, port: int) -> socket.socket:

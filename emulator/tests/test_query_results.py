@@ -10,7 +10,7 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from polars_cloud_emulator.testing import RunningEmulator
-from polars_cloud_emulator.workers.shown_plan import LARGEST
+from polars_cloud_emulator.workers.redacted_plan import LARGEST
 from tests.buckets import create_bucket_elsewhere, create_bucket_of_others
 
 SALES = "s3://your-bucket/sales/"

@@ -78,5 +78,5 @@ def test_a_result_without_a_destination_expires(
 ) -> None:
     run_client(realistic.environment, QUERY.format(cluster=cluster_id) + "query.execute()")
     assert len(keys(realistic, "polars-cloud-temporary")) == 1
-    realistic.advance_clock(REALISTIC.result_life or timedelta(0))
+    realistic.advance_clock(REALISTIC.result_lifetime or timedelta(0))
     eventually(lambda: keys(realistic, "polars-cloud-temporary") == [])

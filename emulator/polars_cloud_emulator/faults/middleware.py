@@ -46,18 +46,18 @@ class FaultMiddleware:
                 await _refusal(fault)(scope, receive, send)
                 return
             case Stall():
-                if not await self._hold(_end_of_call(scope, receive)):
+                if not await self._wait_unless_cleared(_end_of_call(scope, receive)):
                     await _reset_connection(scope, receive)
                 return
             case ConnectionReset():
                 await _reset_connection(scope, receive)
                 return
             case AnswerLost():
-                await self._app(scope, receive, _lose)
+                await self._app(scope, receive, _discard)
                 await _reset_connection(scope, receive)
                 return
             case Delay(seconds=seconds):
-                await self._hold(asyncio.sleep(seconds))
+                await self._wait_unless_cleared(asyncio.sleep(seconds))
             case TokensExpire():
                 self._access_tokens.expire()
             case CredentialsRevoked():
@@ -65,7 +65,7 @@ class FaultMiddleware:
                 self._access_tokens.revoked = True
         await self._app(scope, receive, send)
 
-    async def _hold(self, until: Coroutine[None, None, None]) -> bool:
+    async def _wait_unless_cleared(self, until: Coroutine[None, None, None]) -> bool:
         """Wait; whether it was to the end, and not cut short by the clearing of the faults."""
         cleared = self._faults.cleared
         waits = [asyncio.create_task(until), asyncio.create_task(cleared.wait())]
@@ -88,7 +88,7 @@ def _refusal(fault: HttpError | GrpcError) -> Response:
     return GrpcResponse(error=error)
 
 
-async def _lose(message: Message) -> None:
+async def _discard(message: Message) -> None:
     pass
 
 

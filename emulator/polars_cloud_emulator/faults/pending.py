@@ -34,7 +34,7 @@ class Faults:
         try:
             fault = msgspec.json.decode(body, type=AnyFault)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            kinds = map(_described, get_args(AnyFault))
+            kinds = map(_describe, get_args(AnyFault))
             raise InvalidRequest(
                 f"{error}. A fault has operation, kind, nth (1 unless given), times (1 unless "
                 f"given) and its kind's fields; the kinds are {', '.join(kinds)}"
@@ -48,7 +48,7 @@ class Faults:
         if fault.operation not in fitting:
             problem = "does not fit" if fault.operation in operations else "needs an operation, not"
             raise InvalidRequest(
-                f"{_described(type(fault))} {problem} '{fault.operation}'; "
+                f"{_describe(type(fault))} {problem} '{fault.operation}'; "
                 f"it fits {', '.join(fitting)}"
             )
         self.pending.append(fault)
@@ -86,6 +86,6 @@ def operation_of(route: Route, method: str) -> str:
     return f"{method} {re.sub(r'{[^}]+}', '{id}', short)}"
 
 
-def _described(kind: type[Fault]) -> str:
+def _describe(kind: type[Fault]) -> str:
     own = [name for name in kind.__struct_fields__ if name not in Fault.__struct_fields__]
     return f"{kind.__struct_config__.tag} ({', '.join(own) or 'no fields'})"

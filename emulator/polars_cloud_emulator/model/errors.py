@@ -32,7 +32,7 @@ class EmulatorError(Exception):
     grpc_status: GrpcStatus = GrpcStatus.INTERNAL
 
 
-class CannotKeep(EmulatorError):
+class CannotPersist(EmulatorError):
     """Nothing was done: what a client is told must outlive the emulator's process."""
 
     def __init__(self, cause: Exception) -> None:

@@ -60,4 +60,4 @@ class Success(msgspec.Struct, tag=True):
     outcome: Outcome
 
 
-Answer = Success | Failure
+Reply = Success | Failure

@@ -70,13 +70,13 @@ class Queries:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self.by_id: dict[UUID, Query] = {}
-        self.unsettled: dict[UUID, Query] = {}
+        self.uncommitted: dict[UUID, Query] = {}
         """Queries that may differ from what was last kept: all that have not ended, and some."""
         self._oldest_end_first: deque[UUID] = deque()
 
     def add(self, query: Query) -> None:
         """Add a new query, or the changed copy of one that has ended."""
-        self.by_id[query.id] = self.unsettled[query.id] = query
+        self.by_id[query.id] = self.uncommitted[query.id] = query
 
     def find(self, query_id: UUID) -> Query:
         try:
@@ -87,7 +87,7 @@ class Queries:
     def active_on(self, cluster_id: UUID) -> Iterator[Query]:
         """Queries of the cluster that have not ended."""
         return (
-            q for q in self.unsettled.values() if q.cluster_id == cluster_id and not q.has_ended
+            q for q in self.uncommitted.values() if q.cluster_id == cluster_id and not q.has_ended
         )
 
     def next_on(self, cluster_id: UUID) -> Query | None:
@@ -100,7 +100,7 @@ class Queries:
 
     def waiting_clusters(self) -> list[UUID]:
         """Clusters on which a query waits for workers, the longest wait first."""
-        waiting = (q.cluster_id for q in self.unsettled.values() if q.waits_for_workers)
+        waiting = (q.cluster_id for q in self.uncommitted.values() if q.waits_for_workers)
         return [*dict.fromkeys(waiting)]
 
     def hold_back(self, query: Query, wait: timedelta) -> None:
@@ -110,7 +110,7 @@ class Queries:
     def end_waits(self) -> set[UUID]:
         """Clusters that have a query whose turn may come from now on."""
         now = self._clock.now()
-        waited = [q for q in self.unsettled.values() if q.waits_until and q.waits_until <= now]
+        waited = [q for q in self.uncommitted.values() if q.waits_until and q.waits_until <= now]
         for query in waited:
             query.waits_until = None
         return {query.cluster_id for query in waited}
@@ -136,11 +136,11 @@ class Queries:
         """Queries that had ended by then."""
         return [q.id for q in self.by_id.values() if q.ended_at and q.ended_at <= moment]
 
-    def settle(self) -> list[UUID]:
+    def mark_committed(self) -> list[UUID]:
         """Note that all is kept as it is now; the queries whose end is kept since then."""
-        ended = [id_ for id_, query in self.unsettled.items() if query.has_ended]
+        ended = [id_ for id_, query in self.uncommitted.items() if query.has_ended]
         for query_id in ended:
-            del self.unsettled[query_id]
+            del self.uncommitted[query_id]
         return ended
 
     def forget_oldest(self) -> list[UUID]:
@@ -149,13 +149,13 @@ class Queries:
         dropped = [self._oldest_end_first.popleft() for _ in range(excess)]
         for query_id in dropped:
             del self.by_id[query_id]
-            self.unsettled.pop(query_id, None)
+            self.uncommitted.pop(query_id, None)
         return dropped
 
     def restore(self, by_id: dict[UUID, Query]) -> None:
         """Go on with the queries of a stopped emulator: what ran waits for its turn again."""
         self.by_id = by_id
-        self.unsettled = dict(by_id)
+        self.uncommitted = dict(by_id)
         ends = {q.id: q.ended_at for q in by_id.values() if q.ended_at}
         self._oldest_end_first = deque(sorted(ends, key=ends.__getitem__))
         for query in by_id.values():

@@ -14,23 +14,23 @@ class Realism:
         Time on the emulator's clock until a cluster takes queries.
     speed
         Of the clock while a cluster starts, compared with the system's.
-    result_life
+    result_lifetime
         Time until a result without a destination is deleted; None for never.
-    names_differ
+    unique_names
         Whether each query names the files that it writes to a directory differently, so that those
         of an earlier run stay there.
     """
 
     startup: timedelta = timedelta(0)
     speed: float = 1.0
-    result_life: timedelta | None = None
-    names_differ: bool = False
+    result_lifetime: timedelta | None = None
+    unique_names: bool = False
 
 
 CONVENIENT = Realism()
 REALISTIC = Realism(
     startup=timedelta(minutes=3),
     speed=240.0,
-    result_life=timedelta(hours=4),
-    names_differ=True,
+    result_lifetime=timedelta(hours=4),
+    unique_names=True,
 )

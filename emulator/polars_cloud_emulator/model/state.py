@@ -21,8 +21,8 @@ from polars_cloud_emulator.model.clusters import (
 from polars_cloud_emulator.model.errors import WrongState
 from polars_cloud_emulator.model.jobs import Outcome, PlanFormat
 from polars_cloud_emulator.model.manifests import Manifest, Manifests
-from polars_cloud_emulator.model.moments import way_back_to_now
 from polars_cloud_emulator.model.queries import Queries, Query, QueryStatus
+from polars_cloud_emulator.model.rollback import rollback_to_now
 
 
 class Snapshot(msgspec.Struct):
@@ -196,9 +196,9 @@ class State:
 
     # Changes that cannot be kept, and restarts
 
-    def way_back_to_now(self) -> Callable[[], None]:
+    def rollback_to_now(self) -> Callable[[], None]:
         """Return a function that brings the state back to this moment."""
-        return way_back_to_now(self.manifests, self.clusters, self.queries)
+        return rollback_to_now(self.manifests, self.clusters, self.queries)
 
     def clear(self) -> None:
         self.restore(Snapshot({}, {}, {}))
@@ -208,7 +208,7 @@ class State:
         self.manifests.by_name = snapshot.manifests
         self.clusters.restore(snapshot.clusters)
         self.queries.restore(snapshot.queries)
-        self._clock.go_on_from(snapshot.latest())
+        self._clock.never_before(snapshot.latest())
 
     def _end(self, query: Query, status: QueryStatus) -> None:
         ended_at = self.queries.end(query, status)

@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute, Route
 from polars_cloud_emulator.clock import Clock
 from polars_cloud_emulator.faults.pending import Faults
 from polars_cloud_emulator.model.clusters import Cluster
-from polars_cloud_emulator.model.errors import CannotKeep, EmulatorError
+from polars_cloud_emulator.model.errors import CannotPersist, EmulatorError
 from polars_cloud_emulator.model.queries import Query
 from polars_cloud_emulator.model.state import State
 from polars_cloud_emulator.planes.credentials_in_urls import without_credentials
@@ -123,7 +123,7 @@ class Admin:
         by = await decode_body(request, Advance)
         self._clock.advance(timedelta(seconds=by.advance_seconds))
         # Before the answer: no query after it shall read the data of two days.
-        with suppress(CannotKeep):  # it is written as soon as there is room
+        with suppress(CannotPersist):  # it is written as soon as there is room
             await self._open_the_shop()
         return {"now": self._clock.now()}
 

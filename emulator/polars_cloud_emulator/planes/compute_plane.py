@@ -27,33 +27,33 @@ from polars_cloud_emulator.planes.query_messages import (
     STATUS_CODES,
     parse_id,
     query_result,
-    submitted,
+    submit,
 )
 from polars_cloud_emulator.protocol.client_check import CLIENT_VERSION, ClientCheck
 from polars_cloud_emulator.protocol.grpc_transport import grpc_route, seconds_left
 from polars_cloud_emulator.protocol.messages import (
     ComputeVersions,
-    ComputeVersionsAnswer,
-    DirectQueryResultAnswer,
+    ComputeVersionsResponse,
+    DirectQueryResultResponse,
     DirectSubmitRequest,
     Empty,
     Head,
     PlanFormat,
     Plans,
-    PlansAnswer,
     PlansRequest,
+    PlansResponse,
     QueryReference,
-    QueryStatusAnswer,
+    QueryStatusResponse,
 )
 from polars_cloud_emulator.protocol.rest_transport import json_response, refusal
-from polars_cloud_emulator.storage.kept_plans import KeptPlans
+from polars_cloud_emulator.storage.persisted_plans import PersistedPlans
 from polars_cloud_emulator.workers.compute import Compute
 
 SERVICE = "/polars_cloud.compute_plane.client.v1.ClientService"
 PLAN_FORMATS = {"dot": PlanFormat.DOT, "plain": PlanFormat.EXPLAIN}
-LONGEST_HOLD = 30.0
+MAX_WAIT = 30.0
 """Seconds. A longer wait is answered UNAVAILABLE, and the client asks again after one second."""
-ANSWER_SECONDS = 0.5
+RESPONSE_MARGIN = 0.5
 """What an answer that a wait is over has to reach the client before the wait's time-out."""
 
 
@@ -67,7 +67,7 @@ class ComputePlane:
         self,
         state: State,
         compute: Compute,
-        plans: KeptPlans,
+        plans: PersistedPlans,
         check_authorization: Callable[[str | None], object],
         check_client: ClientCheck,
         *,
@@ -97,9 +97,7 @@ class ComputePlane:
 
     async def submit_query(self, message: DirectSubmitRequest, request: Request) -> BaseMessage:
         cluster_id = self._find_cluster(request.headers.get("host", ""))
-        query = await submitted(
-            self._state, self._compute, self._plans, cluster_id, message, request
-        )
+        query = await submit(self._state, self._compute, self._plans, cluster_id, message, request)
         return QueryReference.of(query.id)
 
     def _find_cluster(self, host: str) -> UUID:
@@ -112,20 +110,20 @@ class ComputePlane:
             raise NotFound(f"'{host}' names no cluster; use a ComputeContext") from None
 
     async def get_query_status(self, message: QueryReference, request: Request) -> BaseMessage:
-        return QueryStatusAnswer(
+        return QueryStatusResponse(
             STATUS_CODES[self._state.queries.find(parse_id(message.query)).status]
         )
 
     async def get_query_result(self, message: QueryReference, request: Request) -> BaseMessage:
         query = self._state.queries.find(parse_id(message.query))
         # Past its own deadline the client reports a broken call in place of a time-out.
-        asked = seconds_left(request) or LONGEST_HOLD * 2
-        deadline = asked - min(asked / 2, ANSWER_SECONDS)
-        if not await self._compute.wait_for_end(query.id, min(deadline, LONGEST_HOLD)):
-            if deadline <= LONGEST_HOLD:
+        asked = seconds_left(request) or MAX_WAIT * 2
+        deadline = asked - min(asked / 2, RESPONSE_MARGIN)
+        if not await self._compute.wait_for_end(query.id, min(deadline, MAX_WAIT)):
+            if deadline <= MAX_WAIT:
                 raise DeadlineExceeded(f"query {query.id} has not ended")
             raise Unavailable(f"query {query.id} has not ended; ask again")
-        return DirectQueryResultAnswer(
+        return DirectQueryResultResponse(
             query_result(query),
             Head(query.outcome.head if query.outcome else None),
             STATUS_CODES[query.status],
@@ -141,7 +139,7 @@ class ComputePlane:
             if text.optimized is None:
                 raise WrongState(text.error or "")
             plan = text.optimized
-        return PlansAnswer(Plans(PLAN_FORMATS[query.plan_format], plan))
+        return PlansResponse(Plans(PLAN_FORMATS[query.plan_format], plan))
 
     async def cancel_query(self, message: QueryReference, request: Request) -> BaseMessage:
         self._compute.cancel(parse_id(message.query))
@@ -152,7 +150,7 @@ class ComputePlane:
         return Empty()
 
     async def get_compute_versions(self, message: Empty, request: Request) -> BaseMessage:
-        return ComputeVersionsAnswer(
+        return ComputeVersionsResponse(
             ComputeVersions(
                 compute_plane=f"emulator for polars_cloud {CLIENT_VERSION}",
                 polars_python=pl.__version__,

@@ -30,19 +30,19 @@ from polars_cloud_emulator.model.workspace import (
     WORKSPACE_ID,
 )
 from polars_cloud_emulator.planes.query_messages import (
-    WAYS,
+    HOW_TO_SUBMIT,
     parse_id,
     query_result,
-    submitted,
+    submit,
 )
-from polars_cloud_emulator.planes.rest_answers import (
+from polars_cloud_emulator.planes.rest_responses import (
     Model,
-    cluster_answer,
-    manifest_answer,
-    organization_answer,
+    cluster_response,
+    manifest_response,
+    organization_response,
     page_of,
-    query_answer,
-    workspace_answer,
+    query_response,
+    workspace_response,
 )
 from polars_cloud_emulator.protocol.access_tokens import (
     ACCOUNT_ID,
@@ -55,14 +55,14 @@ from polars_cloud_emulator.protocol.device_logins import LIFETIME, POLL_SECONDS,
 from polars_cloud_emulator.protocol.grpc_transport import grpc_route
 from polars_cloud_emulator.protocol.journal import LOGIN_PREFIX
 from polars_cloud_emulator.protocol.messages import (
-    ProxyQueryResultAnswer,
+    ProxyQueryResultResponse,
     ProxySubmitRequest,
     QueryReference,
 )
 from polars_cloud_emulator.protocol.request_bodies import MAX_FORM, read_body
 from polars_cloud_emulator.protocol.rest_transport import decode_body, json_response, refusal
-from polars_cloud_emulator.storage.kept_plans import KeptPlans
-from polars_cloud_emulator.storage.kept_state import KeptState
+from polars_cloud_emulator.storage.persisted_plans import PersistedPlans
+from polars_cloud_emulator.storage.persisted_state import PersistedState
 from polars_cloud_emulator.workers.compute import Compute
 
 SERVICE = "/polars_cloud.control_plane.client.v1.ClientService"
@@ -125,9 +125,9 @@ class ControlPlane:
     def __init__(
         self,
         state: State,
-        kept: KeptState,
+        persisted: PersistedState,
         compute: Compute,
-        plans: KeptPlans,
+        plans: PersistedPlans,
         access_tokens: AccessTokens,
         device_logins: DeviceLogins,
         check_client: ClientCheck,
@@ -137,7 +137,7 @@ class ControlPlane:
         compute_plane_address: str,
     ) -> None:
         self._state = state
-        self._kept = kept
+        self._persisted = persisted
         self._compute = compute
         self._plans = plans
         self._access_tokens = access_tokens
@@ -189,8 +189,8 @@ class ControlPlane:
     def refusals(self) -> list[Route]:
         """Calls that the client knows and the emulator refuses."""
         return [
-            Route(path, self._checked(functools.partial(_refuse, words)), methods=[method])
-            for method, path, words in NOT_EMULATED
+            Route(path, self._checked(functools.partial(_refuse, reason)), methods=[method])
+            for method, path, reason in NOT_EMULATED
         ]
 
     def _checked(
@@ -268,19 +268,19 @@ class ControlPlane:
         }
 
     async def list_organizations(self, request: Request) -> Model:
-        return page_of([organization_answer()], request)
+        return page_of([organization_response()], request)
 
     async def get_organization(self, request: Request) -> Model:
         if request.path_params["organization_id"] != ORGANIZATION_ID:
             raise NotFound("organization does not exist")
-        return organization_answer()
+        return organization_response()
 
     async def list_workspaces(self, request: Request) -> Model:
         name = request.query_params.get("name", "").lower()
-        return page_of([workspace_answer()] if name in WORKSPACE else [], request)
+        return page_of([workspace_response()] if name in WORKSPACE else [], request)
 
     async def get_workspace(self, request: Request) -> Model:
-        return workspace_answer()
+        return workspace_response()
 
     async def get_aws_connection(self, request: Request) -> Model:
         raise NotFound("the emulator's workspace is connected to no AWS account")
@@ -292,7 +292,7 @@ class ControlPlane:
 
     async def start_cluster(self, request: Request) -> Model:
         spec = await decode_body(request, ClusterSpec)
-        return cluster_answer(
+        return cluster_response(
             self._compute.start(lambda: self._state.clusters.start(spec), request.scope["fault"])
         )
 
@@ -300,10 +300,10 @@ class ControlPlane:
         wanted = request.query_params.get("status")
         clusters = self._state.clusters.by_id.values()
         listed = [c for c in clusters if wanted is None or c.status in wanted.split(",")]
-        return page_of([cluster_answer(cluster) for cluster in listed], request)
+        return page_of([cluster_response(cluster) for cluster in listed], request)
 
     async def get_cluster(self, request: Request) -> Model:
-        return cluster_answer(self._state.clusters.find(request.path_params["cluster_id"]))
+        return cluster_response(self._state.clusters.find(request.path_params["cluster_id"]))
 
     async def stop_cluster(self, request: Request) -> None:
         await self._compute.stop(request.path_params["cluster_id"])
@@ -311,7 +311,7 @@ class ControlPlane:
     async def get_public_info(self, request: Request) -> Model:
         cluster = self._state.clusters.find(request.path_params["cluster_id"])
         if cluster.spec.mode == "Proxy":
-            raise WrongState(f"cluster {cluster.id} is in proxy mode: {WAYS['Proxy']}")
+            raise WrongState(f"cluster {cluster.id} is in proxy mode: {HOW_TO_SUBMIT['Proxy']}")
         endpoint = {
             "address": self._compute_plane_address,
             # The only thing that tells clusters apart on the one port of the compute plane.
@@ -332,12 +332,12 @@ class ControlPlane:
         spec = msgspec.convert(
             {field: getattr(body, field) for field in ClusterSpec.__struct_fields__}, ClusterSpec
         )
-        with self._kept.change(self._state):
+        with self._persisted.transaction(self._state):
             manifest = self._state.manifests.register(body.name, spec)
         return self._manifest(manifest)
 
     async def unregister_manifest(self, request: Request) -> None:
-        with self._kept.change(self._state):
+        with self._persisted.transaction(self._state):
             self._state.unregister_manifest(request.query_params.get("name", ""))
 
     async def find_manifest(self, request: Request) -> Model:
@@ -345,19 +345,20 @@ class ControlPlane:
 
     async def start_manifest(self, request: Request) -> Model:
         name = (await decode_body(request, StartManifest)).name
-        return cluster_answer(
+        return cluster_response(
             self._compute.start(lambda: self._state.start_manifest(name), request.scope["fault"])
         )
 
     def _manifest(self, manifest: Manifest) -> Model:
         live = self._state.clusters.live_of(manifest.name)
-        return manifest_answer(manifest, live.id if live else None)
+        return manifest_response(manifest, live.id if live else None)
 
     # Queries
 
     async def list_queries(self, request: Request) -> Model:
         models = [
-            query_answer(q) | {"active_share_count": 0} for q in self._state.queries.by_id.values()
+            query_response(q) | {"active_share_count": 0}
+            for q in self._state.queries.by_id.values()
         ]
         field, _, direction = request.query_params.get("order", "request_time,asc").partition(",")
         if field not in ORDERS or direction not in {"asc", "desc"}:
@@ -370,7 +371,7 @@ class ControlPlane:
     async def get_query(self, request: Request) -> Model:
         query = self._state.queries.find(request.path_params["query_id"])
         result = query_result(query)
-        model = query_answer(query)
+        model = query_response(query)
         if query.has_ended:
             file_type = query.outcome.file_type if query.outcome else None
             model["result"] = {
@@ -387,7 +388,7 @@ class ControlPlane:
         self._compute.cancel(request.path_params["query_id"])
 
     async def submit_query(self, message: ProxySubmitRequest, request: Request) -> BaseMessage:
-        query = await submitted(
+        query = await submit(
             self._state,
             self._compute,
             self._plans,
@@ -398,7 +399,7 @@ class ControlPlane:
         return QueryReference.of(query.id)
 
     async def get_query_result(self, message: QueryReference, request: Request) -> BaseMessage:
-        return ProxyQueryResultAnswer(
+        return ProxyQueryResultResponse(
             query_result(self._state.queries.find(parse_id(message.query)))
         )
 
@@ -407,5 +408,5 @@ def _oauth_error(error: str, description: object, status: int = 400) -> Response
     return json_response({"error": error, "error_description": str(description)}, status)
 
 
-async def _refuse(words: str, request: Request) -> None:
-    raise PermissionDenied(words)
+async def _refuse(reason: str, request: Request) -> None:
+    raise PermissionDenied(reason)

@@ -26,10 +26,10 @@ from polars_cloud_emulator.protocol.messages import (
     StatusCode,
     WorkerCounts,
 )
-from polars_cloud_emulator.storage.kept_plans import KeptPlans
+from polars_cloud_emulator.storage.persisted_plans import PersistedPlans
 from polars_cloud_emulator.workers import plan, submission
 from polars_cloud_emulator.workers.compute import Compute
-from polars_cloud_emulator.workers.shown_plan import without_secrets
+from polars_cloud_emulator.workers.redacted_plan import without_secrets
 
 STATUS_CODES = {
     QueryStatus.SCHEDULED: StatusCode.SCHEDULED,
@@ -45,7 +45,7 @@ FILE_TYPES = {
     "csv": FileType.CSV,
     "ndjson": FileType.NDJSON,
 }
-WAYS = {
+HOW_TO_SUBMIT = {
     "Direct": "submit to its scheduler",
     "Proxy": "it has no open port; submit to the control plane",
 }
@@ -65,10 +65,10 @@ def parse_id(message: Id) -> UUID:
         raise InvalidRequest(f"'{message.value}' is not a UUID") from None
 
 
-async def submitted(
+async def submit(
     state: State,
     compute: Compute,
-    plans: KeptPlans,
+    plans: PersistedPlans,
     cluster_id: UUID,
     message: DirectSubmitRequest | ProxySubmitRequest,
     request: Request,
@@ -79,7 +79,7 @@ async def submitted(
     ------
     InvalidRequest
         No cluster could run it, or nothing would be left of it.
-    CannotKeep
+    CannotPersist
         There is no room for it.
     """
     settings = message.settings
@@ -96,17 +96,19 @@ async def submitted(
     spec = state.clusters.find(cluster_id).spec
     mode = "Direct" if isinstance(message, DirectSubmitRequest) else "Proxy"
     if spec.mode != mode:
-        raise WrongState(f"cluster {cluster_id} is in {spec.mode.lower()} mode: {WAYS[spec.mode]}")
+        raise WrongState(
+            f"cluster {cluster_id} is in {spec.mode.lower()} mode: {HOW_TO_SUBMIT[spec.mode]}"
+        )
     try:
-        document = plan.read(message.plan)
+        document = plan.parse(message.plan)
         submission.check(document, spec, only_planned=only_planned)
         output_location = plan.output_location(document)
-        shown = without_secrets(message.plan, document)
+        redacted = without_secrets(message.plan, document)
     except (msgspec.DecodeError, LookupError, TypeError, ValueError, RecursionError):
         raise InvalidRequest("this plan cannot be read: it was damaged on its way") from None
     query_id = uuid4()
     # First: another call may start the query as soon as it is known.
-    await asyncio.to_thread(plans.keep, query_id, message.plan, shown=shown)
+    await asyncio.to_thread(plans.store, query_id, message.plan, redacted=redacted)
     try:
         return compute.submit(
             lambda: state.submit(

@@ -29,7 +29,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         # Inherited by the task that hypercorn creates here, and by those of its calls.
         self.current.set(self)
-        worded = _WordedTransport(self._transport, self)
+        worded = _ReasonTransport(self._transport, self)
         self._protocol.connection_made(cast(asyncio.BaseTransport, worded))
 
     def data_received(self, data: bytes) -> None:
@@ -53,7 +53,7 @@ class Connection(asyncio.Protocol):
         self._protocol.resume_writing()
 
 
-class _WordedTransport:
+class _ReasonTransport:
     """A transport whose status lines have a reason: hypercorn writes none."""
 
     def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:

@@ -21,7 +21,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from polars_cloud_emulator.model.errors import CannotKeep, EmulatorError, GrpcStatus, InvalidRequest
+from polars_cloud_emulator.model.errors import (
+    CannotPersist,
+    EmulatorError,
+    GrpcStatus,
+    InvalidRequest,
+)
 from polars_cloud_emulator.protocol.rest_transport import refusal
 
 CONTENT_TYPE = "application/grpc"
@@ -94,7 +99,7 @@ class GrpcResponse(Response):
         await send({"type": "http.response.trailers", "headers": self._trailers})
 
 
-def refusal_in_kind(request: Request, error: EmulatorError) -> Response:
+def refusal_for(request: Request, error: EmulatorError) -> Response:
     """A refusal in the form that the caller reads: gRPC's or REST's."""
     is_grpc = request.headers.get("content-type", "").startswith(CONTENT_TYPE)
     if is_grpc and request.scope["http_version"] == "2":
@@ -111,7 +116,7 @@ async def _receive(request_type: type[M], request: Request) -> M:
                 return _decode(request_type, body)
             return await asyncio.to_thread(_decode, request_type, body)
     except OSError as error:
-        raise CannotKeep(error) from None
+        raise CannotPersist(error) from None
 
 
 def _decode(request_type: type[M], body: IO[bytes]) -> M:

@@ -141,7 +141,7 @@ class QueryReference(BaseMessage):
 
 
 @dataclass
-class QueryStatusAnswer(BaseMessage):
+class QueryStatusResponse(BaseMessage):
     status: Annotated[StatusCode, Field(1)]
 
 
@@ -181,7 +181,7 @@ class Head(BaseMessage):
 
 
 @dataclass
-class DirectQueryResultAnswer(BaseMessage):
+class DirectQueryResultResponse(BaseMessage):
     """The client needs ``result`` and ``head`` to be there, empty or not."""
 
     result: Annotated[QueryResult, Field(1)]
@@ -190,7 +190,7 @@ class DirectQueryResultAnswer(BaseMessage):
 
 
 @dataclass
-class ProxyQueryResultAnswer(BaseMessage):
+class ProxyQueryResultResponse(BaseMessage):
     result: Annotated[QueryResult, Field(1)]
 
 
@@ -214,7 +214,7 @@ class Plans(BaseMessage):
 
 
 @dataclass
-class PlansAnswer(BaseMessage):
+class PlansResponse(BaseMessage):
     plans: Annotated[Plans, Field(2)]
 
 
@@ -226,5 +226,5 @@ class ComputeVersions(BaseMessage):
 
 
 @dataclass
-class ComputeVersionsAnswer(BaseMessage):
+class ComputeVersionsResponse(BaseMessage):
     versions: Annotated[ComputeVersions, Field(1)]

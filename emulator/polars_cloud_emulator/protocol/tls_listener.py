@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from polars_cloud_emulator.model.errors import WrongState
-from polars_cloud_emulator.protocol.grpc_transport import refusal_in_kind
+from polars_cloud_emulator.protocol.grpc_transport import refusal_for
 
 HANDSHAKE = b"\x16"
 """The first byte of every TLS connection."""
@@ -105,6 +105,6 @@ class TlsOnlyMiddleware:
             self._port,
         ):
             error = WrongState("this port speaks TLS alone; leave out insecure=True")
-            await refusal_in_kind(Request(scope), error)(scope, receive, send)
+            await refusal_for(Request(scope), error)(scope, receive, send)
         else:
             await self._app(scope, receive, send)

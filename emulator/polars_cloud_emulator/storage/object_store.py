@@ -14,8 +14,8 @@ from moto.s3.models import s3_backends
 
 from polars_cloud_emulator import sample_data
 from polars_cloud_emulator.model.workspace import DATA_BUCKET, TEMPORARY_BUCKET
-from polars_cloud_emulator.storage.kept_objects import KeptObjects
-from polars_cloud_emulator.storage.s3_door import Door
+from polars_cloud_emulator.storage.persisted_objects import PersistedObjects
+from polars_cloud_emulator.storage.s3_middleware import S3Middleware
 from polars_cloud_emulator.storage.s3_server import S3Server
 from polars_cloud_emulator.storage.s3_signatures import SignatureCheck
 
@@ -47,18 +47,18 @@ class ObjectStore:
     def __init__(self, listener: socket.socket, host: str, folder: Path, secret_key: str) -> None:
         self.endpoint_url = f"http://{host}:{listener.getsockname()[1]}"
         self._secret_key = secret_key
-        self._kept = KeptObjects(folder, (DATA_BUCKET, TEMPORARY_BUCKET), REGION)
+        self._persisted = PersistedObjects(folder, (DATA_BUCKET, TEMPORARY_BUCKET), REGION)
         # moto's server lets the scripts of every web page read its answers.
         werkzeug_app.DISABLE_GLOBAL_CORS = True  # type: ignore[attr-defined]
         # Of all the services that it has, only this one.
         moto = werkzeug_app.create_backend_app("s3")
-        door = Door(
-            self._kept.kept(moto),
+        application = S3Middleware(
+            self._persisted.wrap(moto),
             SignatureCheck(ACCESS_KEY, secret_key),
             host=host,
             region_of=self._region_of,
         )
-        self._server = S3Server(listener, door)
+        self._server = S3Server(listener, application)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -76,26 +76,26 @@ class ObjectStore:
         there = self._tags(DATA_BUCKET)
         for key, content in sample_data.parquet_files(last_day):
             if there.get(key) != _tag(content):
-                self._kept.put(DATA_BUCKET, key, content)
+                self._persisted.put(DATA_BUCKET, key, content)
 
     def delete_result(self, query_id: object) -> None:
         """Delete what the query left in the temporary bucket."""
         for key in list(self._bucket(TEMPORARY_BUCKET).keys):
             if key.startswith(f"{query_id}/"):
-                self._kept.delete(TEMPORARY_BUCKET, key)
+                self._persisted.delete(TEMPORARY_BUCKET, key)
 
     def clear(self, last_day: date) -> None:
         """Delete everything, but leave the sample data where it is as it was."""
-        self._kept.renew_buckets()
+        self._persisted.reset_buckets()
         sample = {key: _tag(content) for key, content in sample_data.parquet_files(last_day)}
-        for bucket, kept in ((DATA_BUCKET, sample), (TEMPORARY_BUCKET, {})):
+        for bucket, expected in ((DATA_BUCKET, sample), (TEMPORARY_BUCKET, {})):
             for key, tag in self._tags(bucket).items():
-                if kept.get(key) != tag:
-                    self._kept.delete(bucket, key)
+                if expected.get(key) != tag:
+                    self._persisted.delete(bucket, key)
 
     def load(self) -> None:
         """Let moto know what was kept."""
-        self._kept.load()
+        self._persisted.load()
 
     def close(self) -> None:
         self._server.close()

@@ -22,20 +22,20 @@ from polars_cloud_emulator.faults.kinds import (
     WorkerKilled,
 )
 from polars_cloud_emulator.model.clusters import Cluster, TerminationReason
-from polars_cloud_emulator.model.errors import CannotKeep, InvalidRequest
-from polars_cloud_emulator.model.jobs import Answer, Failure, Hold, Job, PlanFormat, Success
+from polars_cloud_emulator.model.errors import CannotPersist, InvalidRequest
+from polars_cloud_emulator.model.jobs import Failure, Hold, Job, PlanFormat, Reply, Success
 from polars_cloud_emulator.model.queries import Query
 from polars_cloud_emulator.model.realism import Realism
 from polars_cloud_emulator.model.state import State
-from polars_cloud_emulator.storage.kept_plans import KeptPlans
-from polars_cloud_emulator.storage.kept_state import KeptState
+from polars_cloud_emulator.storage.persisted_plans import PersistedPlans
+from polars_cloud_emulator.storage.persisted_state import PersistedState
 from polars_cloud_emulator.workers.handle import Worker
 from polars_cloud_emulator.workers.isolated_python import worker_environment
 from polars_cloud_emulator.workers.plan_text import PlanText, explain
 from polars_cloud_emulator.workers.pool import WorkerPool
 from polars_cloud_emulator.workers.requirements import declared_distributions
 
-NOT_KEPT = "The plan is not kept: it was large, or read by Python objects, which may hold secrets"
+NO_PLAN = "The plan is not kept: it was large, or read by Python objects, which may hold secrets"
 TICK = timedelta(milliseconds=50)
 """How often the clock is looked at for start-ups and idle timeouts."""
 
@@ -72,9 +72,9 @@ class Compute:
         self,
         state: State,
         clock: Clock,
-        kept: KeptState,
+        persisted: PersistedState,
         *,
-        plans: KeptPlans,
+        plans: PersistedPlans,
         environment: Mapping[str, str],
         temporary_uri: str,
         delete_result: Callable[[UUID], None],
@@ -83,7 +83,7 @@ class Compute:
     ) -> None:
         self._state = state
         self._clock = clock
-        self._kept = kept
+        self._persisted = persisted
         self._plans = plans
         self._realism = realism
         self.environment = {**worker_environment(), **environment}
@@ -91,7 +91,7 @@ class Compute:
         self._temporary_uri = temporary_uri
         self._delete_result = delete_result
         self._workers = WorkerPool(max_processes)
-        self._has_told_of_limit = False
+        self._has_logged_limit = False
         self._leases: dict[UUID, Lease] = {}
         self._ended: dict[UUID, asyncio.Event] = {}
         self._faults: dict[UUID, QueryFault] = {}
@@ -106,18 +106,20 @@ class Compute:
 
         Raises
         ------
-        CannotKeep
+        CannotPersist
             Nothing was started.
         """
-        with self._kept.change(self._state):
+        with self._persisted.transaction(self._state):
             cluster = begin()
             is_new = cluster.id not in self._workers
-            distributions = self._admit(cluster, fault) if is_new else None
+            distributions = self._prepare_start(cluster, fault) if is_new else None
         if distributions is not None:
             self._launch(cluster, distributions)
         return cluster
 
-    def _admit(self, cluster: Cluster, fault: StartupFault | None = None) -> set[str] | None:
+    def _prepare_start(
+        self, cluster: Cluster, fault: StartupFault | None = None
+    ) -> set[str] | None:
         """Return what the cluster's workers may import; None if it fails to start."""
         match fault:
             case StartupFails(message=message):
@@ -142,13 +144,13 @@ class Compute:
 
         self._workers.open(cluster.id, lambda: Worker(environment, give_up, distributions))
 
-    def _launch_again(self, cluster: Cluster) -> None:
+    def _relaunch(self, cluster: Cluster) -> None:
         try:
             self._state.clusters.check(cluster.spec)
         except InvalidRequest as error:
             self._fail_to_start(cluster, str(error))
         else:
-            distributions = self._admit(cluster)
+            distributions = self._prepare_start(cluster)
             if distributions is not None:
                 self._launch(cluster, distributions)
         if not cluster.is_live:
@@ -166,11 +168,11 @@ class Compute:
 
         Raises
         ------
-        CannotKeep
+        CannotPersist
             It was not stopped.
         """
         cluster = self._state.clusters.find(cluster_id)
-        with self._kept.change(self._state):
+        with self._persisted.transaction(self._state):
             has_begun = self._state.begin_stop(cluster, TerminationReason.STOPPED_BY_USER)
         if has_begun:
             await self._finish_stop(cluster)
@@ -183,7 +185,7 @@ class Compute:
             await self._finish_stop(cluster)
 
     async def _finish_stop(self, cluster: Cluster) -> None:
-        self._announce_ends()
+        self._notify_waiters()
         await self._end_workers(cluster.id)
         self._state.clusters.end_stop(cluster)
         self._start_queries(self._state.queries.waiting_clusters())
@@ -193,10 +195,10 @@ class Compute:
 
         Raises
         ------
-        CannotKeep
+        CannotPersist
             It was not taken in.
         """
-        with self._kept.change(self._state):
+        with self._persisted.transaction(self._state):
             query = begin()
             if isinstance(fault, QueryWaits):
                 self._state.queries.hold_back(query, timedelta(seconds=fault.seconds))
@@ -214,12 +216,12 @@ class Compute:
 
         Raises
         ------
-        CannotKeep
+        CannotPersist
             It was not canceled.
         """
-        with self._kept.change(self._state):
+        with self._persisted.transaction(self._state):
             self._state.cancel(query_id)
-        self._announce_ends()
+        self._notify_waiters()
         if query_id in self._leases:
             self._leases[query_id].worker.kill()
         else:
@@ -233,7 +235,7 @@ class Compute:
         """Return what Polars tells of a query's plan, the optimized one in this format."""
         path = self._plans.best_path(query.id)
         if path is None:
-            return PlanText(error=NOT_KEPT)
+            return PlanText(error=NO_PLAN)
         # Without the cluster's own variables: some make Python run something.
         return await explain(
             path, self.environment, plan_format, query.engine, query.optimization_flags
@@ -259,7 +261,7 @@ class Compute:
         """
         for cluster in self._state.clusters.by_id.values():
             if cluster.is_live:
-                self._launch_again(cluster)
+                self._relaunch(cluster)
         queries = self._state.queries.by_id.values()
         self._plans.delete_all_but(
             active=(query.id for query in queries if not query.has_ended),
@@ -282,12 +284,12 @@ class Compute:
             for query_id in forgotten:
                 self._plans.delete(query_id)
             for query_id in (*forgotten, *self._expire_results()):
-                with contextlib.suppress(CannotKeep):
+                with contextlib.suppress(CannotPersist):
                     await asyncio.to_thread(self._delete_result, query_id)
-            with contextlib.suppress(CannotKeep):  # there will be room at another time
-                self._kept.commit(self._state)
+            with contextlib.suppress(CannotPersist):  # there will be room at another time
+                self._persisted.commit(self._state)
             if self._state.clusters.is_starting():
-                self._clock.pass_over(TICK * (self._realism.speed - 1))
+                self._clock.skip(TICK * (self._realism.speed - 1))
             await asyncio.sleep(TICK.total_seconds())
 
     async def close(self) -> None:
@@ -314,9 +316,9 @@ class Compute:
 
     def _expire_results(self) -> set[UUID]:
         """Queries whose results have become too old."""
-        if self._realism.result_life is None:
+        if self._realism.result_lifetime is None:
             return set()
-        old = self._state.queries.ended_before(self._clock.now() - self._realism.result_life)
+        old = self._state.queries.ended_before(self._clock.now() - self._realism.result_lifetime)
         expired = {*old} - self._expired
         self._expired |= expired
         return expired
@@ -327,9 +329,9 @@ class Compute:
     def _start_queries(self, cluster_ids: Iterable[UUID]) -> None:
         for cluster_id in cluster_ids:
             if cluster_id in self._workers:
-                self._share_out_workers(cluster_id)
+                self._assign_workers(cluster_id)
 
-    def _share_out_workers(self, cluster_id: UUID) -> None:
+    def _assign_workers(self, cluster_id: UUID) -> None:
         """Give the cluster's free workers to the queries that run, then to those that wait."""
         leases = self._leases_on(cluster_id)
         free = self._state.clusters.find(cluster_id).spec.cluster_size
@@ -345,8 +347,8 @@ class Compute:
             free -= lease.workers
             self._leases[query.id] = lease
             self._run_in_background(self._run(query, lease.worker))
-        if self._workers.is_busy and not self._has_told_of_limit:
-            self._has_told_of_limit = True
+        if self._workers.is_busy and not self._has_logged_limit:
+            self._has_logged_limit = True
             print(
                 f"All {self._workers.limit} worker processes that fit into the memory run queries. "
                 "Further queries of any cluster wait until one of these ends.",
@@ -364,7 +366,7 @@ class Compute:
             engine=query.engine,
             optimization_flags=query.optimization_flags,
             temporary_uri=f"{self._temporary_uri}/{query.id}/00000000.parquet",
-            part_name=f"{query.id}-00000000" if self._realism.names_differ else "00000000",
+            part_name=f"{query.id}-00000000" if self._realism.unique_names else "00000000",
             plan_only=query.plan_format if query.only_planned else None,
         )
         # A cancel or a stop may have come while the process started.
@@ -375,7 +377,7 @@ class Compute:
                     self._state.succeed(query, outcome)
                 case Failure(error):
                     self._state.fail(query, error)
-            self._announce_ends()
+            self._notify_waiters()
         if query.id in self._leases:  # else the cluster was stopped
             del self._leases[query.id]
             was_busy = self._workers.is_busy
@@ -383,7 +385,7 @@ class Compute:
             waiting = self._state.queries.waiting_clusters() if was_busy else []
             self._start_queries([*waiting, query.cluster_id])
 
-    async def _answer(self, query: Query, worker: Worker, job: Job) -> Answer | None:
+    async def _answer(self, query: Query, worker: Worker, job: Job) -> Reply | None:
         """The answer of a worker that is ready; None to a query that was canceled before."""
         match self._faults.pop(query.id, None):
             case None:
@@ -404,6 +406,6 @@ class Compute:
                 pass
         return await worker.run(Hold())
 
-    def _announce_ends(self) -> None:
+    def _notify_waiters(self) -> None:
         for query_id in [q for q in self._ended if self._state.queries.by_id[q].has_ended]:
             self._ended.pop(query_id).set()

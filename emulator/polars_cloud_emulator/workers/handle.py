@@ -14,20 +14,20 @@ from pathlib import Path
 import msgspec
 
 from polars_cloud_emulator.model.jobs import (
-    Answer,
     Command,
     Failure,
     Hold,
     Job,
     Kill,
     Ready,
+    Reply,
     Success,
 )
 from polars_cloud_emulator.workers import environment, processes, start
 from polars_cloud_emulator.workers.connection import LENGTH
 from polars_cloud_emulator.workers.isolated_python import SEARCH_PATH
 
-PATIENCE = 5.0
+EXIT_GRACE_SECONDS = 5.0
 """Seconds in which a worker ends its query, or itself, before its process is killed."""
 PACKAGE_PATH = (str(SEARCH_PATH), str(Path(msgspec.__file__).parents[1]))
 """Where a process imports the emulator's package and what that needs from."""
@@ -45,7 +45,7 @@ class Worker:
     ----------
     variables
         Environment variables of its queries.
-    give_up
+    on_start_failure
         Called with the reason when a process cannot be started; there will be no further one.
     distributions
         What its queries can import, beside Python and Polars.
@@ -54,31 +54,31 @@ class Worker:
     def __init__(
         self,
         variables: Mapping[str, str],
-        give_up: Callable[[str], None],
+        on_start_failure: Callable[[str], None],
         distributions: Iterable[str],
     ) -> None:
         self._variables = variables
-        self._give_up = give_up
+        self._on_start_failure = on_start_failure
         self._distributions = distributions
         self.pid: int | None = None
         """The process of the query that runs, or of the next."""
         self._process: Process | None = None
         self._commands: StreamWriter | None = None
-        self._answer: asyncio.Future[Answer] | None = None
+        self._answer: asyncio.Future[Reply] | None = None
         self._ready = asyncio.Event()
         self._supervisor = asyncio.create_task(self._keep_running())
-        self._is_over = False
+        self._has_ended = False
 
     async def ready(self) -> bool:
         """Wait until a query can come; False if none ever can."""
         while not self._ready.is_set():
             await self._ready.wait()
-        return not self._is_over
+        return not self._has_ended
 
-    async def run(self, job: Job | Hold) -> Answer:
+    async def run(self, job: Job | Hold) -> Reply:
         """Run one job on a worker that was ready. If it has died or dies, the job fails."""
-        if self._is_over or not self._ready.is_set():
-            return _death("SIGKILL")
+        if self._has_ended or not self._ready.is_set():
+            return _worker_died("SIGKILL")
         self._ready.clear()
         self._answer = asyncio.get_running_loop().create_future()
         self._send(job)
@@ -88,7 +88,9 @@ class Worker:
         """End the query that runs now, if there is one, and all that it has started."""
         if self._answer is not None and not self._answer.done():
             self._send(Kill())
-            asyncio.get_running_loop().call_later(PATIENCE, self._kill_process, self._answer)
+            asyncio.get_running_loop().call_later(
+                EXIT_GRACE_SECONDS, self._kill_process, self._answer
+            )
 
     async def close(self) -> None:
         """End the worker, whatever it does."""
@@ -101,11 +103,11 @@ class Worker:
         frame = msgspec.msgpack.encode(command)
         self._commands.write(LENGTH.pack(len(frame)) + frame)
 
-    def _kill_process(self, unless: asyncio.Future[Answer]) -> None:
+    def _kill_process(self, unless: asyncio.Future[Reply]) -> None:
         if not unless.done() and self._process is not None:
             _kill(self._process)
 
-    def _end_query(self, answer: Answer) -> None:
+    def _end_query(self, answer: Reply) -> None:
         if self._answer is not None and not self._answer.done():
             self._answer.set_result(answer)
 
@@ -115,21 +117,23 @@ class Worker:
                 async with self._running_process() as (process, replies):
                     with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
                         while True:
-                            self._take(await _read_frame(replies))
+                            self._receive(await _read_frame(replies))
                     self._ready.clear()
                 if self.pid is None:
-                    self._give_up(f"a worker could not start: {await _last_words(process)}")
+                    self._on_start_failure(
+                        f"a worker could not start: {await _last_stderr_line(process)}"
+                    )
                     return
-                self._end_query(_death(_exit_of(process)))
+                self._end_query(_worker_died(_exit_of(process)))
         except OSError as error:
-            self._give_up(f"a worker could not start: {error}")
+            self._on_start_failure(f"a worker could not start: {error}")
         finally:
-            self._is_over = True
+            self._has_ended = True
             self._ready.set()  # nobody shall wait for a process that will not come
-            self._end_query(_death("SIGKILL"))
+            self._end_query(_worker_died("SIGKILL"))
 
-    def _take(self, frame: bytes) -> None:
-        reply: Ready | Answer = msgspec.msgpack.decode(frame, type=Ready | Success | Failure)
+    def _receive(self, frame: bytes) -> None:
+        reply: Ready | Reply = msgspec.msgpack.decode(frame, type=Ready | Success | Failure)
         if isinstance(reply, Ready):
             self.pid = reply.pid
             self._ready.set()
@@ -155,7 +159,7 @@ class Worker:
                 finally:
                     self._commands.close()
                     # One that was never ready would finish its start before it looks.
-                    await _end(process, folder, patience=PATIENCE if self.pid else 0)
+                    await _end(process, folder, grace_seconds=EXIT_GRACE_SECONDS if self.pid else 0)
 
     async def _start(self, python: Path, end: socket.socket, work: Path) -> Process:
         work.mkdir()
@@ -183,15 +187,15 @@ async def _read_frame(replies: StreamReader) -> bytes:
     return await replies.readexactly(length)
 
 
-async def _end(process: Process, folder: Path, patience: float) -> None:
+async def _end(process: Process, folder: Path, grace_seconds: float) -> None:
     """Wait for the end of a process whose connection is closed, or force it."""
     try:
-        await asyncio.wait_for(process.wait(), patience)
+        await asyncio.wait_for(process.wait(), grace_seconds)
     except TimeoutError:
         _kill(process)
         await process.wait()
     if process.returncode != 0:
-        processes.kill_those_of(folder)
+        processes.kill_processes_of(folder)
 
 
 def _kill(process: Process) -> None:
@@ -199,15 +203,15 @@ def _kill(process: Process) -> None:
         process.kill()
 
 
-async def _last_words(process: Process) -> str:
+async def _last_stderr_line(process: Process) -> str:
     assert process.stderr is not None
     lines = (await process.stderr.read()).decode(errors="replace").split("\n")
     return next((line for line in reversed(lines) if line.strip()), _exit_of(process))
 
 
 def _exit_of(process: Process) -> str:
-    return processes.exit_in_words(process.returncode or 0)
+    return processes.describe_exit(process.returncode or 0)
 
 
-def _death(how: str) -> Failure:
+def _worker_died(how: str) -> Failure:
     return Failure(f"RuntimeError: worker process died with {how}")

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 SEARCH_PATH = Path(__file__).resolve().parents[2]
-START = (
+BOOTSTRAP = (
     "import runpy, sys; sys.path.append(sys.argv.pop(1)); "
     "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 )
-KEPT = ("LANG", "LC_ALL", "PATH", "TZ")
+SHARED = ("LANG", "LC_ALL", "PATH", "TZ")
 """Variables that a worker shares with this machine."""
 QUIET = {"POLARS_DISABLE_HTTP_RATE_LIMIT": "1"}
 """Once a process has read from S3, Polars 2.0's limit of requests wakes it every millisecond."""
@@ -22,7 +22,7 @@ QUIET = {"POLARS_DISABLE_HTTP_RATE_LIMIT": "1"}
 
 def python(module: str, *arguments: object) -> list[str]:
     """The command that runs a module of this package."""
-    return [sys.executable, "-P", "-c", START, str(SEARCH_PATH), module, *map(str, arguments)]
+    return [sys.executable, "-P", "-c", BOOTSTRAP, str(SEARCH_PATH), module, *map(str, arguments)]
 
 
 def without_path(environment: Mapping[str, str]) -> dict[str, str]:
@@ -39,6 +39,6 @@ def worker_environment() -> dict[str, str]:
     shared = {
         name: value
         for name, value in os.environ.items()
-        if name in KEPT or name.lower().endswith("_proxy")
+        if name in SHARED or name.lower().endswith("_proxy")
     }
     return shared | QUIET

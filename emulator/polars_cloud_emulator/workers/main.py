@@ -19,13 +19,13 @@ import msgspec
 import polars as pl
 
 from polars_cloud_emulator.model.jobs import (
-    Answer,
     Command,
     Failure,
     Hold,
     Job,
     Kill,
     Ready,
+    Reply,
     Success,
 )
 from polars_cloud_emulator.workers import plan, processes, query, user_code, written_rows
@@ -40,7 +40,7 @@ STALL_TIMEOUT = 5.0
 class Done(NamedTuple):
     """What comes back from the process of a query."""
 
-    answer: Answer
+    answer: Reply
     is_clean: bool
     """Whether another query may come."""
 
@@ -55,23 +55,23 @@ class QueryProcess:
         if self.pid == 0:
             emulator.close()
             ours.close()
-            processes.end_with(worker)
+            processes.die_with_parent(worker)
             _run_queries(theirs, folder)
         theirs.close()
         self.connection = ours
         self._is_gone = False
 
-    def death(self) -> Failure:
+    def exit_failure(self) -> Failure:
         """Why there is no answer, after the end of the connection to the process."""
         deadline = time.monotonic() + EXIT_TIMEOUT
         while time.monotonic() < deadline:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self._is_gone = True
-                how = processes.exit_in_words(os.waitstatus_to_exitcode(status))
-                return _worker_process(f"died with {how}")
+                how = processes.describe_exit(os.waitstatus_to_exitcode(status))
+                return _worker_failure(f"died with {how}")
             time.sleep(0.001)
-        return _worker_process("closed its connection to the emulator")
+        return _worker_failure("closed its connection to the emulator")
 
     def end(self) -> None:
         """End the process, if it is there, and all that it has started."""
@@ -93,7 +93,7 @@ def serve(end: socket.socket, folder: Path) -> None:
     processes.adopt_orphans()
     # What every query needs is made once.
     plan.own_header()
-    written_rows.observed()
+    written_rows.counting_steps()
     emulator = Connection(end)
     # Without a connection, the emulator or the process is gone that was to be ready.
     with contextlib.suppress(EOFError, ConnectionError):
@@ -140,7 +140,7 @@ def _next_done(emulator: Connection, process: QueryProcess) -> Done | None:
             try:
                 frame = process.connection.receive_part()
             except (EOFError, ConnectionError):
-                return Done(process.death(), False) if is_busy else None
+                return Done(process.exit_failure(), False) if is_busy else None
             if frame is not None:
                 return _decoded(frame)
         else:
@@ -152,7 +152,7 @@ def _next_done(emulator: Connection, process: QueryProcess) -> Done | None:
                 case Hold():
                     is_busy = True
                 case Kill() if is_busy:
-                    return Done(_worker_process("died with SIGKILL"), False)
+                    return Done(_worker_failure("died with SIGKILL"), False)
 
 
 def _decoded(frame: bytes) -> Done:
@@ -163,18 +163,18 @@ def _decoded(frame: bytes) -> Done:
     return done
 
 
-def _worker_process(did: str) -> Failure:
+def _worker_failure(did: str) -> Failure:
     return Failure(f"RuntimeError: worker process {did}")
 
 
-_NO_ANSWER = Done(_worker_process("wrote what is no answer to its connection"), False)
+_NO_ANSWER = Done(_worker_failure("wrote what is no answer to its connection"), False)
 
 
 def _run_queries(connection: Connection, folder: Path) -> NoReturn:
     try:
         os.setsid()
         os.chdir(folder)
-        processes.be_killed_first()
+        processes.prefer_as_oom_victim()
         os.register_at_fork(after_in_child=connection.close)
         # Starts the threads that a first query would have to wait for.
         pl.LazyFrame({"x": [0]}).collect(engine="streaming")

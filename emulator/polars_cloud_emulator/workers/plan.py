@@ -74,7 +74,7 @@ class Document(NamedTuple):
                 return [sink]
         raise InvalidRequest("this plan ends in no sink: nothing would be left of its rows")
 
-    def scanned(self) -> Iterator[Source]:
+    def scan_sources(self) -> Iterator[Source]:
         """What the scans read, file by file."""
         for node in self.nodes:
             match node["value"]:
@@ -116,7 +116,7 @@ class Prepared(NamedTuple):
     def runnable(self) -> pl.LazyFrame:
         return self.document.lazy_frame(self.plan, self.document.root)
 
-    def head_without_rows(self) -> pl.DataFrame:
+    def empty_head(self) -> pl.DataFrame:
         """What the first sink gets, without its rows."""
         return self.document.lazy_frame(self.plan, self.result).collect_schema().to_frame()
 
@@ -127,7 +127,7 @@ def own_header() -> bytes:
     return pl.LazyFrame().serialize()[:HEADER_LENGTH]
 
 
-def read(plan: bytes) -> Document:
+def parse(plan: bytes) -> Document:
     """Take a plan apart.
 
     Raises
@@ -140,7 +140,7 @@ def read(plan: bytes) -> Document:
             "this plan was not serialized by the Polars that the workers run "
             f"({pl.__version__}); install polars=={pl.__version__} beside the client"
         )
-    return _taken_apart(plan)
+    return _parse(plan)
 
 
 def output_location(document: Document) -> str | None:
@@ -168,25 +168,25 @@ def prepare(plan: Path, temporary_uri: str, part_name: str) -> Prepared:
         An Iceberg table is not in an object store.
     """
     with _mapped(plan) as whole:
-        document = _taken_apart(whole)
+        document = _parse(whole)
     _check_scans(document, results=temporary_uri.rpartition("/")[0].rpartition("/")[0])
     nodes = document.sinks()
-    placed = [_place(node["payload"], temporary_uri, part_name) for node in nodes]
+    placed = [_set_target(node["payload"], temporary_uri, part_name) for node in nodes]
     result = nodes[0]["input"]["idx"]
-    nodes[0]["input"] = _observe(document, nodes[0]["input"])
+    nodes[0]["input"] = _add_row_counter(document, nodes[0]["input"])
     return Prepared(plan, document, [sink for sink in placed if sink], result)
 
 
 def _check_scans(document: Document, results: str) -> None:
-    for uri, _ in document.scanned():
+    for uri, _ in document.scan_sources():
         is_local = "://" not in uri or uri.startswith("file://")
         if is_local and not Path(os.path.normpath(uri)).is_relative_to(results):
             raise FileNotFoundError(f"No such file or directory (os error 2): {uri}")
 
 
-def _observe(document: Document, rows: Node) -> Node:
+def _add_row_counter(document: Document, rows: Node) -> Node:
     """Add the steps that note the rows of a node; the reference to their end."""
-    steps = _taken_apart(written_rows.observed())
+    steps = _parse(written_rows.counting_steps())
     for step in steps.nodes[2:]:  # after an empty entry and the frame
         [arguments] = step["value"].values()
         arguments["input"] = rows
@@ -199,7 +199,7 @@ def _mapped(plan: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _taken_apart(plan: bytes | mmap.mmap) -> Document:
+def _parse(plan: bytes | mmap.mmap) -> Document:
     end = len(plan)
     data = plan.find(DATA_KEY, HEADER_LENGTH)
     # A name or a text in a node may look like the key.
@@ -213,7 +213,7 @@ def _taken_apart(plan: bytes | mmap.mmap) -> Document:
     raise InvalidRequest("this plan is not one that Polars serialized")
 
 
-def _place(payload: Node, temporary_uri: str, part_name: str) -> Sink | None:
+def _set_target(payload: Node, temporary_uri: str, part_name: str) -> Sink | None:
     """Settle where one sink writes, if it does."""
     [(kind, sink)] = payload.items()
     if kind == "Callback":
@@ -238,6 +238,6 @@ def _place(payload: Node, temporary_uri: str, part_name: str) -> Sink | None:
 def _own_cloud_options(uri: str) -> Node:
     """The options that this process's own sink to ``uri`` would have."""
     plan = pl.LazyFrame().sink_parquet(uri, lazy=True).serialize()
-    payload = _taken_apart(plan).root_node["Sink"]["payload"]
+    payload = _parse(plan).root_node["Sink"]["payload"]
     options: Node = payload["File"]["unified_sink_args"]["cloud_options"]
     return options

@@ -20,14 +20,14 @@ def adopt_orphans() -> None:
     _control_process(SET_CHILD_SUBREAPER, 1)
 
 
-def end_with(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     """Let this process be killed as soon as its parent ends, however that ends."""
     _control_process(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
-def be_killed_first() -> None:
+def prefer_as_oom_victim() -> None:
     """Let a system without memory kill this process rather than any other."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
@@ -48,7 +48,7 @@ def end_children() -> None:
             os.waitpid(-1, 0)
 
 
-def kill_those_of(folder: Path) -> None:
+def kill_processes_of(folder: Path) -> None:
     """Kill each process whose variables name a folder, as those below a worker's name its own."""
     name = os.fsencode(folder)
     for variables in Path("/proc").glob("[0-9]*/environ"):
@@ -57,7 +57,7 @@ def kill_those_of(folder: Path) -> None:
                 _kill([int(variables.parent.name)])
 
 
-def exit_in_words(code: int) -> str:
+def describe_exit(code: int) -> str:
     """How a process ended; the code is negative for a signal."""
     if code >= 0:
         return f"exit code {code}"

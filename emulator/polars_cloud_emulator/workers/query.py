@@ -6,7 +6,7 @@ from pathlib import Path
 import polars as pl
 
 from polars_cloud_emulator.model.errors import InvalidRequest
-from polars_cloud_emulator.model.jobs import Answer, Failure, Job, Outcome, Success
+from polars_cloud_emulator.model.jobs import Failure, Job, Outcome, Reply, Success
 from polars_cloud_emulator.workers import plan as query_plan
 from polars_cloud_emulator.workers import written_rows
 from polars_cloud_emulator.workers.optimizations import optimizations, optimized
@@ -15,7 +15,7 @@ LONGEST_ERROR = 10_000
 """Characters that are told of an error."""
 
 
-def run(job: Job) -> Answer:
+def run(job: Job) -> Reply:
     """Run one job. What the plan raises is its failure, never the worker's."""
     try:
         return Success(_run_plan(job))
@@ -48,14 +48,14 @@ def _run_plan(job: Job) -> Outcome:
     if job.plan_only is not None:
         text = optimized(Path(job.plan), job.plan_only, job.engine, job.optimization_flags)
         return Outcome(destinations=[], file_type=None, n_rows=0, head=None, ir_plan=text)
-    written_rows.forget()
+    written_rows.reset()
     prepared.runnable().collect(
         engine=job.engine,
         optimizations=optimizations(job.optimization_flags),
     )
     head = written_rows.head()
     if head is None:
-        head = prepared.head_without_rows()
+        head = prepared.empty_head()
     head_file = io.BytesIO()
     head.write_ipc(head_file)
     return Outcome(

@@ -29,7 +29,7 @@ def check(document: Document, spec: ClusterSpec, *, only_planned: bool) -> None:
     InvalidRequest
         With what is wrong, and what to do.
     """
-    for source in document.scanned():
+    for source in document.scan_sources():
         check_credentials(source.uri, source.cloud_options, spec.env_vars)
     places: set[str] = set()
     for payload in (sink["payload"] for sink in document.sinks()):

@@ -19,13 +19,13 @@ _firsts: list[pl.DataFrame] = []
 
 
 @functools.cache
-def observed() -> bytes:
+def counting_steps() -> bytes:
     """A plan without data whose steps, put below a sink, note what passes and change nothing."""
     numbered = pl.LazyFrame().with_row_index(ROW_INDEX)
     return numbered.map_batches(_note, streamable=True).drop(ROW_INDEX).serialize()
 
 
-def forget() -> None:
+def reset() -> None:
     """Begin with the next query."""
     _heights.clear()
     _firsts.clear()

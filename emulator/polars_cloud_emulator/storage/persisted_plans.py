@@ -5,13 +5,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from uuid import UUID
 
-from polars_cloud_emulator.model.errors import CannotKeep
+from polars_cloud_emulator.model.errors import CannotPersist
 
-SHOWN = ".shown"
+REDACTED = ".shown"
 """End of the name of a plan without secrets."""
 
 
-class KeptPlans:
+class PersistedPlans:
     """A folder of serialized plans.
 
     A query's plan is there until the query has ended, as it may hold secrets. For its page there
@@ -32,48 +32,48 @@ class KeptPlans:
 
     def best_path(self, query_id: UUID) -> Path | None:
         """The file that tells most of a plan; None if there is none any more."""
-        paths = (self.path(query_id), self._shown_path(query_id))
+        paths = (self.path(query_id), self._redacted_path(query_id))
         return next((path for path in paths if path.exists()), None)
 
-    def keep(self, query_id: UUID, plan: bytes, *, shown: bytes | None) -> None:
+    def store(self, query_id: UUID, plan: bytes, *, redacted: bytes | None) -> None:
         """Keep the plan of a query that is about to be submitted.
 
         Parameters
         ----------
-        shown
+        redacted
             The plan without secrets, if it is to be shown when its query has ended.
 
         Raises
         ------
-        CannotKeep
+        CannotPersist
             As on a full disk.
         """
         try:
             self.path(query_id).write_bytes(plan)
-            if shown is not None:
-                self._shown_path(query_id).write_bytes(shown)
+            if redacted is not None:
+                self._redacted_path(query_id).write_bytes(redacted)
         except OSError as error:
             self.delete(query_id)
-            raise CannotKeep(error) from None
+            raise CannotPersist(error) from None
 
-    def end(self, query_id: UUID) -> None:
+    def discard(self, query_id: UUID) -> None:
         """Delete the plan of a query that has ended, secrets and all."""
         with contextlib.suppress(OSError):  # of a disk that lets nothing be deleted: at a restart
             self.path(query_id).unlink(missing_ok=True)
 
     def delete(self, query_id: UUID) -> None:
-        self.end(query_id)
+        self.discard(query_id)
         with contextlib.suppress(OSError):
-            self._shown_path(query_id).unlink(missing_ok=True)
+            self._redacted_path(query_id).unlink(missing_ok=True)
 
     def delete_all_but(self, active: Iterable[UUID], ended: Iterable[UUID]) -> None:
         """Delete every other file: of what a worker writes here, too, if it was killed."""
         running = [*active]
         kept = {self.path(query_id) for query_id in running}
-        kept |= {self._shown_path(query_id) for query_id in (*running, *ended)}
+        kept |= {self._redacted_path(query_id) for query_id in (*running, *ended)}
         for path in self._folder.iterdir():
             if path not in kept:
                 path.unlink()
 
-    def _shown_path(self, query_id: UUID) -> Path:
-        return self._folder / f"{query_id}{SHOWN}"
+    def _redacted_path(self, query_id: UUID) -> Path:
+        return self._folder / f"{query_id}{REDACTED}"

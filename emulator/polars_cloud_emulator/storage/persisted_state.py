@@ -13,20 +13,20 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from polars_cloud_emulator.model.clusters import Cluster
-from polars_cloud_emulator.model.errors import CannotKeep
+from polars_cloud_emulator.model.errors import CannotPersist
 from polars_cloud_emulator.model.manifests import Manifest
 from polars_cloud_emulator.model.queries import Query
 from polars_cloud_emulator.model.state import Snapshot, State
-from polars_cloud_emulator.protocol.grpc_transport import refusal_in_kind
+from polars_cloud_emulator.protocol.grpc_transport import refusal_for
 from polars_cloud_emulator.protocol.journal import is_for_people
-from polars_cloud_emulator.storage.kept_plans import KeptPlans
+from polars_cloud_emulator.storage.persisted_plans import PersistedPlans
 from polars_cloud_emulator.storage.state_directory import UnusableStateDirectory
 
 DAMAGED = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 """SQLite's codes for a file that is not the emulator's, or is so no more."""
 
 
-class KeptState:
+class PersistedState:
     """An SQLite file with a row for each manifest, cluster and query.
 
     A commit survives the end of this process at any moment, SIGKILL included, though not that of
@@ -43,10 +43,10 @@ class KeptState:
         The file cannot be opened, is damaged, or another version's.
     """
 
-    def __init__(self, path: Path, plans: KeptPlans) -> None:
+    def __init__(self, path: Path, plans: PersistedPlans) -> None:
         self._path = path
         self._plans = plans
-        self._kept: dict[str, dict[Any, tuple[Any, ...]]] = {
+        self._committed: dict[str, dict[Any, tuple[Any, ...]]] = {
             "manifest": {},
             "cluster": {},
             "query": {},
@@ -90,7 +90,7 @@ class KeptState:
 
         Raises
         ------
-        CannotKeep
+        CannotPersist
             As on a full disk.
         """
         everything: dict[str, Mapping[Any, msgspec.Struct]] = {
@@ -99,20 +99,20 @@ class KeptState:
             "query": state.queries.by_id,
         }
         # Thousands of queries have ended, and each call would compare them all.
-        comparable = everything | {"query": state.queries.unsettled}
+        comparable = everything | {"query": state.queries.uncommitted}
         changed = [
             (kind, key, each, fields)
             for kind, objects in comparable.items()
             for key, each in objects.items()
-            if self._kept[kind].get(key) != (fields := _changeable(each))
+            if self._committed[kind].get(key) != (fields := _mutable_fields(each))
         ]
-        new = Counter(kind for kind, key, *_ in changed if key not in self._kept[kind])
+        new = Counter(kind for kind, key, *_ in changed if key not in self._committed[kind])
         gone = [
             (kind, key)
             for kind, objects in everything.items()
             # Every object is known by now: if their number is the same, none is gone.
-            if len(self._kept[kind]) + new[kind] != len(objects)
-            for key in self._kept[kind].keys() - objects.keys()
+            if len(self._committed[kind]) + new[kind] != len(objects)
+            for key in self._committed[kind].keys() - objects.keys()
         ]
         if changed or gone:
             with self._writing():
@@ -129,35 +129,35 @@ class KeptState:
                     ),
                 )
             for kind, key in gone:
-                del self._kept[kind][key]
+                del self._committed[kind][key]
             for kind, key, _, fields in changed:
-                self._kept[kind][key] = fields
+                self._committed[kind][key] = fields
         # Not before: what has not ended on disk runs again after a restart.
-        for query_id in state.queries.settle():
-            self._plans.end(query_id)
+        for query_id in state.queries.mark_committed():
+            self._plans.discard(query_id)
 
     def close(self) -> None:
         self._file.close()
 
     @contextlib.contextmanager
-    def change(self, state: State) -> Iterator[None]:
+    def transaction(self, state: State) -> Iterator[None]:
         """Keep what a call changes, or leave the state as it was.
 
         Nothing is awaited within, and nothing is done that the state alone does not take back.
 
         Raises
         ------
-        CannotKeep
+        CannotPersist
             As on a full disk.
         """
-        go_back = state.way_back_to_now()
+        roll_back = state.rollback_to_now()
         try:
             yield
             self.commit(state)
         except BaseException:
-            go_back()
+            roll_back()
             raise
-        _has_kept.set(True)
+        _has_committed.set(True)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -165,7 +165,7 @@ class KeptState:
             with self._file:
                 yield
         except sqlite3.Error as error:
-            raise CannotKeep(error) from None
+            raise CannotPersist(error) from None
 
     @contextlib.contextmanager
     def _opening(self) -> Iterator[None]:
@@ -179,7 +179,7 @@ class KeptState:
             raise UnusableStateDirectory(f"{self._path} {problem}") from None
 
 
-def _changeable(each: msgspec.Struct) -> tuple[Any, ...]:
+def _mutable_fields(each: msgspec.Struct) -> tuple[Any, ...]:
     """What can differ at the next commit: of what has ended, of which there is most, only this."""
     if isinstance(each, Query) and each.has_ended:
         return (each.ended_at, each.cancels)
@@ -194,35 +194,35 @@ class CommitMiddleware:
     What a call changes is kept by then. This is about what has happened by itself.
     """
 
-    def __init__(self, app: ASGIApp, kept: KeptState, state: State) -> None:
+    def __init__(self, app: ASGIApp, persisted: PersistedState, state: State) -> None:
         self._app = app
-        self._kept = kept
+        self._persisted = persisted
         self._state = state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def commit_first(message: Message) -> None:
             if message["type"] == "http.response.start":
                 try:
-                    self._kept.commit(self._state)
-                except CannotKeep:
-                    if not _has_kept.get():
+                    self._persisted.commit(self._state)
+                except CannotPersist:
+                    if not _has_committed.get():
                         raise
             await send(message)
 
-        if scope["type"] != "http" or not _tells_of_the_state(scope["path"]):
+        if scope["type"] != "http" or not _reports_state(scope["path"]):
             await self._app(scope, receive, send)
             return
-        _has_kept.set(False)
+        _has_committed.set(False)
         try:
             await self._app(scope, receive, commit_first)
-        except CannotKeep as error:
-            await refusal_in_kind(Request(scope), error)(scope, receive, send)
+        except CannotPersist as error:
+            await refusal_for(Request(scope), error)(scope, receive, send)
 
 
-_has_kept: ContextVar[bool] = ContextVar("has_kept", default=False)
+_has_committed: ContextVar[bool] = ContextVar("has_committed", default=False)
 """Whether the call at hand has changed the state: its answer has to tell of that."""
 
 
-def _tells_of_the_state(path: str) -> bool:
+def _reports_state(path: str) -> bool:
     """Return whether a call is a client's, other than a login."""
     return not (is_for_people(path) or path.startswith("/realms/"))

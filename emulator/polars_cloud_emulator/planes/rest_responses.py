@@ -38,7 +38,7 @@ def page_of(models: list[Model], request: Request) -> Model:
     }
 
 
-def organization_answer() -> Model:
+def organization_response() -> Model:
     return {
         "id": ORGANIZATION_ID,
         "name": "emulator",
@@ -52,7 +52,7 @@ def organization_answer() -> Model:
     }
 
 
-def workspace_answer() -> Model:
+def workspace_response() -> Model:
     return {
         "id": WORKSPACE_ID,
         "organization_id": ORGANIZATION_ID,
@@ -93,7 +93,7 @@ def _hardware(spec: ClusterSpec) -> Model:
     return model
 
 
-def manifest_answer(manifest: Manifest, live_cluster_id: UUID | None) -> Model:
+def manifest_response(manifest: Manifest, live_cluster_id: UUID | None) -> Model:
     spec = manifest.spec
     return {
         "id": manifest.id,
@@ -109,7 +109,7 @@ def manifest_answer(manifest: Manifest, live_cluster_id: UUID | None) -> Model:
     }
 
 
-def cluster_answer(cluster: Cluster) -> Model:
+def cluster_response(cluster: Cluster) -> Model:
     model = {
         "id": cluster.id,
         "user_id": ACCOUNT_ID,
@@ -132,7 +132,7 @@ def cluster_answer(cluster: Cluster) -> Model:
     return model
 
 
-def query_answer(query: Query) -> Model:
+def query_response(query: Query) -> Model:
     changed: datetime = query.ended_at or query.started_at or query.submitted_at
     return {
         "id": query.id,

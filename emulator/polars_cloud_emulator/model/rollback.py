@@ -9,7 +9,7 @@ import msgspec
 from polars_cloud_emulator.model.queries import Query
 
 
-def way_back_to_now(*holders: object) -> Callable[[], None]:
+def rollback_to_now(*holders: object) -> Callable[[], None]:
     """Return a function that gives the holders' tables, and all in them, their present values."""
     tables = [
         (holder, name, copy(table))
@@ -26,11 +26,11 @@ def way_back_to_now(*holders: object) -> Callable[[], None]:
         if not (isinstance(each, Query) and each.has_ended)
     ]
 
-    def go_back() -> None:
+    def roll_back() -> None:
         for holder, name, table in tables:
             setattr(holder, name, table)
         for each, fields in values:
             for name, value in zip(each.__struct_fields__, fields, strict=True):
                 setattr(each, name, value)
 
-    return go_back
+    return roll_back

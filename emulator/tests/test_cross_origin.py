@@ -25,7 +25,7 @@ from emulator.tests.raw_calls import (
 )
 from polars_cloud_emulator import server
 from polars_cloud_emulator.protocol.access_tokens import DEVICE_PATH
-from polars_cloud_emulator.protocol.door import Door
+from polars_cloud_emulator.protocol.cross_origin import CrossOriginMiddleware
 from polars_cloud_emulator.protocol.journal import LOGIN_PREFIX
 from polars_cloud_emulator.testing import RunningEmulator
 
@@ -239,7 +239,7 @@ def test_emulator_has_the_names_under_which_it_was_started_and_reached(
         "headers": [(b"host", header.encode())],
         "server": ("172.18.0.3", 7410),
     }
-    asyncio.run(Door(PlainTextResponse("page"), host)(scope, None, send))  # type: ignore[arg-type]
+    asyncio.run(CrossOriginMiddleware(PlainTextResponse("page"), host)(scope, None, send))  # type: ignore[arg-type]
     assert statuses[0] == status
 
 

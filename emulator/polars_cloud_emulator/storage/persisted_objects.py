@@ -20,7 +20,7 @@ from moto.s3.models import FakeBucket, FakeKey, s3_backends
 from moto.s3.utils import _VersionedKeyStore
 from werkzeug.wrappers import Request, Response
 
-from polars_cloud_emulator.model.errors import CannotKeep
+from polars_cloud_emulator.model.errors import CannotPersist
 from polars_cloud_emulator.storage import plain_reads
 from polars_cloud_emulator.storage.plain_reads import EPOCH, written_at
 
@@ -31,7 +31,7 @@ LONGEST_NAME = 200
 """Characters of a file's or folder's name."""
 
 
-class KeptObjects:
+class PersistedObjects:
     """Files of the objects of some buckets.
 
     Parameters
@@ -46,8 +46,8 @@ class KeptObjects:
         self._folder = folder
         self._buckets = set(buckets)
         self._region = region
-        self._turn = threading.Lock()
-        self._refused: OSError | None = None
+        self._lock = threading.Lock()
+        self._write_error: OSError | None = None
         """Why the disk did not take what is being written."""
         for bucket in self._buckets:
             self._make_bucket(bucket, _KeysOnDisk(self, bucket))
@@ -71,32 +71,32 @@ class KeptObjects:
 
         Raises
         ------
-        CannotKeep
+        CannotPersist
             As on a full disk.
         """
-        with self._turn:
+        with self._lock:
             try:
                 _moto().put_object(bucket, key, content)
-            except _Refused as refused:
-                raise CannotKeep(refused.cause) from None
+            except _WriteFailed as failed:
+                raise CannotPersist(failed.cause) from None
 
     def delete(self, bucket: str, key: str) -> None:
         """Delete an object.
 
         Raises
         ------
-        CannotKeep
+        CannotPersist
             As on a disk that is mounted read-only.
         """
-        with self._turn:
+        with self._lock:
             try:
                 _moto().delete_object(bucket, key)
-            except _Refused as refused:
-                raise CannotKeep(refused.cause) from None
+            except _WriteFailed as failed:
+                raise CannotPersist(failed.cause) from None
 
-    def renew_buckets(self) -> None:
+    def reset_buckets(self) -> None:
         """Delete all other buckets, and leave these as they were made, but with their objects."""
-        with self._turn:
+        with self._lock:
             for name in _moto().buckets.keys() - self._buckets:
                 _moto().buckets[name].keys.clear()
                 _moto().delete_bucket(name)
@@ -120,7 +120,7 @@ class KeptObjects:
         bucket.multiparts = {}  # none of which ends by being taken out
         _moto().buckets[name] = bucket
 
-    def kept(self, moto: "WSGIApplication") -> "WSGIApplication":
+    def wrap(self, moto: "WSGIApplication") -> "WSGIApplication":
         """moto's application, with these buckets on disk."""
 
         def application(
@@ -142,7 +142,7 @@ class KeptObjects:
             if not (key or "delete" in request.args):
                 return moto(environ, start_response)
             # One at a time: moto closes an object that is replaced while others read it.
-            with self._turn:
+            with self._lock:
                 if request.method in {"PUT", "POST", "DELETE"}:
                     return self._write(environ, start_response, moto, name)
                 return list(moto(environ, start_response))
@@ -158,7 +158,7 @@ class KeptObjects:
     ) -> Iterable[bytes]:
         uploads = _moto().buckets[bucket].multiparts
         before = dict(uploads)
-        self._refused = None
+        self._write_error = None
         answered: list[tuple[Any, ...]] = []
 
         def wait(*arguments: Any) -> Callable[[bytes], object]:
@@ -168,11 +168,11 @@ class KeptObjects:
         body = list(moto(environ, wait))
         # moto forgets the parts of an object before it has the whole.
         ended = [upload for upload in before if upload not in uploads]
-        if self._refused is not None:
+        if self._write_error is not None:
             uploads |= {upload: before[upload] for upload in ended}
             refusal = Response(
                 "<Error><Code>InternalError</Code><Message>The emulator cannot keep this object: "
-                f"{self._refused.strerror}.</Message></Error>",
+                f"{self._write_error.strerror}.</Message></Error>",
                 status=500,
                 content_type="application/xml",
             )
@@ -182,20 +182,20 @@ class KeptObjects:
         start_response(*answered[-1])
         return body
 
-    def keep(self, bucket: str, key: str, found: FakeKey) -> None:
+    def write_file(self, bucket: str, key: str, found: FakeKey) -> None:
         """Bring the file of an object up to date.
 
         Raises
         ------
-        _Refused
+        _WriteFailed
             It cannot be written, as on a full disk; the file is as it was.
         """
         path = self._path(bucket, key)
         _ = found.etag  # moto would compute it for the first who asks, and for two at once wrong
         # Beside the buckets: what is not whole is no object.
         part = self._folder / "part"
-        with self._refusing():
-            if _is_up_to_date(path, found):
+        with self._catching_errors():
+            if _is_current(path, found):
                 return
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -208,24 +208,24 @@ class KeptObjects:
             finally:
                 part.unlink(missing_ok=True)
 
-    def forget(self, bucket: str, key: str) -> None:
+    def delete_file(self, bucket: str, key: str) -> None:
         """Delete the file of an object, if there is one.
 
         Raises
         ------
-        _Refused
+        _WriteFailed
             It cannot be deleted.
         """
-        with self._refusing():
+        with self._catching_errors():
             self._path(bucket, key).unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _refusing(self) -> Iterator[None]:
+    def _catching_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            self._refused = error
-            raise _Refused(error) from None
+            self._write_error = error
+            raise _WriteFailed(error) from None
 
     def _path(self, bucket: str, key: str) -> Path:
         # Quoted, no key can leave the folder; marked, no part of one is another's file.
@@ -234,7 +234,7 @@ class KeptObjects:
         return Path(self._folder, bucket, *(f"{part}+" for part in parts[:-1]), parts[-1])
 
 
-class _Refused(S3ClientError):
+class _WriteFailed(S3ClientError):
     """The disk does not take an object; in the form that moto answers quietly."""
 
     def __init__(self, cause: OSError) -> None:
@@ -245,35 +245,35 @@ class _Refused(S3ClientError):
 class _KeysOnDisk(_VersionedKeyStore):
     """moto's objects of a bucket, none of which is here before it is on disk."""
 
-    def __init__(self, objects: KeptObjects, bucket: str) -> None:
+    def __init__(self, objects: PersistedObjects, bucket: str) -> None:
         super().__init__()
         self._objects = objects
         self._bucket = bucket
 
     def __setitem__(self, key: str, value: Any) -> None:
-        self._keep(key, value)
+        self._write_file(key, value)
         super().__setitem__(key, value)
 
     def setlist(self, key: str, list_: Any) -> None:
-        self._keep(key, list_[-1] if list_ else None)
+        self._write_file(key, list_[-1] if list_ else None)
         super().setlist(key, list_)
 
     def pop(self, key: str) -> None:  # type: ignore[override]
-        self._objects.forget(self._bucket, key)
+        self._objects.delete_file(self._bucket, key)
         super().pop(key)
 
-    def _keep(self, key: str, latest: Any) -> None:
+    def _write_file(self, key: str, latest: Any) -> None:
         if isinstance(latest, FakeKey):
-            self._objects.keep(self._bucket, key, latest)
+            self._objects.write_file(self._bucket, key, latest)
         else:  # a mark that it was deleted
-            self._objects.forget(self._bucket, key)
+            self._objects.delete_file(self._bucket, key)
 
 
 def _moto() -> Any:
     return s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
 
 
-def _is_up_to_date(path: Path, found: FakeKey) -> bool:
+def _is_current(path: Path, found: FakeKey) -> bool:
     try:
         return path.stat().st_mtime_ns == written_at(found)
     except FileNotFoundError:

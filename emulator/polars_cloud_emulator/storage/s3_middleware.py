@@ -22,7 +22,7 @@ FORMS = {"application/x-www-form-urlencoded", "multipart/form-data"}
 """Types of a body that some clients, such as curl, give to each that they send."""
 
 
-class Door:
+class S3Middleware:
     """A WSGI application in front of another, which meets nothing but whole and signed requests.
 
     Parameters
@@ -53,7 +53,7 @@ class Door:
         self, environ: "WSGIEnvironment", start_response: "StartResponse"
     ) -> Iterable[bytes]:
         try:
-            self._let_in(environ)
+            self._check(environ)
             return self._application(environ, start_response)
         except S3Error as error:
             refusal = error
@@ -65,7 +65,7 @@ class Door:
             refusal = S3Error("NotImplemented", f"The emulator's S3 cannot do this ({cause}).")
         return refusal.response()(environ, start_response)
 
-    def _let_in(self, environ: "WSGIEnvironment") -> None:
+    def _check(self, environ: "WSGIEnvironment") -> None:
         """Check the request, and leave its body in the environment as it would be without chunks.
 
         Raises

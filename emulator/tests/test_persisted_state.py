@@ -6,12 +6,12 @@ from emulator.tests.states import OUTCOME, StoppedClock, new_state, submit
 from polars_cloud_emulator.model.clusters import Cluster, ClusterStatus, TerminationReason
 from polars_cloud_emulator.model.queries import MAX_ENDED_QUERIES, QueryStatus
 from polars_cloud_emulator.model.state import State
-from polars_cloud_emulator.storage.kept_plans import KeptPlans
-from polars_cloud_emulator.storage.kept_state import KeptState
+from polars_cloud_emulator.storage.persisted_plans import PersistedPlans
+from polars_cloud_emulator.storage.persisted_state import PersistedState
 
 
-def kept_state(folder: Path) -> KeptState:
-    return KeptState(folder / "state.sqlite", KeptPlans(folder))
+def persisted_state(folder: Path) -> PersistedState:
+    return PersistedState(folder / "state.sqlite", PersistedPlans(folder))
 
 
 def test_restart_runs_again_what_was_running(
@@ -21,11 +21,11 @@ def test_restart_runs_again_what_was_running(
     state.start_next(cluster.id, 2)
     state.succeed(ended, OUTCOME)
     state.start_next(cluster.id, 2)
-    kept = kept_state(tmp_path)
+    kept = persisted_state(tmp_path)
     kept.commit(state)
 
     after = new_state(clock)
-    after.restore(kept_state(tmp_path).load())
+    after.restore(persisted_state(tmp_path).load())
     statuses = [query.status for query in after.queries.by_id.values()]
     assert statuses == [QueryStatus.SUCCESS, QueryStatus.SCHEDULED, QueryStatus.SCHEDULED]
     again = after.start_next(cluster.id, 2)
@@ -38,11 +38,11 @@ def test_cluster_that_was_stopping_has_stopped_after_a_restart(
     state: State, clock: StoppedClock, cluster: Cluster, tmp_path: Path
 ) -> None:
     state.begin_stop(cluster, TerminationReason.STOPPED_BY_USER)
-    kept = kept_state(tmp_path)
+    kept = persisted_state(tmp_path)
     kept.commit(state)
 
     after = new_state(clock)
-    after.restore(kept_state(tmp_path).load())
+    after.restore(persisted_state(tmp_path).load())
     [stopped] = after.clusters.by_id.values()
     assert (stopped.status, stopped.stopped_at) == (ClusterStatus.STOPPED, clock.now())
 
@@ -51,28 +51,28 @@ def test_only_what_can_have_changed_is_compared_when_the_state_is_kept(
     state: State, cluster: Cluster, tmp_path: Path
 ) -> None:
     ended, unfinished = submit(state, cluster.id), submit(state, cluster.id)
-    kept = kept_state(tmp_path)
+    kept = persisted_state(tmp_path)
     kept.commit(state)
     state.cancel(ended.id)
     kept.commit(state)
-    assert [*state.queries.unsettled] == [unfinished.id]
+    assert [*state.queries.uncommitted] == [unfinished.id]
 
     state.cancel(ended.id)
-    assert {*state.queries.unsettled} == {unfinished.id, ended.id}, "it was canceled once more"
+    assert {*state.queries.uncommitted} == {unfinished.id, ended.id}, "it was canceled once more"
     kept.commit(state)
     state.cancel(unfinished.id)
     kept.commit(state)
-    assert not state.queries.unsettled
-    assert kept_state(tmp_path).load().queries == state.queries.by_id
+    assert not state.queries.uncommitted
+    assert persisted_state(tmp_path).load().queries == state.queries.by_id
 
 
 def test_query_that_is_forgotten_is_kept_no_longer(
     state: State, cluster: Cluster, tmp_path: Path
 ) -> None:
-    kept = kept_state(tmp_path)
+    kept = persisted_state(tmp_path)
     for _ in range(MAX_ENDED_QUERIES + 1):
         state.cancel(submit(state, cluster.id).id)
     kept.commit(state)
     state.forget_oldest()
     kept.commit(state)
-    assert kept_state(tmp_path).load().queries == state.queries.by_id
+    assert persisted_state(tmp_path).load().queries == state.queries.by_id

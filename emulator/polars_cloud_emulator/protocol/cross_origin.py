@@ -35,7 +35,7 @@ HEADERS = {
 """Of each answer that a browser may show: no page of another origin can hold or read it."""
 
 
-class Door:
+class CrossOriginMiddleware:
     """Lets in the calls of programs, and of the emulator's own pages.
 
     Parameters
@@ -60,7 +60,7 @@ class Door:
                 _check_page(request)
                 _check_content_type(request)
             except EmulatorError as error:
-                app = grpc_transport.refusal_in_kind(request, error)
+                app = grpc_transport.refusal_for(request, error)
         await app(scope, receive, _with_headers(send))
 
     def _check_host(self, request: Request) -> None:

@@ -29,7 +29,7 @@ from emulator.tests.raw_calls import (
     call_grpc,
     rest_client,
 )
-from polars_cloud_emulator.storage.kept_objects import KeptObjects
+from polars_cloud_emulator.storage.persisted_objects import PersistedObjects
 
 BUCKET = "your-bucket"
 KILLS = 6
@@ -197,7 +197,7 @@ def test_object_of_any_key_is_kept(restart: Restart) -> None:
 
 
 def test_no_key_leaves_the_folder(tmp_path: Path) -> None:
-    objects = KeptObjects(tmp_path, [BUCKET], "us-east-1")
+    objects = PersistedObjects(tmp_path, [BUCKET], "us-east-1")
     for key in ("..", "../x", "/etc/x", "a/../../x"):
         path = objects._path(BUCKET, key)
         assert path.resolve().parent == (tmp_path / BUCKET).resolve()

@@ -1,0 +1,25 @@
+"""The emulator's package has layers, and what a layer imports lies below it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "polars_cloud_emulator"
+LAYERS = ["model", "protocol", "storage", "faults", "workers", "planes"]
+"""From the ground up."""
+SHARED = {"clock", "sample_data"}
+"""Modules beside the layers that every layer may import."""
+
+
+def test_each_folder_with_modules_is_a_layer_of_the_list() -> None:
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(LAYERS)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_imports_from_itself_and_from_those_below(layer: str) -> None:
+    allowed = {*LAYERS[: LAYERS.index(layer) + 1], *SHARED}
+    for path in (PACKAGE / layer).rglob("*.py"):
+        source = path.read_text()
+        assert {*re.findall(r"polars_cloud_emulator\.(\w+)", source)} <= allowed, path
+        assert {*re.findall(r"from polars_cloud_emulator import (\w+)", source)} <= SHARED, path

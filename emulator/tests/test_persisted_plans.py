@@ -1,0 +1,48 @@
+"""`persisted_plans.py`: a plan until its query has ended, and what is shown of it from then on."""
+
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from polars_cloud_emulator.model.errors import CannotPersist
+from polars_cloud_emulator.storage.persisted_plans import PersistedPlans
+
+
+@pytest.fixture
+def plans(tmp_path: Path) -> PersistedPlans:
+    return PersistedPlans(tmp_path)
+
+
+@pytest.mark.parametrize("redacted", [b"redacted", None])
+def test_plan_is_deleted_and_what_is_shown_of_it_is_not(
+    plans: PersistedPlans, redacted: bytes | None
+) -> None:
+    query_id = uuid4()
+    plans.store(query_id, b"plan", redacted=redacted)
+    assert plans.best_path(query_id) == plans.path(query_id)
+    for _ in range(2):
+        plans.discard(query_id)
+        path = plans.best_path(query_id)
+        assert (path and path.read_bytes()) == redacted
+    plans.delete(query_id)
+    assert plans.best_path(query_id) is None
+
+
+def test_all_but_the_plans_of_known_queries_is_deleted(
+    plans: PersistedPlans, tmp_path: Path
+) -> None:
+    active, ended, unknown = uuid4(), uuid4(), uuid4()
+    for query_id in (active, ended, unknown):
+        plans.store(query_id, b"plan", redacted=b"redacted")
+    (tmp_path / "of a killed worker").touch()
+    plans.delete_all_but(active=[active], ended=[ended])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {str(active), f"{active}.shown", f"{ended}.shown"}
+
+
+def test_a_plan_that_the_disk_does_not_take_is_refused(tmp_path: Path) -> None:
+    # A folder that is missing stands for a disk that is full.
+    plans = PersistedPlans(tmp_path / "missing")
+    with pytest.raises(CannotPersist, match=r"cannot keep its state \(.*: make room for it"):
+        plans.store(uuid4(), b"plan", redacted=None)
