@@ -1,1 +1,1 @@
-"""The client's wire protocol: transports, messages, login, journal."""
+"""The client's wire protocol: transports, messages, login and the journal."""

@@ -1,4 +1,4 @@
-"""The service accounts, and the short-lived access tokens that they are given."""
+"""Service accounts and their short-lived access tokens."""
 
 import base64
 import hashlib
@@ -14,31 +14,31 @@ from polars_cloud_emulator.model.errors import Conflict, Unauthenticated
 
 TOKEN_PATH = "/realms/Polars/protocol/openid-connect/token"
 DEVICE_PATH = "/realms/Polars/protocol/openid-connect/auth/device"
-"""Both of the identity provider behind the real service."""
+"""Paths of the identity provider behind the real service."""
 CLIENT_ID = "polars-cloud-emulator"
 ACCOUNT_ID = UUID("5e41ce00-acc0-4000-8000-000000000001")
 ACCESS, REFRESH = "access", "refresh"
 REFRESH_LIFETIME = timedelta(days=1)
-"""How long a person stays logged in."""
+"""Lifetime of a refresh token: a person stays logged in this long."""
 
 
 class PersonTokens(NamedTuple):
-    """The tokens of a person, who acts as a service account."""
+    """Tokens of a person who is logged in as a service account."""
 
     access: str
     refresh: str
 
 
 class AccessTokens:
-    """Gives tokens for the right secret, and recognizes them.
+    """Issues access tokens for client secrets, and validates them.
 
     Parameters
     ----------
     client_secret
-        The secret of the first service account, ``CLIENT_ID``. It also signs all tokens, so that
-        those of an emulator before a restart stay good and those of anyone else are refused.
+        Secret of the first service account, ``CLIENT_ID``. It also signs all tokens, so tokens stay
+        valid across a restart, and tokens of another issuer are refused.
     lifetime
-        How long a token is good. The client fetches a new one when less than 10 s are left.
+        Lifetime of an access token. The client requests a new one in the last 10 s.
     """
 
     def __init__(self, clock: Clock, client_secret: str, lifetime: timedelta) -> None:
@@ -48,33 +48,35 @@ class AccessTokens:
         self._lifetime = lifetime
         self._generation = 0
         self.revoked = False
-        """Whether the secrets are refused, too."""
+        """True if the client secrets are refused, too."""
 
     def add_account(self, name: str) -> tuple[str, str]:
-        """Id and secret of a new service account, which lasts until the accounts are forgotten.
+        """Add a service account, and return its client id and secret.
+
+        The account exists until ``forget_added_accounts``.
 
         Raises
         ------
         Conflict
-            The name is taken.
+            An account with this name exists.
         """
         client_id = f"{CLIENT_ID}-{name}"
         if client_id in self._secrets:
-            raise Conflict(f"service account '{client_id}' exists; reset the emulator to forget it")
+            raise Conflict(f"service account '{client_id}' exists; reset the emulator to remove it")
         self._secrets[client_id] = secrets.token_urlsafe(32)
         return client_id, self._secrets[client_id]
 
     def forget_added_accounts(self) -> None:
-        """Leave the first service account alone; the tokens of the others are refused, too."""
+        """Remove all service accounts but the first, and refuse their tokens."""
         self._secrets = {CLIENT_ID: self._signing_key}
 
     def issue(self, client_id: str, client_secret: str) -> str:
-        """A token for a service account.
+        """Return an access token for a service account.
 
         Raises
         ------
         Unauthenticated
-            The id or the secret is wrong, or the secret is revoked.
+            The client id or secret is wrong, or the secrets are revoked.
         """
         self._check_secret(client_id, client_secret)
         return self._token(ACCESS, client_id, self._lifetime)
@@ -85,19 +87,19 @@ class AccessTokens:
         Raises
         ------
         Unauthenticated
-            The id or the secret is wrong, or the secret is revoked.
+            The client id or secret is wrong, or the secrets are revoked.
         """
         self._check_secret(client_id, client_secret)
         return self._person_tokens(client_id)
 
     def renew(self, refresh_token: str) -> PersonTokens:
-        """Return new tokens for the person who has a refresh token.
+        """Return new tokens for a refresh token.
 
         Raises
         ------
         Unauthenticated
-            The token is no refresh token from here or has expired, its account is forgotten, or
-            the secrets are revoked.
+            The token was not issued by this emulator, is not a refresh token, or has expired; its
+            account was removed, or the secrets are revoked.
         """
         claims = self._claims(REFRESH, refresh_token)
         if claims["good_until"] <= self._clock.now_for_logins().timestamp():
@@ -113,14 +115,14 @@ class AccessTokens:
     def _token(self, kind: str, client_id: str, lifetime: timedelta) -> str:
         if self.revoked:
             raise Unauthenticated("the client secret is revoked")
-        # The client decodes the payload with the standard alphabet and without padding:
-        # ASCII text never needs the two letters in which the alphabets differ.
+        # The client decodes the payload as standard Base64 without padding. JWT uses URL-safe
+        # Base64, but the two characters in which they differ never occur for ASCII text.
         claims = {
             "typ": kind,
             "sub": client_id,
-            # What the client goes by: the system's time, which is its own.
+            # Read by the client, which compares it with the system's clock.
             "exp": int((datetime.now(UTC) + lifetime).timestamp()),
-            # What counts here.
+            # Read by the emulator, which compares it with its own clock.
             "good_until": int((self._clock.now_for_logins() + lifetime).timestamp()),
             "generation": self._generation,
             "secret": _digest(self._secrets[client_id]),
@@ -133,29 +135,29 @@ class AccessTokens:
                 token,
                 self._signing_key,
                 algorithms=["HS256"],
-                # By the emulator's clock, not by the system's.
+                # PyJWT would compare it with the system's clock, not with the emulator's.
                 options={"verify_exp": False},
             )
         except jwt.InvalidTokenError:
             claims = {}
         if claims.get("typ") != kind:
-            raise Unauthenticated(f"this {kind} token was not issued here")
+            raise Unauthenticated(f"this {kind} token was not issued by this emulator")
         return claims
 
     def _account_of(self, claims: dict[str, Any]) -> str:
         client_id: str = claims["sub"]
-        # An account that was added again under the same name has another secret.
+        # An account that was removed and added again has the same name, but another secret.
         if _digest(self._secrets.get(client_id, "")) != claims["secret"]:
-            raise Unauthenticated(f"service account '{client_id}' is forgotten")
+            raise Unauthenticated(f"service account '{client_id}' was removed")
         return client_id
 
     def check_basic(self, authorization: str | None) -> None:
-        """Accept ``Basic <client id and secret>``, also while secrets are revoked.
+        """Check an HTTP Basic header with a client id and secret, also while secrets are revoked.
 
         Raises
         ------
         Unauthenticated
-            There are none, or they are no service account's.
+            The header is missing or malformed, or the client id or secret is wrong.
         """
         scheme, _, credentials = (authorization or "").partition(" ")
         if scheme.lower() != "basic":
@@ -167,7 +169,7 @@ class AccessTokens:
         self._check_secret(client_id, client_secret)
 
     def _check_secret(self, client_id: str, client_secret: str) -> None:
-        # Guessing is hopeless: each secret is 256 random bits.
+        # No rate limit: a secret has 256 random bits, too many to guess.
         expected = self._secrets.get(client_id)
         if expected is None or not secrets.compare_digest(
             client_secret.encode(), expected.encode()
@@ -175,16 +177,16 @@ class AccessTokens:
             raise Unauthenticated("unknown client id or wrong client secret")
 
     def expire(self) -> None:
-        """From now on only tokens of new logins are good."""
+        """Expire all tokens issued so far."""
         self._generation += 1
 
     def check(self, authorization: str | None) -> str:
-        """Accept ``Bearer <token>``; the client id of the account that it was issued to.
+        """Check an ``Authorization: Bearer <token>`` header, and return its client id.
 
         Raises
         ------
         Unauthenticated
-            There is no token, it is another issuer's, its account is forgotten, or it has expired.
+            The token is missing, has expired, or is another issuer's; or its account was removed.
         """
         if authorization is None or not authorization.startswith("Bearer "):
             raise Unauthenticated("no access token")
@@ -198,24 +200,24 @@ class AccessTokens:
 
 
 class ClusterKey:
-    """The header by which a cluster of a company's own knows its users: it hands out no tokens.
+    """Authorization header of an on-premises cluster, which issues no tokens.
 
     Parameters
     ----------
     secret
-        What stands in the header behind ``Bearer``.
+        Part of the header after ``Bearer``.
     """
 
     def __init__(self, secret: str) -> None:
         self.authorization = f"Bearer {secret}"
 
     def check(self, authorization: str | None) -> None:
-        """Accept this header alone.
+        """Check the header.
 
         Raises
         ------
         Unauthenticated
-            It is another one, or none.
+            The header is missing or another one.
         """
         if not secrets.compare_digest((authorization or "").encode(), self.authorization.encode()):
             raise Unauthenticated("send the authorization header that the cluster was set up with")

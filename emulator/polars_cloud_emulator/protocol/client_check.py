@@ -1,4 +1,4 @@
-"""Who may call: one version of the client, with a token that was issued here."""
+"""Check of a request's client version and access token."""
 
 import os
 from collections.abc import Callable
@@ -10,38 +10,39 @@ from polars_cloud_emulator.model.errors import WrongState
 
 CLIENT_VERSION = "0.12"
 SWITCH = "EMULATOR_ANY_CLIENT"
-"""Variable that lets other versions of the client try; what they say may not be understood."""
+"""Environment variable that admits other client versions, whose requests may fail to decode."""
 
 
 class ClientCheck:
-    """Refuses, in words that the user sees, every client whose protocol is not spoken here.
+    """Refuses clients of another version, with an error that the client shows to its user.
 
     Parameters
     ----------
     check_authorization
-        Raises ``Unauthenticated`` unless this header is good.
+        Raises ``Unauthenticated`` unless the ``Authorization`` header is valid.
     """
 
     def __init__(self, check_authorization: Callable[[str | None], object]) -> None:
         self._check_authorization = check_authorization
 
     def __call__(self, headers: Headers) -> None:
-        """Accept a call with these headers.
+        """Check the headers of a request.
 
         Raises
         ------
         WrongState
-            Another client, or another version of ``polars_cloud`` or ``polars``.
+            The client is not ``polars_cloud``, or its version or that of ``polars`` is not
+            supported.
         Unauthenticated
-            No good token.
+            The access token is missing or not valid.
         """
         client = headers.get("x-client-version", "none")
         if not f"{client}.".startswith(f"{CLIENT_VERSION}.") and os.environ.get(SWITCH) != "1":
             raise WrongState(
-                f"this emulator speaks to polars_cloud {CLIENT_VERSION}.x, not to "
+                f"this emulator supports polars_cloud {CLIENT_VERSION}.x, not "
                 f"{headers.get('user-agent', 'an unknown client')}; "
-                f"install polars-cloud=={CLIENT_VERSION}.*, or try all the same with "
-                f"{SWITCH}=1 in the emulator's environment"
+                f"install polars-cloud=={CLIENT_VERSION}.*, or set {SWITCH}=1 in the emulator's "
+                "environment to try anyway"
             )
         if headers.get("x-polars-version") != pl.__version__:
             raise WrongState(

@@ -1,4 +1,4 @@
-"""The connections of calls, to be reset, and to be told when they end."""
+"""Connections of requests: reset them, and wait for their end."""
 
 import asyncio
 import socket
@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 
 
 class Connection(asyncio.Protocol):
-    """The connection of a call, which hypercorn shows to no application."""
+    """The connection of a request, which hypercorn does not expose to the application."""
 
     current: ClassVar[ContextVar["Connection"]] = ContextVar("connection")
 
@@ -17,20 +17,20 @@ class Connection(asyncio.Protocol):
         self._protocol = protocol
         self.ended = asyncio.Event()
         self.reason = ""
-        """Words for the status line of the next answer."""
+        """Reason phrase for the status line of the next response."""
 
     def reset(self) -> None:
         connection: socket.socket = self._transport.get_extra_info("socket")
-        # Without time to linger, the other side is sent RST in place of FIN.
+        # A linger time of zero sends RST instead of FIN.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        # Inherited by the task that hypercorn creates here, and by those of its calls.
+        # Inherited by the task that hypercorn creates next, and by its requests' tasks.
         self.current.set(self)
-        worded = _ReasonTransport(self._transport, self)
-        self._protocol.connection_made(cast(asyncio.BaseTransport, worded))
+        with_reason = _ReasonTransport(self._transport, self)
+        self._protocol.connection_made(cast(asyncio.BaseTransport, with_reason))
 
     def data_received(self, data: bytes) -> None:
         self._protocol.data_received(data)
@@ -42,7 +42,8 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.ended.set()
         if isinstance(exc, ssl.SSLError):
-            # Sent while the connection was being closed; hypercorn expects no error of TLS then.
+            # Data that arrives while the connection closes is a TLS error for Python, which
+            # hypercorn does not handle.
             exc = ConnectionResetError(str(exc))
         self._protocol.connection_lost(exc)
 
@@ -54,7 +55,7 @@ class Connection(asyncio.Protocol):
 
 
 class _ReasonTransport:
-    """A transport whose status lines have a reason: hypercorn writes none."""
+    """A transport that adds the reason phrase to the status line, which hypercorn leaves out."""
 
     def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
         self._transport = transport

@@ -1,7 +1,7 @@
-"""The door in front of every route: it refuses what a web page may have sent.
+"""Middleware that refuses cross-origin requests of web pages.
 
-A page can make its reader's browser send requests to this machine. It cannot choose their ``Host``
-and ``Origin`` headers, and not their content type.
+Any web page can make a browser on this machine send requests to the emulator. The page cannot forge
+their ``Host`` and ``Origin`` headers, and it cannot send every content type.
 """
 
 import re
@@ -25,23 +25,23 @@ from polars_cloud_emulator.protocol.own_hosts import is_own_host
 CLUSTER_HOST = re.compile(rf"[0-9a-f-]{{36}}\.{re.escape(CLUSTER_DOMAIN)}(:[0-9]{{1,5}})?")
 GRPC_PATH = re.compile(r"/[\w.]+\.\w+/\w+")
 READING = {"GET", "HEAD", "OPTIONS"}
-"""Methods that change nothing."""
+"""Methods without side effects."""
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
-"""Of each answer that a browser may show: no page of another origin can hold or read it."""
+"""Headers of each response but gRPC's: no page of another origin can embed or read it."""
 
 
 class CrossOriginMiddleware:
-    """Lets in the calls of programs, and of the emulator's own pages.
+    """Passes on requests of programs and of the emulator's own pages, and refuses all others.
 
     Parameters
     ----------
     host
-        Name or address under which clients find the emulator.
+        Name or address that clients use for the emulator.
     """
 
     def __init__(self, app: ASGIApp, host: str) -> None:
@@ -65,34 +65,40 @@ class CrossOriginMiddleware:
 
     def _check_host(self, request: Request) -> None:
         if not request.scope["path"].startswith("/"):
-            raise InvalidRequest("ask for a path, which begins with /, and name the host in Host")
+            raise InvalidRequest("the request target must be a path, which begins with /")
         hosts = request.headers.getlist("host")
         own = (self._host, request.scope["server"][0])
         if len(hosts) != 1 or not (is_own_host(hosts[0], own) or CLUSTER_HOST.fullmatch(hosts[0])):
             raise PermissionDenied(
-                f"the host '{', '.join(hosts)}' is not this emulator: call it {self._host} or "
-                "localhost, or start it with --host and the name that you need"
+                f"the host '{', '.join(hosts)}' is not this emulator: use {self._host} or "
+                "localhost, or start the emulator with --host and the name that you need"
             )
 
 
 def _check_page(request: Request) -> None:
-    """Refuse what a page of another origin asks for, unless it is a link that opens a page."""
+    """Refuse a request of a page of another origin, unless the user followed a link."""
     own = f"{request.scope['scheme']}://{request.headers['host']}".lower()
     for origin in request.headers.getlist("origin"):
         if origin.lower() != own:
             raise PermissionDenied(
-                f"a page of '{origin}' may not call the emulator: use a program or a page of {own}"
+                f"a page of '{origin}' may not send requests to the emulator: use a program or a "
+                f"page of {own}"
             )
     site, mode, destination = (
         request.headers.get(f"sec-fetch-{name}") for name in ("site", "mode", "dest")
     )
     is_link = (request.method, mode, destination) == ("GET", "navigate", "document")
     if site not in {None, "none", "same-origin"} and not is_link:
-        raise PermissionDenied("a page of another origin may link to the emulator, and no more")
+        raise PermissionDenied(
+            "a page of another origin may only link to the emulator, not send requests to it"
+        )
 
 
 def _check_content_type(request: Request) -> None:
-    """Refuse a change whose content type any page may send without asking."""
+    """Refuse a request with side effects unless it has the content type of its route.
+
+    A page of another origin cannot send these content types without a CORS preflight request.
+    """
     if request.method in READING:
         return
     path, headers = request.scope["path"], request.headers
@@ -102,11 +108,11 @@ def _check_content_type(request: Request) -> None:
     elif GRPC_PATH.fullmatch(path):
         expected = grpc_transport.CONTENT_TYPE
     given = headers.get("content-type", "").partition(";")[0].strip().lower()
-    # The client sends no content type where it sends no content.
+    # The client leaves the content type out of requests without a body.
     is_empty = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
     has_token = headers.get("authorization", "").startswith("Bearer ")
     if given != expected and not (not given and is_empty and has_token):
-        raise UnsupportedType(f"send the content type {expected}, not {given or 'none'}")
+        raise UnsupportedType(f"the content type must be {expected}, not {given or 'none'}")
     if given == grpc_transport.CONTENT_TYPE and request.scope["http_version"] != "2":
         raise InvalidRequest("gRPC needs HTTP/2")
 

@@ -1,4 +1,4 @@
-"""Logins of people: a code in the terminal, confirmed in a browser (RFC 8628)."""
+"""Device logins: a code shown in the terminal and confirmed in a browser (RFC 8628)."""
 
 import secrets
 from datetime import datetime, timedelta
@@ -11,25 +11,28 @@ from polars_cloud_emulator.protocol.access_tokens import PersonTokens
 
 LIFETIME = timedelta(minutes=2)
 MAX_LOGINS = 100
-"""Anybody on this machine may begin one. The oldest is forgotten."""
+"""Maximum of pending logins, which need no credentials. The oldest is dropped."""
 POLL_SECONDS = 1
-"""Interval at which the client asks whether its code is confirmed."""
+"""Interval at which the client polls for the confirmation."""
 LETTERS = "BCDFGHJKLMNPQRSTVWXZ"
-"""No vowels: a code spells no word."""
+"""Letters of a user code, without vowels, so that a code spells no word."""
 
 
 class DeviceLogin(msgspec.Struct):
-    """One login. Whoever knows ``device_code`` gets its tokens; ``user_code`` is for reading."""
+    """One pending login.
+
+    ``user_code`` is shown to the person. ``device_code`` is secret: it is exchanged for the tokens.
+    """
 
     device_code: str
     user_code: str
     expires_at: datetime
     tokens: PersonTokens | None = None
-    """Of the account with whose secret it was confirmed."""
+    """Tokens of the account that confirmed the login; None until then."""
 
 
 class DeviceLogins:
-    """The logins that were begun and are neither collected nor expired."""
+    """Device logins that have not expired, and whose tokens have not been collected."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -46,12 +49,12 @@ class DeviceLogins:
         return login
 
     def find(self, user_code: str) -> DeviceLogin:
-        """Return the login with this code.
+        """Return the login with this user code.
 
         Raises
         ------
         NotFound
-            There is none, or it has expired or is collected.
+            The code is unknown, has expired, or its tokens were collected.
         """
         for login in self._current():
             if login.user_code == user_code:
@@ -59,12 +62,12 @@ class DeviceLogins:
         raise NotFound(f"login code {user_code} is unknown or has expired; run `pc login` again")
 
     def collect(self, device_code: str) -> PersonTokens | None:
-        """Return the tokens of a login that is confirmed, and forget the login.
+        """Return the tokens of a confirmed login, and remove it; None if it is not confirmed yet.
 
         Raises
         ------
         NotFound
-            There is none, or it has expired or is collected.
+            The code is unknown, has expired, or its tokens were collected.
         """
         for login in self._current():
             if secrets.compare_digest(login.device_code.encode(), device_code.encode()):

@@ -1,7 +1,7 @@
 """Unary gRPC calls as HTTP/2 requests of an ASGI server.
 
-One call is one POST to ``/package.Service/Method`` whose body is a compression flag, a length and
-a protobuf message; the answer has the same form, and its status comes in the trailers
+One call is one POST to ``/package.Service/Method``. Its body is a compression flag, a length and a
+protobuf message. The response body has the same form, and the gRPC status is in the trailers
 (https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md).
 """
 
@@ -31,7 +31,7 @@ from polars_cloud_emulator.protocol.rest_transport import refusal
 
 CONTENT_TYPE = "application/grpc"
 LARGE = 1_000_000
-"""Bytes of a message that is kept on disk and decoded beside the event loop."""
+"""Bytes above which a message is spooled to disk and decoded in a thread."""
 TIMEOUT_UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 
 M = TypeVar("M", bound=BaseMessage)
@@ -43,9 +43,9 @@ def grpc_route(
     request_type: type[M],
     method: Callable[[M, Request], Awaitable[BaseMessage]],
 ) -> Route:
-    """A route that decodes the request, calls the method and encodes what it gives or raises.
+    """Return a route that decodes the request, calls the method and encodes its result or error.
 
-    ``check`` sees the headers before any of the message is read.
+    ``check`` gets the headers before the body is read.
     """
 
     async def endpoint(request: Request) -> Response:
@@ -60,24 +60,27 @@ def grpc_route(
 
 
 def seconds_left(request: Request) -> float | None:
-    """The call's deadline as the client gave it, in seconds from now; None if there is none.
+    """Return the call's timeout in seconds (``grpc-timeout``); None if the client set none.
 
     Raises
     ------
     InvalidRequest
-        It is not up to eight digits and a unit.
+        The header is not up to eight digits and a unit.
     """
     timeout = request.headers.get("grpc-timeout")
     if timeout is None:
         return None
     match = re.fullmatch(r"([0-9]{1,8})([HMSmun])", timeout)
     if match is None:
-        raise InvalidRequest(f"'{timeout}' is no grpc-timeout")
+        raise InvalidRequest(f"grpc-timeout must be up to 8 digits and a unit, not '{timeout}'")
     return int(match[1]) * TIMEOUT_UNITS[match[2]]
 
 
 class GrpcResponse(Response):
-    """A protobuf message, or an error as status, text and, where the client reads it, details."""
+    """A protobuf message, or an error as status, message and details.
+
+    The client reads the details of ``InvalidRequest`` only.
+    """
 
     def __init__(self, message: bytes | None = None, *, error: EmulatorError | None = None) -> None:
         super().__init__(media_type=CONTENT_TYPE)
@@ -100,7 +103,7 @@ class GrpcResponse(Response):
 
 
 def refusal_for(request: Request, error: EmulatorError) -> Response:
-    """A refusal in the form that the caller reads: gRPC's or REST's."""
+    """Return an error response in the protocol of the request: gRPC or REST."""
     is_grpc = request.headers.get("content-type", "").startswith(CONTENT_TYPE)
     if is_grpc and request.scope["http_version"] == "2":
         return GrpcResponse(error=error)
@@ -124,9 +127,9 @@ def _decode(request_type: type[M], body: IO[bytes]) -> M:
     body.seek(0)
     flag, length = struct.unpack(">BI", body.read(5)) if size >= 5 else (1, 0)
     if flag or length != size - 5:
-        raise InvalidRequest("expected one uncompressed gRPC message")
+        raise InvalidRequest("the body must be one uncompressed gRPC message")
     try:
         return request_type.read_from(body)
-    # The decoder has an exception of its own for a wrong type alone; these are for wrong bytes.
+    # The decoder raises its own exception only for a wrong type; malformed bytes raise these.
     except (ValueError, EOFError, OverflowError) as error:
-        raise InvalidRequest(f"this is no {request_type.__name__}: {error}") from None
+        raise InvalidRequest(f"the body is not a {request_type.__name__}: {error}") from None

@@ -1,4 +1,4 @@
-"""What was called: the journal of every call, and the calls nobody here understands."""
+"""The journal: the latest calls of clients, with those that the emulator does not know."""
 
 from collections import deque
 from contextlib import suppress
@@ -14,19 +14,19 @@ from polars_cloud_emulator.protocol.access_tokens import AccessTokens
 
 MAX_ENTRIES = 2_000
 MAX_TEXT = 1_000
-"""Characters of a path or a client's name."""
+"""Maximum characters of a recorded path or user agent."""
 ADMIN_PREFIX = "/_emulator/"
 PORTAL_PREFIX = "/portal/"
-"""Of the pages of clusters and queries; the first page is at the root."""
+"""Path prefix of the pages of clusters and queries; the front page is at the root."""
 LOGIN_PREFIX = f"{PORTAL_PREFIX}login/"
-"""Of the page on which a person confirms a login."""
+"""Path prefix of the page on which a person confirms a device login."""
 
 
 class Entry(msgspec.Struct):
-    """One call. Query strings, headers and bodies are left out: they may hold secrets.
+    """One call, without its query string, headers and body, which may contain secrets.
 
-    ``account`` is the client id behind the access token, None if none was good when the call came.
-    ``status`` is None as long as there is no answer, and for ever if it was lost.
+    ``account`` is the client id of the access token; None if the call had no valid token.
+    ``status`` is None until the response is sent. It stays None if a fault dropped the response.
     """
 
     at: datetime
@@ -39,7 +39,7 @@ class Entry(msgspec.Struct):
 
 
 class Journal:
-    """The latest calls, and those among them that the emulator does not know."""
+    """The latest ``MAX_ENTRIES`` calls."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -56,14 +56,14 @@ class Journal:
 
     def record(self, scope: Scope) -> Entry:
         client = Headers(scope=scope).get("user-agent", "")
-        # Anybody on this machine may write here, without a login.
+        # Truncated, because calls without a login are recorded, too.
         path, client = scope["path"][:MAX_TEXT], client[:MAX_TEXT]
         self.entries.append(Entry(self._clock.now(), scope["method"], path, client))
         return self.entries[-1]
 
 
 class JournalMiddleware:
-    """Writes down every call of a client: not those of the admin API, and no page."""
+    """Records every call of a client, but not those of the admin API and of the pages."""
 
     def __init__(self, app: ASGIApp, journal: Journal, access_tokens: AccessTokens) -> None:
         self._app = app
@@ -91,5 +91,5 @@ class JournalMiddleware:
 
 
 def is_for_people(path: str) -> bool:
-    """Return whether a path is a page's or the admin API's."""
+    """Return whether a path belongs to the pages or to the admin API."""
     return path == "/" or path.startswith((ADMIN_PREFIX, PORTAL_PREFIX))

@@ -1,7 +1,7 @@
 """The protobuf messages of the compute plane and of the control plane's proxy service.
 
-Field numbers are those of ``polars_cloud`` 0.12.0 as seen on the wire; fields that the
-emulator does not use are left out and skipped when they arrive.
+The field numbers were observed on the wire with ``polars_cloud`` 0.12.0. Fields that the emulator
+does not use are not declared; the decoder skips them.
 """
 
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ class ExecuteUntil(IntEnum):
 
 
 class PreferredFormat(IntEnum):
-    """Of a plan, as a query asks for it."""
+    """Format of a plan in a request."""
 
     UNSET = 0
     DOT = 2
@@ -36,7 +36,7 @@ class PreferredFormat(IntEnum):
 
 
 class PlanFormat(IntEnum):
-    """Of a plan, as it is told."""
+    """Format of a plan in a response."""
 
     DOT = 1
     EXPLAIN = 2
@@ -65,14 +65,14 @@ class Empty(BaseMessage):
 
 @dataclass
 class Id(BaseMessage):
-    """QueryId and ComputeId: a UUID in its text form."""
+    """QueryId and ComputeId: a UUID as text."""
 
     value: Annotated[str, Field(1)] = ""
 
 
 @dataclass
 class WorkerCounts(BaseMessage):
-    """What ``distributed(min_workers=, max_workers=)`` asks for."""
+    """Arguments of ``distributed(min_workers=, max_workers=)``."""
 
     least: Annotated[uint | None, Field(1)] = None
     most: Annotated[uint | None, Field(2)] = None
@@ -80,7 +80,7 @@ class WorkerCounts(BaseMessage):
 
 @dataclass
 class QuerySettings(BaseMessage):
-    """``single`` and ``distributed`` exclude each other."""
+    """Settings of a query. At most one of ``single`` and ``distributed`` is set."""
 
     engine: Annotated[Engine, Field(1)] = Engine.UNSET
     single: Annotated[Empty | None, Field(2)] = None
@@ -99,7 +99,7 @@ class Label(BaseMessage):
 
 @dataclass
 class Lineage(BaseMessage):
-    """The job of a query, and the run that it is a part of, for OpenLineage."""
+    """OpenLineage job of a query, and its parent run."""
 
     job_namespace: Annotated[str, Field(1)] = ""
     job_name: Annotated[str, Field(2)] = ""
@@ -131,7 +131,7 @@ class ProxySubmitRequest(BaseMessage):
 
 @dataclass
 class QueryReference(BaseMessage):
-    """Any request or answer that names one query and nothing else."""
+    """Any request or response whose only content is a query id."""
 
     query: Annotated[Id, Field(1)] = field(default_factory=Id)
 
@@ -147,7 +147,7 @@ class QueryStatusResponse(BaseMessage):
 
 @dataclass
 class QueryError(BaseMessage):
-    """``message`` is a JSON object of failures by the name of who saw them."""
+    """``message`` is a JSON object: the failure by the component that reported it."""
 
     message: Annotated[str, Field(1)] = ""
 
@@ -182,7 +182,7 @@ class Head(BaseMessage):
 
 @dataclass
 class DirectQueryResultResponse(BaseMessage):
-    """The client needs ``result`` and ``head`` to be there, empty or not."""
+    """``result`` and ``head`` may be empty, but the client fails if they are missing."""
 
     result: Annotated[QueryResult, Field(1)]
     head: Annotated[Head, Field(2)]
@@ -207,7 +207,7 @@ class PlansRequest(BaseMessage):
 
 @dataclass
 class Plans(BaseMessage):
-    """``ir`` is the optimized plan, in the format that was preferred when it was submitted."""
+    """``ir`` is the optimized plan, in the format that the submission asked for."""
 
     format: Annotated[PlanFormat, Field(1)]
     ir: Annotated[str, Field(2)]

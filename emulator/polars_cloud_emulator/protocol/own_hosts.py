@@ -1,27 +1,27 @@
-"""The names of this machine, which no web page can point elsewhere.
+"""Check of the ``Host`` header against DNS rebinding.
 
-The owner of a page can point the page's own name at 127.0.0.1 (DNS rebinding). A browser then takes
-the emulator for that page's server, and lets its scripts read every answer. They cannot change the
-``Host`` header, which holds the page's name.
+The owner of a web page can point the page's host name at 127.0.0.1. A browser then takes the
+emulator for that page's server, and lets the page's scripts read every response. The scripts cannot
+change the ``Host`` header, which contains the page's host name.
 """
 
 import ipaddress
 import re
 from collections.abc import Iterable
 
-# A name or an address, and perhaps a port; no user name and no path.
+# A host name or an address with an optional port; no user name and no path.
 AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[0-9a-z_.-]+)(?::[0-9]{1,5})?", re.ASCII | re.IGNORECASE)
 
 
 def is_own_host(host: str, own: Iterable[str]) -> bool:
-    """Return whether a ``Host`` header names this machine, with any port or none.
+    """Return whether a ``Host`` header names this machine.
 
     Parameters
     ----------
     host
-        The header as it came. Its port is not compared, because ports can be mapped.
+        The header as received. Its port is ignored, because ports can be mapped.
     own
-        Names and addresses of this machine beside ``localhost`` and the loopback addresses.
+        Names and addresses of this machine, besides ``localhost`` and the loopback addresses.
     """
     authority = AUTHORITY.fullmatch(host)
     if authority is None:
@@ -31,7 +31,7 @@ def is_own_host(host: str, own: Iterable[str]) -> bool:
 
 
 def _canonical(name: str) -> str:
-    # A dot at the end marks a complete name, which is the same name.
+    # A trailing dot marks a fully qualified name; the name is the same.
     return name.lower().removesuffix(".")
 
 

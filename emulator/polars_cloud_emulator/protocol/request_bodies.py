@@ -1,4 +1,4 @@
-"""Bodies of requests: each is read to its end, and of most of them little is kept."""
+"""Request bodies: each is read to its end, up to a maximum size."""
 
 from contextlib import suppress
 
@@ -9,17 +9,18 @@ from polars_cloud_emulator.model.errors import TooLarge
 from polars_cloud_emulator.protocol.connections import Connection
 
 MAX_FORM = 10_000
-"""Bytes of a login, which anybody may send; the client sends 150."""
+"""Maximum bytes of a login form, which needs no credentials; the client sends 150."""
 MAX_JSON = 10_000_000
-"""Bytes of JSON, more than the longest specification of a cluster."""
+"""Maximum bytes of a JSON body, more than the longest cluster specification needs."""
 MAX_DROPPED = 1_000_000_000
-"""Bytes that are read and dropped before an answer, until the connection is reset."""
+"""Maximum bytes that are read and dropped before a response; then the connection is reset."""
 
 
 class RequestBodyMiddleware:
-    """Reads the rest of each request before its answer.
+    """Reads the rest of each request body before the response is sent.
 
-    An earlier answer makes hypercorn drop the whole connection, with all other calls on it.
+    If the response comes first, hypercorn drops the connection, and with it all other requests on
+    that connection.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -45,7 +46,7 @@ class RequestBodyMiddleware:
                     Connection.current.get().reset()
             await send(message)
 
-        # A client that leaves in the middle of its request gets no answer.
+        # A client that disconnects during its request gets no response.
         with suppress(ClientDisconnect):
             await self._app(scope, receive_part, send_after_body)
 
@@ -56,7 +57,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     Raises
     ------
     TooLarge
-        It has more than ``max_bytes`` bytes.
+        The body has more than ``max_bytes`` bytes.
     """
     body = bytearray()
     async for part in request.stream():

@@ -1,4 +1,4 @@
-"""JSON over HTTP in the form that the client reads."""
+"""JSON requests and responses, in the format of the client."""
 
 import re
 from typing import TypeVar
@@ -20,15 +20,15 @@ def json_response(content: object, status: int = 200) -> Response:
 
 
 class Refusal(Response):
-    """An error whose message the client shows as it is; any other form it shows raw.
+    """An error response whose message the client shows; it shows any other body as raw text.
 
-    Some of its calls show the status line alone: the message stands there, too.
+    Some calls of the client show only the status line, so the reason phrase is the message, too.
     """
 
     def __init__(self, error: EmulatorError) -> None:
         content = msgspec.json.encode({"message": str(error), "errors": {}})
         super().__init__(content, error.http_status, media_type="application/json")
-        # What the caller sent may stand in it, and nothing of that may end the line.
+        # The message may quote the request, and a line break would end the status line.
         self._reason = re.sub(r"[^ -~]+", " ", str(error))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -42,32 +42,32 @@ def refusal(error: EmulatorError) -> Response:
 
 
 def positive_parameter(request: Request, name: str, default: int) -> int:
-    """A parameter of the query string that counts something.
+    """Return a positive integer of the query string.
 
     Raises
     ------
     InvalidRequest
-        It is no whole number, or less than 1.
+        The parameter is not an integer, or is less than 1.
     """
     text = request.query_params.get(name, str(default))
-    # More digits than these are nothing that anyone counts to.
+    # At most 18 significant digits, which fit into 64 bits.
     if re.fullmatch("0*[1-9][0-9]{0,17}", text, re.ASCII) is None:
-        raise InvalidRequest(f"{name} is a whole number from 1, not '{text}'")
+        raise InvalidRequest(f"{name} must be a whole number from 1, not '{text}'")
     return int(text)
 
 
 async def decode_body(request: Request, model: type[T]) -> T:
-    """The request's JSON body.
+    """Return the request's JSON body.
 
     Raises
     ------
     InvalidRequest
-        It is not JSON, or not a ``model``.
+        The body is not JSON, or not a ``model``.
     TooLarge
-        It is too large.
+        The body has more than ``MAX_JSON`` bytes.
     """
     body = await read_body(request, MAX_JSON)
     try:
         return msgspec.json.decode(body, type=model)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequest(f"the body of {request.url.path} is not understood: {error}") from None
+        raise InvalidRequest(f"cannot decode the body of {request.url.path}: {error}") from None

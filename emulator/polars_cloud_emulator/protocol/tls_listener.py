@@ -1,4 +1,4 @@
-"""A TLS port that also takes a connection without TLS, to be able to refuse it in words."""
+"""A TLS port that also accepts connections without TLS, to answer them with a clear error."""
 
 import asyncio
 import contextlib
@@ -16,15 +16,15 @@ from polars_cloud_emulator.protocol.grpc_transport import refusal_for
 HANDSHAKE = b"\x16"
 """The first byte of every TLS connection."""
 FIRST_BYTE_TIMEOUT = 60.0
-"""Seconds until a connection on which nothing comes is closed."""
+"""Seconds until a connection that sends nothing is closed."""
 SHUTDOWN_TIMEOUT = 0.5
-"""By default a client that holds a connection and sleeps holds up the end by 30 s."""
+"""Seconds to wait for a client's TLS shutdown. asyncio's default of 30 s would delay the stop."""
 ACCEPT_PAUSE = 1.0
-"""Seconds until a connection is accepted again after that failed, as without a free descriptor."""
+"""Seconds until the next accept after one failed, for example for lack of a file descriptor."""
 
 
 class TlsListener:
-    """Accepts connections, with TLS or without, until closed; looks like ``asyncio.Server``."""
+    """Accepts connections, with TLS or without, until closed. Replaces ``asyncio.Server``."""
 
     def __init__(
         self,
@@ -59,22 +59,22 @@ class TlsListener:
             task.add_done_callback(self._starting.discard)
 
     async def _start(self, connection: socket.socket) -> None:
-        """Let the protocol have the connection, behind TLS if that is how it begins."""
+        """Hand the connection to the protocol, through TLS if its first byte is a handshake."""
         tls: dict[str, Any] = {"ssl": self._context, "ssl_shutdown_timeout": SHUTDOWN_TIMEOUT}
-        with contextlib.suppress(OSError):  # the client left, or TLS failed
+        with contextlib.suppress(OSError):  # the client disconnected, or the handshake failed
             try:
                 begins_with_tls = await _first_byte(connection) == HANDSHAKE
             except BaseException:
                 connection.close()
                 raise
-            # It closes the connection itself, also when it is canceled.
+            # This call closes the connection itself, also when it is canceled.
             await asyncio.get_running_loop().connect_accepted_socket(
                 self._protocol_factory, connection, **(tls if begins_with_tls else {})
             )
 
 
 async def _first_byte(connection: socket.socket) -> bytes:
-    """Return the first byte, which stays there to be read, or nothing if none will come."""
+    """Return the first byte without consuming it; empty if the client closed the connection."""
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
     connection.setblocking(False)
@@ -87,7 +87,7 @@ async def _first_byte(connection: socket.socket) -> bytes:
 
 
 class TlsOnlyMiddleware:
-    """Refuses every call that came to the TLS port without TLS.
+    """Refuses every request that reaches the TLS port without TLS.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ class TlsOnlyMiddleware:
             "http",
             self._port,
         ):
-            error = WrongState("this port speaks TLS alone; leave out insecure=True")
+            error = WrongState("this port needs TLS; leave out insecure=True")
             await refusal_for(Request(scope), error)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
