@@ -1,1 +1,1 @@
-"""What outlives the process: state, plans, objects."""
+"""Persistent data: state, plans and objects."""

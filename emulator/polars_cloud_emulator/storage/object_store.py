@@ -1,4 +1,4 @@
-"""Where queries read and write: moto's S3 server, or an S3 outside the emulator."""
+"""The object store of the queries: the emulator's own S3, which is moto, or an external one."""
 
 import hashlib
 import shutil
@@ -21,24 +21,24 @@ from polars_cloud_emulator.storage.s3_signatures import SignatureCheck
 
 REGION = "us-east-1"
 ACCESS_KEY = "emulator"
-"""The id of the only pair of keys."""
+"""Access key id of the only pair of keys."""
 
 
 class UnusableEnvironment(Exception):
-    """The variables lead to no object store."""
+    """The ``AWS_*`` variables do not configure an object store."""
 
 
 class ObjectStore:
-    """An S3 server on a listening socket. moto keeps one store per process, whoever serves it.
+    """An S3 server on a listening socket. moto has one store per process.
 
     Parameters
     ----------
     host
-        Name or address under which clients find it.
+        Name or address that clients use for the server.
     folder
-        Where the objects are kept.
+        Folder for the objects.
     secret_key
-        What clients sign their requests with.
+        Secret access key of the clients.
     """
 
     temporary_uri = f"s3://{TEMPORARY_BUCKET}"
@@ -48,9 +48,9 @@ class ObjectStore:
         self.endpoint_url = f"http://{host}:{listener.getsockname()[1]}"
         self._secret_key = secret_key
         self._persisted = PersistedObjects(folder, (DATA_BUCKET, TEMPORARY_BUCKET), REGION)
-        # moto's server lets the scripts of every web page read its answers.
+        # By default moto's CORS headers let every web page read its responses.
         werkzeug_app.DISABLE_GLOBAL_CORS = True  # type: ignore[attr-defined]
-        # Of all the services that it has, only this one.
+        # The other AWS services of moto are not served.
         moto = werkzeug_app.create_backend_app("s3")
         application = S3Middleware(
             self._persisted.wrap(moto),
@@ -62,7 +62,7 @@ class ObjectStore:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What Polars, boto3 and other S3 clients need to come here and nowhere else."""
+        """Environment variables with which Polars, boto3 and other clients use this S3."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint_url,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
@@ -72,20 +72,20 @@ class ObjectStore:
         }
 
     def write_sample_data(self, last_day: date) -> None:
-        """Write what of the sample data is missing, or is not what it was."""
+        """Write the sample data; objects that are there and unchanged are skipped."""
         there = self._tags(DATA_BUCKET)
         for key, content in sample_data.parquet_files(last_day):
             if there.get(key) != _tag(content):
                 self._persisted.put(DATA_BUCKET, key, content)
 
     def delete_result(self, query_id: object) -> None:
-        """Delete what the query left in the temporary bucket."""
+        """Delete the query's objects in the temporary bucket."""
         for key in list(self._bucket(TEMPORARY_BUCKET).keys):
             if key.startswith(f"{query_id}/"):
                 self._persisted.delete(TEMPORARY_BUCKET, key)
 
     def clear(self, last_day: date) -> None:
-        """Delete everything, but leave the sample data where it is as it was."""
+        """Delete all buckets and objects, except sample data that is unchanged."""
         self._persisted.reset_buckets()
         sample = {key: _tag(content) for key, content in sample_data.parquet_files(last_day)}
         for bucket, expected in ((DATA_BUCKET, sample), (TEMPORARY_BUCKET, {})):
@@ -94,14 +94,14 @@ class ObjectStore:
                     self._persisted.delete(bucket, key)
 
     def load(self) -> None:
-        """Let moto know what was kept."""
+        """Load the objects on disk into moto."""
         self._persisted.load()
 
     def close(self) -> None:
         self._server.close()
 
     def _tags(self, bucket: str) -> dict[str, str]:
-        """Keys of the objects, each with the ETag of what it holds."""
+        """Return the ETag of each object, by key."""
         return {each.name: each.etag for each in list(self._bucket(bucket).keys.values())}
 
     @staticmethod
@@ -115,28 +115,28 @@ class ObjectStore:
 
 
 def _tag(content: bytes) -> str:
-    """The ETag of an object that was written as a whole."""
+    """Return the ETag of an object that is written in a single part."""
     return f'"{hashlib.md5(content, usedforsecurity=False).hexdigest()}"'
 
 
 class OutsideObjectStore:
-    """An S3 that is not the emulator's: only queries write there, and nothing deletes.
+    """An external S3. Only queries write there; the emulator neither writes nor deletes.
 
     Parameters
     ----------
     environment
-        The ``AWS_*`` variables that lead there; those without a value count as unset.
+        The ``AWS_*`` variables of the S3; empty ones count as unset.
     results
         Folder for results without a destination.
 
     Raises
     ------
     UnusableEnvironment
-        With the variables that are missing or wrong.
+        A variable is missing or wrong.
     """
 
     def __init__(self, environment: Mapping[str, str], results: Path) -> None:
-        # To Polars and boto3 an empty address or profile is one that they cannot find.
+        # Polars and boto3 would use an empty address or profile, and fail.
         self.environment = {
             name: value for name, value in environment.items() if name.startswith("AWS_") and value
         }
@@ -161,7 +161,7 @@ class OutsideObjectStore:
         shutil.rmtree(self._results, ignore_errors=True)
 
     def load(self) -> None:
-        """Load nothing: all of it lies where a restarted emulator finds it."""
+        """Load nothing: results are plain files, and the bucket is the user's."""
 
     def close(self) -> None:
         """Close nothing: there is no server."""

@@ -1,7 +1,7 @@
-"""The objects of the store on disk: kept before moto has them, and read from there.
+"""Objects of the S3 on disk: each is written to a file before moto stores it, and read from there.
 
-moto answers everything else. It reads an object whole for each part of it that somebody asks for,
-and forgets all of them with its process.
+moto handles all other requests. On its own it loses its objects when the process ends, and reads a
+whole object for each range request.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 LONGEST_NAME = 200
-"""Characters of a file's or folder's name."""
+"""Maximum characters of a file or folder name."""
 
 
 class PersistedObjects:
@@ -37,9 +37,9 @@ class PersistedObjects:
     Parameters
     ----------
     folder
-        Has a folder for each of the buckets.
+        Parent folder of the buckets' folders.
     region
-        Where the buckets are.
+        AWS region of the buckets.
     """
 
     def __init__(self, folder: Path, buckets: Iterable[str], region: str) -> None:
@@ -48,12 +48,12 @@ class PersistedObjects:
         self._region = region
         self._lock = threading.Lock()
         self._write_error: OSError | None = None
-        """Why the disk did not take what is being written."""
+        """Error of the write in progress; None if it succeeded so far."""
         for bucket in self._buckets:
             self._make_bucket(bucket, _KeysOnDisk(self, bucket))
 
     def load(self) -> None:
-        """Let moto know the objects on disk."""
+        """Load the objects on disk into moto."""
         for bucket in self._buckets:
             root = self._folder / bucket
             for path in [path for path in root.rglob("*") if path.is_file()]:
@@ -72,7 +72,7 @@ class PersistedObjects:
         Raises
         ------
         CannotPersist
-            As on a full disk.
+            The object cannot be written, for example on a full disk.
         """
         with self._lock:
             try:
@@ -86,7 +86,7 @@ class PersistedObjects:
         Raises
         ------
         CannotPersist
-            As on a disk that is mounted read-only.
+            The object cannot be deleted, for example on a read-only disk.
         """
         with self._lock:
             try:
@@ -95,14 +95,14 @@ class PersistedObjects:
                 raise CannotPersist(failed.cause) from None
 
     def reset_buckets(self) -> None:
-        """Delete all other buckets, and leave these as they were made, but with their objects."""
+        """Delete all other buckets, and reset the settings of these; their objects stay."""
         with self._lock:
             for name in _moto().buckets.keys() - self._buckets:
                 _moto().buckets[name].keys.clear()
                 _moto().delete_bucket(name)
             for name in self._buckets:
                 before = _moto().buckets.get(name)
-                # Not those of a bucket with versions, or of one that a client has made.
+                # Objects of a versioned bucket, or of one that a client created anew, do not stay.
                 if (
                     before is not None
                     and before.versioning_status is None
@@ -117,11 +117,11 @@ class PersistedObjects:
         (self._folder / name).mkdir(parents=True, exist_ok=True)
         bucket: Any = FakeBucket(name, DEFAULT_ACCOUNT_ID, self._region)  # type: ignore[abstract]
         bucket.keys = keys
-        bucket.multiparts = {}  # none of which ends by being taken out
+        bucket.multiparts = {}  # a plain dict does not dispose of an upload that is removed
         _moto().buckets[name] = bucket
 
     def wrap(self, moto: "WSGIApplication") -> "WSGIApplication":
-        """moto's application, with these buckets on disk."""
+        """Return a WSGI application that answers like moto's, with these buckets on disk."""
 
         def application(
             environ: "WSGIEnvironment", start_response: "StartResponse"
@@ -141,7 +141,7 @@ class PersistedObjects:
                 return answer.content
             if not (key or "delete" in request.args):
                 return moto(environ, start_response)
-            # One at a time: moto closes an object that is replaced while others read it.
+            # One request at a time: moto closes a replaced object even while it is being read.
             with self._lock:
                 if request.method in {"PUT", "POST", "DELETE"}:
                     return self._write(environ, start_response, moto, name)
@@ -166,12 +166,12 @@ class PersistedObjects:
             return lambda _: None
 
         body = list(moto(environ, wait))
-        # moto forgets the parts of an object before it has the whole.
+        # moto removes a multipart upload before it stores the whole object.
         ended = [upload for upload in before if upload not in uploads]
         if self._write_error is not None:
             uploads |= {upload: before[upload] for upload in ended}
             refusal = Response(
-                "<Error><Code>InternalError</Code><Message>The emulator cannot keep this object: "
+                "<Error><Code>InternalError</Code><Message>The emulator cannot store this object: "
                 f"{self._write_error.strerror}.</Message></Error>",
                 status=500,
                 content_type="application/xml",
@@ -183,16 +183,16 @@ class PersistedObjects:
         return body
 
     def write_file(self, bucket: str, key: str, found: FakeKey) -> None:
-        """Bring the file of an object up to date.
+        """Write the file of an object, unless it is up to date.
 
         Raises
         ------
         _WriteFailed
-            It cannot be written, as on a full disk; the file is as it was.
+            The file cannot be written, for example on a full disk; it is unchanged.
         """
         path = self._path(bucket, key)
-        _ = found.etag  # moto would compute it for the first who asks, and for two at once wrong
-        # Beside the buckets: what is not whole is no object.
+        _ = found.etag  # moto computes it on first access, and wrongly for two at the same time
+        # Outside the buckets' folders, because an incomplete file is not an object.
         part = self._folder / "part"
         with self._catching_errors():
             if _is_current(path, found):
@@ -203,18 +203,18 @@ class PersistedObjects:
                 os.utime(part, ns=(written_at(found),) * 2)
                 part.replace(path)
             except OSError:
-                found.multipart = None  # else its end would be that of the uploaded parts
+                found.multipart = None  # else disposing of the object would delete the parts
                 raise
             finally:
                 part.unlink(missing_ok=True)
 
     def delete_file(self, bucket: str, key: str) -> None:
-        """Delete the file of an object, if there is one.
+        """Delete the file of an object, if it exists.
 
         Raises
         ------
         _WriteFailed
-            It cannot be deleted.
+            The file cannot be deleted.
         """
         with self._catching_errors():
             self._path(bucket, key).unlink(missing_ok=True)
@@ -228,14 +228,15 @@ class PersistedObjects:
             raise _WriteFailed(error) from None
 
     def _path(self, bucket: str, key: str) -> Path:
-        # Quoted, no key can leave the folder; marked, no part of one is another's file.
+        # Quoting keeps every key inside the folder. The marks = and + keep the folders of a long
+        # key apart from the file of a shorter one.
         name = "=" + quote(key, safe="")
         parts = [name[n : n + LONGEST_NAME] for n in range(0, len(name), LONGEST_NAME)]
         return Path(self._folder, bucket, *(f"{part}+" for part in parts[:-1]), parts[-1])
 
 
 class _WriteFailed(S3ClientError):
-    """The disk does not take an object; in the form that moto answers quietly."""
+    """A file cannot be written or deleted. moto logs no traceback for an ``S3ClientError``."""
 
     def __init__(self, cause: OSError) -> None:
         super().__init__(str(cause))
@@ -243,7 +244,7 @@ class _WriteFailed(S3ClientError):
 
 
 class _KeysOnDisk(_VersionedKeyStore):
-    """moto's objects of a bucket, none of which is here before it is on disk."""
+    """moto's key store of a bucket; each object is written to disk before it is stored."""
 
     def __init__(self, objects: PersistedObjects, bucket: str) -> None:
         super().__init__()
@@ -265,7 +266,7 @@ class _KeysOnDisk(_VersionedKeyStore):
     def _write_file(self, key: str, latest: Any) -> None:
         if isinstance(latest, FakeKey):
             self._objects.write_file(self._bucket, key, latest)
-        else:  # a mark that it was deleted
+        else:  # a delete marker
             self._objects.delete_file(self._bucket, key)
 
 

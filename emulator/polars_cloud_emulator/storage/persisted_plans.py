@@ -1,4 +1,4 @@
-"""The plans of the queries, in files: a large frame is never in memory as a whole."""
+"""Serialized plans of queries in files, so that a large frame is never in memory as a whole."""
 
 import contextlib
 from collections.abc import Iterable
@@ -8,45 +8,45 @@ from uuid import UUID
 from polars_cloud_emulator.model.errors import CannotPersist
 
 REDACTED = ".shown"
-"""End of the name of a plan without secrets."""
+"""Suffix of the file of a plan without secrets."""
 
 
 class PersistedPlans:
     """A folder of serialized plans.
 
-    A query's plan is there until the query has ended, as it may hold secrets. For its page there
-    is another file, without them.
+    A plan may contain secrets, so its file is deleted when the query ends. A second file, without
+    secrets, stays for the query's page.
 
     Parameters
     ----------
     folder
-        Of these files alone.
+        Folder that contains nothing else.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def path(self, query_id: UUID) -> Path:
-        """The plan's file until its query has ended."""
+        """Return the path of a query's plan, which is deleted when the query ends."""
         return self._folder / str(query_id)
 
     def best_path(self, query_id: UUID) -> Path | None:
-        """The file that tells most of a plan; None if there is none any more."""
+        """Return the complete plan's file if it exists, else the redacted one's, else None."""
         paths = (self.path(query_id), self._redacted_path(query_id))
         return next((path for path in paths if path.exists()), None)
 
     def store(self, query_id: UUID, plan: bytes, *, redacted: bytes | None) -> None:
-        """Keep the plan of a query that is about to be submitted.
+        """Write the plan of a query before it is submitted.
 
         Parameters
         ----------
         redacted
-            The plan without secrets, if it is to be shown when its query has ended.
+            The plan without secrets, for the query's page; None to show no plan later.
 
         Raises
         ------
         CannotPersist
-            As on a full disk.
+            A file cannot be written, for example on a full disk.
         """
         try:
             self.path(query_id).write_bytes(plan)
@@ -57,8 +57,8 @@ class PersistedPlans:
             raise CannotPersist(error) from None
 
     def discard(self, query_id: UUID) -> None:
-        """Delete the plan of a query that has ended, secrets and all."""
-        with contextlib.suppress(OSError):  # of a disk that lets nothing be deleted: at a restart
+        """Delete the complete plan of a query that has ended; the redacted plan stays."""
+        with contextlib.suppress(OSError):  # on a read-only disk; the next start deletes it
             self.path(query_id).unlink(missing_ok=True)
 
     def delete(self, query_id: UUID) -> None:
@@ -67,7 +67,7 @@ class PersistedPlans:
             self._redacted_path(query_id).unlink(missing_ok=True)
 
     def delete_all_but(self, active: Iterable[UUID], ended: Iterable[UUID]) -> None:
-        """Delete every other file: of what a worker writes here, too, if it was killed."""
+        """Delete all files of other queries, and temporary files of workers that were killed."""
         running = [*active]
         kept = {self.path(query_id) for query_id in running}
         kept |= {self._redacted_path(query_id) for query_id in (*running, *ended)}

@@ -1,4 +1,4 @@
-"""The state on disk, brought up to date before any answer: a client is told what will be kept."""
+"""The state on disk, committed before each response, so that no response is lost in a crash."""
 
 import contextlib
 import sqlite3
@@ -23,24 +23,23 @@ from polars_cloud_emulator.storage.persisted_plans import PersistedPlans
 from polars_cloud_emulator.storage.state_directory import UnusableStateDirectory
 
 DAMAGED = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
-"""SQLite's codes for a file that is not the emulator's, or is so no more."""
+"""SQLite error codes of a damaged or foreign file."""
 
 
 class PersistedState:
     """An SQLite file with a row for each manifest, cluster and query.
 
-    A commit survives the end of this process at any moment, SIGKILL included, though not that of
-    the machine.
+    A commit survives a crash of this process, SIGKILL included, but not a crash of the machine.
 
     Parameters
     ----------
     plans
-        Those of queries whose end is kept are deleted.
+        Plans of the queries. A plan is deleted once the end of its query is committed.
 
     Raises
     ------
     UnusableStateDirectory
-        The file cannot be opened, is damaged, or another version's.
+        The file cannot be opened, is damaged, or was written by another version.
     """
 
     def __init__(self, path: Path, plans: PersistedPlans) -> None:
@@ -52,7 +51,7 @@ class PersistedState:
             "query": {},
         }
         with self._opening():
-            # Opened by the thread that starts the emulator, used by the one that serves it.
+            # Opened in the thread that starts the emulator, used in the server's thread.
             self._file = sqlite3.connect(path, timeout=0, check_same_thread=False)
             self._file.execute("PRAGMA journal_mode = WAL")
             self._file.execute("PRAGMA synchronous = OFF")
@@ -62,7 +61,7 @@ class PersistedState:
             )
 
     def load(self) -> Snapshot:
-        """What was kept, in the order in which it came to be."""
+        """Return the committed state, in order of creation."""
         snapshot = Snapshot({}, {}, {})
         with self._opening():
             [[problem]] = self._file.execute("PRAGMA integrity_check(1)")
@@ -86,19 +85,19 @@ class PersistedState:
         return snapshot
 
     def commit(self, state: State) -> None:
-        """Keep what has changed since the last commit.
+        """Write all changes since the last commit.
 
         Raises
         ------
         CannotPersist
-            As on a full disk.
+            The changes cannot be written, for example on a full disk.
         """
         everything: dict[str, Mapping[Any, msgspec.Struct]] = {
             "manifest": state.manifests.by_name,
             "cluster": state.clusters.by_id,
             "query": state.queries.by_id,
         }
-        # Thousands of queries have ended, and each call would compare them all.
+        # Committed queries that have ended are left out: each call would compare thousands.
         comparable = everything | {"query": state.queries.uncommitted}
         changed = [
             (kind, key, each, fields)
@@ -110,7 +109,7 @@ class PersistedState:
         gone = [
             (kind, key)
             for kind, objects in everything.items()
-            # Every object is known by now: if their number is the same, none is gone.
+            # New objects are counted: if the number is equal, no object was removed.
             if len(self._committed[kind]) + new[kind] != len(objects)
             for key in self._committed[kind].keys() - objects.keys()
         ]
@@ -132,7 +131,7 @@ class PersistedState:
                 del self._committed[kind][key]
             for kind, key, _, fields in changed:
                 self._committed[kind][key] = fields
-        # Not before: what has not ended on disk runs again after a restart.
+        # Only after the commit: a query that has not ended on disk runs again after a restart.
         for query_id in state.queries.mark_committed():
             self._plans.discard(query_id)
 
@@ -141,14 +140,14 @@ class PersistedState:
 
     @contextlib.contextmanager
     def transaction(self, state: State) -> Iterator[None]:
-        """Keep what a call changes, or leave the state as it was.
+        """Commit the changes of the block, or roll the state back if the block or the commit fails.
 
-        Nothing is awaited within, and nothing is done that the state alone does not take back.
+        The block must not await, and must not have side effects outside the state.
 
         Raises
         ------
         CannotPersist
-            As on a full disk.
+            The changes cannot be written, for example on a full disk.
         """
         roll_back = state.rollback_to_now()
         try:
@@ -173,14 +172,17 @@ class PersistedState:
             yield
         except (sqlite3.DatabaseError, msgspec.DecodeError, TypeError) as error:
             if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) in DAMAGED:
-                problem = f"is damaged, or another version's ({error}); delete it to start anew"
+                problem = (
+                    f"is damaged or was written by another version ({error}); delete it to start "
+                    "with an empty state"
+                )
             else:
                 problem = f"cannot be used: {error}"
             raise UnusableStateDirectory(f"{self._path} {problem}") from None
 
 
 def _mutable_fields(each: msgspec.Struct) -> tuple[Any, ...]:
-    """What can differ at the next commit: of what has ended, of which there is most, only this."""
+    """Return the fields that can change. Ended queries and clusters have few, which saves time."""
     if isinstance(each, Query) and each.has_ended:
         return (each.ended_at, each.cancels)
     if isinstance(each, Cluster) and each.stopped_at:
@@ -189,9 +191,10 @@ def _mutable_fields(each: msgspec.Struct) -> tuple[Any, ...]:
 
 
 class CommitMiddleware:
-    """Keeps the state before a client is told of it, and tells nothing that cannot be kept.
+    """Commits the state before each response to a client, and answers with an error if that fails.
 
-    What a call changes is kept by then. This is about what has happened by itself.
+    Changes of the call itself are committed already, by ``transaction``. This middleware commits
+    changes that no call made, such as the end of a query.
     """
 
     def __init__(self, app: ASGIApp, persisted: PersistedState, state: State) -> None:
@@ -220,9 +223,9 @@ class CommitMiddleware:
 
 
 _has_committed: ContextVar[bool] = ContextVar("has_committed", default=False)
-"""Whether the call at hand has changed the state: its answer has to tell of that."""
+"""True if the current call has committed a change: then its response is sent in any case."""
 
 
 def _reports_state(path: str) -> bool:
-    """Return whether a call is a client's, other than a login."""
+    """Return whether a path belongs to a client's call other than a login."""
     return not (is_for_people(path) or path.startswith("/realms/"))

@@ -1,7 +1,7 @@
-"""Plain reads of a bucket on disk, which moto would take milliseconds for.
+"""Fast path for plain reads of a bucket on disk, which are most requests of Polars.
 
-moto also reads the whole object for each part of it. Polars asks for little else. The answers are
-those that moto would give; it gives them itself where a read depends on anything more.
+moto takes milliseconds for each read, and reads the whole object for each range request. The
+responses here equal those of moto. Reads with any further condition are left to moto.
 """
 
 import os
@@ -18,9 +18,9 @@ from werkzeug.wrappers import Request
 from werkzeug.wsgi import FileWrapper
 
 EPOCH = datetime(1970, 1, 1)
-"""Of moto's times, which are in UTC and do not say so."""
+"""Epoch of moto's times, which are naive and in UTC."""
 PAGE = 1_000
-"""Objects of a listing."""
+"""Maximum objects of a listing."""
 
 
 class Answer(NamedTuple):
@@ -30,7 +30,7 @@ class Answer(NamedTuple):
 
 
 def listing(request: Request, backend: S3Backend, bucket: FakeBucket) -> Answer | None:
-    """The objects of a bucket below a prefix; None if moto has to answer."""
+    """Return a listing of the objects with a prefix; None if moto has to answer."""
     prefix = request.args.get("prefix", "")
     is_plain = request.method == "GET" and request.args.get("list-type") == "2"
     if not is_plain or request.args.keys() - {"list-type", "prefix"} or _has_rules(bucket):
@@ -53,7 +53,7 @@ def listing(request: Request, backend: S3Backend, bucket: FakeBucket) -> Answer 
 def reading(
     request: Request, backend: S3Backend, bucket: FakeBucket, key: str, path: Path
 ) -> Answer | None:
-    """An object, a part of it or its headers; None if moto has to answer."""
+    """Return an object, a range of it, or its headers; None if moto has to answer."""
     wanted = request.headers.get("range")
     if (
         request.method not in {"GET", "HEAD"}
@@ -68,7 +68,7 @@ def reading(
         found is None
         or found.version_id != "null"
         or found.storage_class in ARCHIVE_STORAGE_CLASSES
-        # S3 tells the checksum of a whole object only, which no part has.
+        # S3 returns a checksum for a whole object only, not for a range.
         or (found.checksum_algorithm and "x-amz-checksum-mode" in request.headers and not wanted)
     ):
         return None
@@ -76,7 +76,7 @@ def reading(
     if part is None:
         return None
     headers = {**found.response_dict, **found.metadata, "accept-ranges": "bytes"}
-    headers.pop("x-amz-content-sha256", None)  # of the request that wrote it
+    headers.pop("x-amz-content-sha256", None)  # belongs to the request that wrote the object
     headers["content-length"] = str(part.stop - part.start)
     status = "200 OK"
     if wanted is not None:
@@ -84,9 +84,9 @@ def reading(
         headers["content-range"] = f"bytes {part.start}-{part.stop - 1}/{found.size}"
     try:
         file = path.open("rb")
-    except FileNotFoundError:  # it has just been deleted
+    except FileNotFoundError:  # the object has just been deleted
         return None
-    # Another one while it is being replaced.
+    # While an object is being replaced, the file may be that of the new object already.
     if os.fstat(file.fileno()).st_mtime_ns != written_at(found):
         file.close()
         return None
@@ -99,13 +99,13 @@ def reading(
 
 
 def written_at(found: FakeKey) -> int:
-    """The time of an object's file, in nanoseconds."""
+    """Return the modification time of an object's file, in nanoseconds."""
     microseconds: int = (found.last_modified - EPOCH) // timedelta(microseconds=1)
     return microseconds * 1000
 
 
 def _entry(key: FakeKey) -> str:
-    """An object in a listing."""
+    """Return the XML of an object in a listing."""
     algorithm = ""
     if key.checksum_algorithm:
         algorithm = f"<ChecksumAlgorithm>{escape(key.checksum_algorithm)}</ChecksumAlgorithm>"
@@ -118,12 +118,12 @@ def _entry(key: FakeKey) -> str:
 
 
 def _has_rules(bucket: FakeBucket) -> bool:
-    """Whether it is for moto to say who may read, and what else an answer has to say."""
+    """Return whether a policy, CORS or logging affects reads, which only moto can apply."""
     return bool(bucket.policy is not None or bucket.cors or bucket.logging)
 
 
 def _part(wanted: str, size: int) -> slice | None:
-    """The bytes that a ``Range`` header asks for; None if not all of one part is there."""
+    """Return the byte range of a ``Range`` header; None if it is not one satisfiable range."""
     match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", wanted)
     if match is None:
         return None

@@ -1,4 +1,4 @@
-"""The body of an S3 request, held against what was signed."""
+"""The body of an S3 request, checked against its signature."""
 
 import hashlib
 import io
@@ -17,16 +17,16 @@ from polars_cloud_emulator.storage.s3_signatures import (
 )
 
 LARGEST = 5 * 2**30
-"""Bytes of an object, or of a part of one, that S3 takes at once."""
+"""Maximum bytes of an object or of a part that one request can upload."""
 PIECE = 2**20
-"""Bytes that are read at once. What a client announces and does not send takes no memory."""
+"""Maximum bytes of one read, so that memory is allocated only for data that was sent."""
 LONGEST_LINE = 1_000
 
 
 class Body(NamedTuple):
     content: bytes
     checksums: dict[str, str]
-    """Headers that came behind the content."""
+    """Trailing headers."""
 
 
 def read_body(request: Request, signed: Signed) -> Body:
@@ -35,7 +35,7 @@ def read_body(request: Request, signed: Signed) -> Body:
     Raises
     ------
     S3Error
-        It is too large, ends early or is not the one that was signed.
+        The body is too large, incomplete, or does not match its signature.
     """
     is_streamed = signed.payload in STREAMED
     length = _length(request, is_streamed)
@@ -61,7 +61,7 @@ def _length(request: Request, is_streamed: bool) -> int:
         decoded = request.headers.get("x-amz-decoded-content-length", "")
         length = int(decoded) if re.fullmatch("[0-9]{1,15}", decoded) else None
     elif "transfer-encoding" in request.headers:
-        raise S3Error("NotImplemented", "The header Transfer-Encoding is not implemented.")
+        raise S3Error("NotImplemented", "The header Transfer-Encoding is not supported.")
     if length is None and request.method != "PUT":
         length = 0
     if length is None:
@@ -81,7 +81,7 @@ def _read_chunks(stream: io.BufferedReader, length: int, signed: Signed) -> Body
     while size:
         header = re.fullmatch(rb"([0-9a-fA-F]{1,8})(?:;chunk-signature=(\w+))?", _line(stream))
         if header is None:
-            raise S3Error("InvalidRequest", "A chunk of the body does not begin with its size.")
+            raise S3Error("InvalidRequest", "A chunk of the body must begin with its size.")
         size = int(header[1], 16)
         if len(content) + size > length:
             raise _cut_short()
@@ -89,7 +89,7 @@ def _read_chunks(stream: io.BufferedReader, length: int, signed: Signed) -> Body
         if signed.payload != UNSIGNED_CHUNKS:
             signed.chunks.check_chunk(chunk, (header[2] or b"").decode())
         if size and _line(stream):
-            raise S3Error("InvalidRequest", "A chunk of the body is longer than it says.")
+            raise S3Error("InvalidRequest", "A chunk of the body is longer than its size.")
         content += chunk
     if len(content) != length:
         raise _cut_short()
@@ -106,14 +106,14 @@ def _read_trailer(stream: io.BufferedReader, signed: Signed) -> dict[str, str]:
         text = "".join(f"{name}:{value}\n" for name, value in headers.items())
         signed.chunks.check_trailer(text.encode(), signature)
     for name in headers:
-        # Any other header has to be signed with the request.
+        # Other trailing headers could not be checked against the signature of the request.
         if not name.startswith("x-amz-checksum-"):
-            raise S3Error("InvalidRequest", f"The header {name} is not allowed behind the body.")
+            raise S3Error("InvalidRequest", f"The trailing header {name} is not allowed.")
     return headers
 
 
 def _line(stream: io.BufferedReader) -> bytes:
-    """The next line, without its end; empty at the end of the body."""
+    """Return the next line without its line ending; empty at the end of the body."""
     return stream.readline(LONGEST_LINE).rstrip(b"\r\n")
 
 

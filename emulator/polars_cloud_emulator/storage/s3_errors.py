@@ -1,4 +1,4 @@
-"""Refusals as S3 words them: a code that clients tell apart, and a sentence for people."""
+"""Error responses of S3: an error code and a message."""
 
 from xml.sax.saxutils import escape
 
@@ -25,20 +25,20 @@ STATUS = {
     "SignatureDoesNotMatch": 403,
     "XAmzContentSHA256Mismatch": 400,
 }
-"""HTTP status of each code. ``NoSuchService`` is the emulator's own."""
+"""HTTP status of each error code. Only ``NoSuchService`` is not a code of S3."""
 
 
 class S3Error(Exception):
-    """A request is refused.
+    """A refused request.
 
     Parameters
     ----------
     code
         One of ``STATUS``.
     message
-        What is wrong.
+        Description of the problem.
     headers
-        Headers of the answer, beside its type and length.
+        Further headers of the response.
     """
 
     def __init__(self, code: str, message: str, headers: dict[str, str] | None = None) -> None:
@@ -47,7 +47,7 @@ class S3Error(Exception):
         self._headers = headers
 
     def response(self) -> Response:
-        # A tab, a line feed and a carriage return are the only control characters of XML.
+        # XML allows no control characters but tab, line feed and carriage return.
         message = "".join(c for c in str(self) if c.isprintable() or c in "\t\n\r")
         return Response(
             '<?xml version="1.0" encoding="UTF-8"?>\n'

@@ -1,4 +1,4 @@
-"""The door of the S3 port: in comes who names this machine and signs with the emulator's keys."""
+"""WSGI middleware of the S3 port, which checks host, signature and body of each request."""
 
 import io
 from collections.abc import Callable, Iterable
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 LONGEST_KEY = 1_024
-"""Bytes."""
+"""Maximum bytes of an object's key."""
 FORMS = {"application/x-www-form-urlencoded", "multipart/form-data"}
-"""Types of a body that some clients, such as curl, give to each that they send."""
+"""Default content types of some clients, such as curl, for any body."""
 
 
 class S3Middleware:
-    """A WSGI application in front of another, which meets nothing but whole and signed requests.
+    """Passes complete and correctly signed requests on to an application, and refuses all others.
 
     Parameters
     ----------
     application
-        Answers the requests.
+        WSGI application that handles the requests.
     check_signature
-        Says who may come in.
+        Check of a request's signature.
     host
-        Name or address under which clients find the S3.
+        Name or address that clients use for the S3.
     region_of
-        Gives the region of a bucket, or None if there is no such bucket.
+        Returns the region of a bucket, or None if the bucket does not exist.
     """
 
     def __init__(
@@ -58,15 +58,15 @@ class S3Middleware:
         except S3Error as error:
             refusal = error
         except OSError:
-            raise  # the client has left
+            raise  # the client disconnected
         except Exception as error:
-            # moto ends so where it has a gap, and S3 would answer.
+            # moto raises various exceptions where it does not implement what S3 does.
             cause = f"{type(error).__name__}: {error}"
             refusal = S3Error("NotImplemented", f"The emulator's S3 cannot do this ({cause}).")
         return refusal.response()(environ, start_response)
 
     def _check(self, environ: "WSGIEnvironment") -> None:
-        """Check the request, and leave its body in the environment as it would be without chunks.
+        """Check the request, and replace its body in the environment by the decoded one.
 
         Raises
         ------
@@ -78,8 +78,8 @@ class S3Middleware:
         if not is_own_host(host, (self._host, environ["werkzeug.socket"].getsockname()[0])):
             raise S3Error(
                 "AccessDenied",
-                f"The host '{host}' is not this emulator: call it {self._host} or localhost, and "
-                "name the bucket in the path (path-style), not in the host.",
+                f"The host '{host}' is not this emulator: use {self._host} or localhost, and put "
+                "the bucket into the path (path-style), not into the host.",
             )
         bucket, key = _bucket_and_key(raw_path(environ))
         region = self._region_of(bucket)
@@ -88,7 +88,7 @@ class S3Middleware:
         try:
             signed = self._check_signature(request, datetime.now(UTC))
         except S3Error as error:
-            # S3 tells this to everybody.
+            # S3 reports a missing bucket to anonymous requests, too.
             if is_missing and error.code == "AccessDenied":
                 raise _no_such_bucket() from None
             raise
@@ -104,11 +104,11 @@ class S3Middleware:
         body = read_body(request, signed)
         environ["wsgi.input"] = io.BytesIO(body.content)
         environ["CONTENT_LENGTH"] = str(len(body.content))
-        # moto takes a bucket from other hosts, and an account that is not the emulator's.
+        # moto would take the bucket from the host, and the account from this header.
         environ["HTTP_HOST"] = "localhost"
         environ.pop("HTTP_X_MOTO_ACCOUNT_ID", None)
         if request.mimetype in FORMS:
-            # moto would take the object for a form.
+            # moto would parse the object as a form.
             environ["CONTENT_TYPE"] = "binary/octet-stream"
         if signed.payload in STREAMED:
             environ.pop("HTTP_TRANSFER_ENCODING", None)
@@ -122,12 +122,12 @@ def _no_such_bucket() -> S3Error:
 
 
 def _bucket_and_key(path: str) -> tuple[str, str]:
-    """What a path names, as it was sent.
+    """Return the bucket and the key of a raw path.
 
     Raises
     ------
     S3Error
-        The path is no text, or its key is too long.
+        The path is not valid UTF-8, or its key is too long.
     """
     try:
         bucket, _, key = unquote(path, errors="strict").removeprefix("/").partition("/")

@@ -1,4 +1,4 @@
-"""The HTTP/1.1 server of the S3 port: a thread for each connection, and many requests on it."""
+"""The HTTP/1.1 server of the S3 port, with keep-alive and one thread per connection."""
 
 import contextlib
 import io
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 STOP_CHECK_SECONDS = 0.05
 MAX_CONNECTIONS = 512
-"""At the same time. One more is closed at once."""
+"""Maximum open connections; further ones are closed at once."""
 SILENCE_SECONDS = 300
-"""Until a connection is closed on which nothing moves."""
+"""Seconds until an idle connection is closed."""
 MAX_UNREAD = 64 * 2**20
-"""Bytes of a refused body that are read all the same, so that its connection can be used again."""
+"""Maximum bytes of a refused body that are read and dropped, to keep the connection usable."""
 PIECE = 2**20
 
 
@@ -40,7 +40,7 @@ class S3Server:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop listening, and end every connection."""
+        """Stop listening, and close every connection."""
         self._server.shutdown()
         self._thread.join()
         self._server.end_connections()
@@ -63,12 +63,12 @@ class _Server(ThreadedWSGIServer):
 
     def end_connections(self) -> None:
         for connection in self._open.copy():
-            with contextlib.suppress(OSError):  # it has just ended
+            with contextlib.suppress(OSError):  # the connection has just been closed
                 connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Body(io.RawIOBase):
-    """The body of a request, which a client may hold back until it is told to send it."""
+    """A request body, which the client may delay with ``Expect: 100-continue``."""
 
     def __init__(self, connection: "_Connection", length: int) -> None:
         self._connection = connection
@@ -85,7 +85,7 @@ class _Body(io.RawIOBase):
             self._connection.ask_for_body()
         size: int = self._connection.rfile.readinto(view)
         if size < len(view):
-            raise ConnectionAbortedError("the client left before the end of its request")
+            raise ConnectionAbortedError("the client disconnected before the end of its request")
         self._left -= size
         return size
 
@@ -99,7 +99,7 @@ class _Body(io.RawIOBase):
 
 
 class _Connection(MotoRequestHandler):
-    """One connection for many requests; werkzeug's own handler ends it after the first."""
+    """A connection with keep-alive; werkzeug's own handler closes it after the first request."""
 
     protocol_version = "HTTP/1.1"
     timeout = SILENCE_SECONDS
@@ -107,7 +107,7 @@ class _Connection(MotoRequestHandler):
     wbufsize = 2**16
 
     def handle_expect_100(self) -> bool:
-        return True  # once its body is read
+        return True  # sent later, when the body is read
 
     def ask_for_body(self) -> None:
         self.send_response_only(100)
@@ -115,7 +115,7 @@ class _Connection(MotoRequestHandler):
         self.wfile.flush()
 
     def log(self, type: str, message: str, *args: Any) -> None:
-        """Log nothing, neither a line for each request nor what clients do wrong."""
+        """Log nothing: neither requests nor errors of clients."""
 
     def run_wsgi(self) -> None:
         lengths = self.headers.get_all("content-length", [])
@@ -123,7 +123,7 @@ class _Connection(MotoRequestHandler):
         if len(lengths) + is_chunked > 1 or not all(
             re.fullmatch("[0-9]{1,15}", n) for n in lengths
         ):
-            self.send_error(400, "The length of the request is not clear")
+            self.send_error(400, "The length of the request is ambiguous or malformed")
             return
         environ = self.make_environ()
         environ["wsgi.file_wrapper"] = FileWrapper
@@ -138,7 +138,7 @@ class _Connection(MotoRequestHandler):
             started.append((status, headers))
 
         content = self.server.app(environ, start_response)
-        # The end of the request is not known if not all of it was read.
+        # Without the rest of the body, the start of the next request cannot be found.
         self.close_connection |= is_chunked or not body.can_be_skipped
         try:
             self._send(*started[-1], content)

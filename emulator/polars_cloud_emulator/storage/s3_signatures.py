@@ -1,6 +1,6 @@
-"""Who sent an S3 request: its signature, compared with the one that botocore computes.
+"""Check of an S3 request's signature against the one that botocore computes.
 
-Signature Version 4, in the ``Authorization`` header or in the query of a presigned URL
+Signature Version 4, in the ``Authorization`` header or in the query string of a presigned URL
 (https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-authenticating-requests.html).
 """
 
@@ -27,18 +27,18 @@ ALGORITHM = "AWS4-HMAC-SHA256"
 SERVICE = "s3"
 MAX_SKEW = timedelta(minutes=15)
 LONGEST_LIFE = timedelta(days=7)
-"""Of a presigned URL."""
+"""Maximum lifetime of a presigned URL."""
 UNSIGNED_CHUNKS = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
 SIGNED_CHUNKS = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
 SIGNED_CHUNKS_AND_TRAILER = f"{SIGNED_CHUNKS}-TRAILER"
 STREAMED = {UNSIGNED_CHUNKS, SIGNED_CHUNKS, SIGNED_CHUNKS_AND_TRAILER}
-"""In place of the hash of a body that comes in chunks of its own (``aws-chunked``)."""
+"""Values of ``x-amz-content-sha256`` for a body in ``aws-chunked`` encoding."""
 NO_HASH = {UNSIGNED_PAYLOAD, *STREAMED}
-"""What may stand in place of the hash of a body."""
+"""Values of ``x-amz-content-sha256`` that are not a hash."""
 
 
 class _Computed(S3SigV4Auth):  # type: ignore[misc]
-    """The signature of a request whose headers are those that are signed."""
+    """botocore's signature of a request that has only its signed headers."""
 
     def headers_to_sign(self, request: AWSRequest) -> HTTPMessage:
         headers: HTTPMessage = request.headers
@@ -50,7 +50,7 @@ class _Computed(S3SigV4Auth):  # type: ignore[misc]
 
 
 class ChunkSignatures:
-    """The signatures of a body's chunks, each of which is computed from the one before it.
+    """Signatures of a body's chunks, each computed from the previous one.
 
     https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-streaming.html
     """
@@ -66,17 +66,17 @@ class ChunkSignatures:
         Raises
         ------
         S3Error
-            Its signature is another one.
+            The signature does not match.
         """
         self._check("PAYLOAD", f"{_hash(b'')}\n{_hash(chunk)}", signature)
 
     def check_trailer(self, trailer: bytes, signature: str) -> None:
-        """Check the headers behind the last chunk, each with a line feed at its end.
+        """Check the trailing headers, each terminated by a line feed.
 
         Raises
         ------
         S3Error
-            Their signature is another one.
+            The signature does not match.
         """
         self._check("TRAILER", _hash(trailer), signature)
 
@@ -89,32 +89,32 @@ class ChunkSignatures:
 
 
 class Signed(NamedTuple):
-    """What a request with the right signature was signed for."""
+    """The verified claims of a request's signature."""
 
     region: str
     payload: str
-    """The hash of the body, or one of ``NO_HASH``."""
+    """SHA-256 of the body, or one of ``NO_HASH``."""
     chunks: ChunkSignatures
 
 
 class SignatureCheck:
-    """Lets in those who sign with one pair of keys."""
+    """Accepts requests that are signed with one pair of keys."""
 
     def __init__(self, access_key: str, secret_key: str) -> None:
         self._credentials = Credentials(access_key, secret_key)
 
     def __call__(self, request: Request, now: datetime) -> Signed:
-        """Check a request, before its body is read.
+        """Check a request before its body is read.
 
         Raises
         ------
         S3Error
-            The request is not signed, or not as it should be.
+            The signature is missing, malformed, expired or wrong.
         """
         query = parse_qsl(request.query_string.decode(), keep_blank_values=True)
         claim = _claim_of(request, dict(query))
         if claim.service != SERVICE:
-            raise S3Error("NoSuchService", f"The emulator serves S3, and no {claim.service}.")
+            raise S3Error("NoSuchService", f"The emulator serves only S3, not {claim.service}.")
         if claim.access_key != self._credentials.access_key:
             raise S3Error(
                 "InvalidAccessKeyId",
@@ -127,7 +127,7 @@ class SignatureCheck:
         computed = _Computed(self._credentials, SERVICE, claim.region)
         signed = AWSRequest(
             request.method,
-            # As it was sent, but in the one encoding that is signed.
+            # The raw path, normalized to the URL encoding that signatures use.
             "http://host" + quote(unquote_to_bytes(raw_path(request.environ)), safe="/~"),
             {name: request.headers.get(name, "") for name in claim.headers},
             params=[(name, value) for name, value in query if name != "X-Amz-Signature"],
@@ -140,15 +140,15 @@ class SignatureCheck:
 
 
 def raw_path(environ: "WSGIEnvironment") -> str:
-    """The path of a request as it was sent."""
+    """Return the path of a request without decoding it."""
     return str(environ["RAW_URI"].partition("?")[0])
 
 
 class _Claim(NamedTuple):
-    """What a request says about its signature."""
+    """The unverified claims of a request's signature."""
 
     malformed: str
-    """Code of the error if it cannot be so."""
+    """Error code if a claim is malformed."""
     access_key: str
     day: str
     region: str
@@ -158,15 +158,15 @@ class _Claim(NamedTuple):
     signature: str
     payload: str
     expires: str | None
-    """Seconds of life of a presigned URL."""
+    """Lifetime of a presigned URL, in seconds."""
 
     def check_date(self, now: datetime) -> None:
         try:
             signed_at = datetime.strptime(self.date, SIGV4_TIMESTAMP).replace(tzinfo=UTC)
         except ValueError:
-            raise S3Error("AccessDenied", "X-Amz-Date is missing, or no time.") from None
+            raise S3Error("AccessDenied", "X-Amz-Date is missing or malformed.") from None
         if self.day != self.date[:8]:
-            raise S3Error(self.malformed, f"X-Amz-Date is not of the credential's day {self.day}.")
+            raise S3Error(self.malformed, f"X-Amz-Date is not on the credential's day {self.day}.")
         if self.expires is None:
             if abs(now - signed_at) > MAX_SKEW:
                 raise S3Error(
@@ -176,7 +176,7 @@ class _Claim(NamedTuple):
         else:
             seconds = int(self.expires) if re.fullmatch("[0-9]{1,6}", self.expires) else 0
             if not timedelta(0) < timedelta(seconds=seconds) <= LONGEST_LIFE:
-                raise S3Error(self.malformed, "X-Amz-Expires has to be from 1 to 604800 seconds.")
+                raise S3Error(self.malformed, "X-Amz-Expires must be from 1 to 604800 seconds.")
             if signed_at > now + MAX_SKEW:
                 raise S3Error("AccessDenied", "Request is not valid yet.")
             if signed_at + timedelta(seconds=seconds) < now:
@@ -187,7 +187,10 @@ def _claim_of(request: Request, query: Mapping[str, str]) -> _Claim:
     authorization = request.headers.get("authorization")
     fields: dict[str, str]
     if authorization is not None and "X-Amz-Algorithm" in query:
-        raise S3Error("InvalidRequest", "Sign the request once: in its header or in its query.")
+        raise S3Error(
+            "InvalidRequest",
+            "Sign the request either in its Authorization header or in its query string.",
+        )
     if authorization is not None:
         malformed = "AuthorizationHeaderMalformed"
         algorithm, _, rest = authorization.partition(" ")
@@ -220,11 +223,11 @@ def _claim_of(request: Request, query: Mapping[str, str]) -> _Claim:
     if end != "aws4_request":
         raise S3Error(
             malformed,
-            "A signature has a Credential, which is key/date/region/s3/aws4_request, "
-            "SignedHeaders and a Signature.",
+            "A signature needs Credential (key/date/region/s3/aws4_request), SignedHeaders and "
+            "Signature.",
         )
     if payload not in NO_HASH and not re.fullmatch("[0-9a-f]{64}", payload):
-        raise S3Error("InvalidRequest", "x-amz-content-sha256 is missing, or no hash.")
+        raise S3Error("InvalidRequest", "x-amz-content-sha256 is missing or not a hash.")
     return _Claim(
         malformed,
         access_key,
@@ -244,12 +247,12 @@ def _check_token(request: Request, query: Mapping[str, str]) -> None:
         raise S3Error(
             "InvalidToken",
             "The provided token is malformed or otherwise invalid. "
-            "The emulator's keys have none: unset AWS_SESSION_TOKEN.",
+            "The emulator's keys have no session token: unset AWS_SESSION_TOKEN.",
         )
 
 
 def _check_all_are_signed(request: Request, signed: list[str]) -> None:
-    # An underscore in a name has become a hyphen in the environment of a WSGI application.
+    # The WSGI environment does not distinguish underscores and hyphens in header names.
     names = {name.replace("_", "-") for name in signed}
     sent = {name.lower().replace("_", "-") for name, _ in request.headers}
     required = {name for name in sent if name.startswith("x-amz-")} | {"host"}

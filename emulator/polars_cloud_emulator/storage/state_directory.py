@@ -1,4 +1,4 @@
-"""What outlives one run of the emulator: certificates, secrets, the rest."""
+"""The state directory: certificates, secrets, state, plans, objects and results."""
 
 import contextlib
 import fcntl
@@ -13,20 +13,20 @@ from typing import IO
 import trustme
 
 LONGEST_PATH = 480
-"""Bytes. SQLite opens no file whose path is much longer."""
+"""Maximum bytes of the directory's path; SQLite cannot open files with longer paths."""
 
 
 class UnusableStateDirectory(Exception):
-    """With the directory, or the file in it, and what to do."""
+    """The state directory, or a file in it, cannot be used."""
 
 
 class StateDirectory:
-    """A directory that only this user can read, and that one emulator uses at a time.
+    """A directory that only this user can read, and that only one emulator can use at a time.
 
     Raises
     ------
     UnusableStateDirectory
-        It is in use, is no directory, belongs to another user or cannot be written.
+        The path is in use, is not a directory, belongs to another user or is not writable.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,11 +56,11 @@ class StateDirectory:
                 folder.mkdir(mode=0o700, exist_ok=True)
 
     def close(self) -> None:
-        """Let another emulator use the directory. The end of the process does it, too."""
+        """Release the lock of the directory, which the end of the process does, too."""
         self._lock.close()
 
     def certificate_authority(self) -> trustme.CA:
-        """The authority of the first run, so that a client's trust survives a restart."""
+        """Return the certificate authority, created once, so that clients trust a restart."""
         with self._explaining():
             if self._authority_key.exists():
                 try:
@@ -69,30 +69,30 @@ class StateDirectory:
                     )
                 except ValueError:
                     raise UnusableStateDirectory(
-                        f"{self._authority} or {self._authority_key} is damaged; delete both, and "
-                        "give clients the new certificate"
+                        f"{self._authority} or {self._authority_key} is damaged; delete both, "
+                        "restart, and give clients the new certificate"
                     ) from None
         authority = trustme.CA(organization_name="Polars Cloud emulator")
         self.write(self._authority, authority.cert_pem.bytes())
-        # Last: as long as it is missing, the certificate is made anew.
+        # The key is written last: without it, the next start creates both anew.
         self.write(self._authority_key, authority.private_key_pem.bytes())
         return authority
 
     def client_secret(self) -> str:
-        """The first service account's."""
+        """Return the secret of the first service account."""
         return self._secret(self._client_secret)
 
     def object_store_secret(self) -> str:
-        """The secret access key of the emulator's own S3."""
+        """Return the secret access key of the emulator's own S3."""
         return self._secret(self._object_store_secret)
 
     def write(self, path: Path, content: bytes) -> None:
-        """Write a file of the directory, whole or not at all.
+        """Write a file of the directory atomically.
 
         Raises
         ------
         UnusableStateDirectory
-            It cannot be written, as on a full disk.
+            The file cannot be written, for example on a full disk.
         """
         part = self._path / "part"
         with self._explaining():
@@ -107,9 +107,9 @@ class StateDirectory:
         if len(os.fsencode(text)) > LONGEST_PATH:
             problem = f"is longer than {LONGEST_PATH} bytes"
         elif os.pathsep in text:
-            problem = f"has a '{os.pathsep}', which ends it in SSL_CERT_DIR"
+            problem = f"contains a '{os.pathsep}', which separates paths in SSL_CERT_DIR"
         elif not text.isprintable():
-            problem = "has a character that cannot be printed"
+            problem = "contains a character that is not printable"
         if problem is not None:
             raise UnusableStateDirectory(
                 f"the path of the state directory {text!a} {problem}; choose another"
@@ -125,7 +125,7 @@ class StateDirectory:
             lock.close()
             raise UnusableStateDirectory(
                 f"the state directory {self._path} is in use by the emulator in {holder}; stop "
-                "that one, or choose another directory"
+                "that emulator, or choose another directory"
             ) from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -142,13 +142,13 @@ class StateDirectory:
             ) from None
 
     def _secret(self, path: Path) -> str:
-        """The secret of the first run, so that a client's environment survives a restart."""
+        """Return a secret, created once, so that a client's environment survives a restart."""
         if not path.exists():
             self.write(path, secrets.token_urlsafe(32).encode())
         with self._explaining():
             secret = path.read_bytes()
         if re.fullmatch(rb"[!-~]+", secret) is None:
             raise UnusableStateDirectory(
-                f"{path} is damaged; delete it, and give clients the new secret"
+                f"{path} is damaged; delete it, restart, and give clients the new secret"
             )
         return secret.decode()
