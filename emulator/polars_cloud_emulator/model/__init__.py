@@ -1,1 +1,1 @@
-"""What exists in the emulated Polars Cloud, and its rules: no I/O."""
+"""Manifests, clusters and queries of the emulated Polars Cloud, without I/O."""

@@ -1,4 +1,4 @@
-"""Clusters: from their request over start-up and idle time to their end."""
+"""Clusters: request, start-up, idle time and stop."""
 
 from collections.abc import Container
 from datetime import datetime, timedelta
@@ -47,14 +47,14 @@ class Cluster(msgspec.Struct, kw_only=True):
 
 
 class Clusters:
-    """The clusters of a workspace, the oldest first.
+    """The clusters of a workspace, oldest first.
 
     Parameters
     ----------
     python_version, polars_version
-        What the workers run. Clusters cannot run anything else.
+        Versions of the workers; a cluster of another version is refused.
     startup
-        How long a cluster is ``Starting``.
+        Time that a cluster is ``Starting``.
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class Clusters:
         self.by_id: dict[UUID, Cluster] = {}
 
     def check(self, spec: ClusterSpec) -> None:
-        """Refuse what no cluster can be, or not with these workers.
+        """Check whether a cluster with this specification can run here.
 
         Raises
         ------
         InvalidRequest
-            With what to change.
+            The specification or one of its versions is not possible.
         """
         check_spec(spec)
         if str(spec.python_version) != self._python_version:
@@ -83,7 +83,7 @@ class Clusters:
         if spec.polars_version != self._polars_version:
             raise InvalidRequest(
                 f"this emulator's workers run Polars {self._polars_version}, not "
-                f"{spec.polars_version}; register the manifest anew or install that version"
+                f"{spec.polars_version}; register the manifest again, or install that version"
             )
 
     def start(self, spec: ClusterSpec, *, manifest: str | None = None) -> Cluster:
@@ -104,7 +104,7 @@ class Clusters:
         return cluster
 
     def postpone(self, cluster: Cluster, startup: timedelta) -> None:
-        """Let a cluster that was just requested be ``Starting`` for so long."""
+        """Set a cluster that was just requested to ``Starting`` for this time."""
         cluster.status = ClusterStatus.STARTING
         cluster.ready_at = cluster.idle_since = cluster.requested_at + startup
 
@@ -124,11 +124,11 @@ class Clusters:
         cluster.stopped_at = self._clock.now()
 
     def is_starting(self) -> bool:
-        """Whether a cluster is on its way."""
+        """Return whether any cluster is ``Starting``."""
         return any(c.status is ClusterStatus.STARTING for c in self.by_id.values())
 
     def become_ready(self) -> list[UUID]:
-        """Clusters whose start-up has come to its end."""
+        """Set clusters whose start-up time is over to ``Idle``, and return their ids."""
         ready = [
             cluster
             for cluster in self.by_id.values()
@@ -148,18 +148,18 @@ class Clusters:
         ]
 
     def billed_seconds(self, cluster: Cluster) -> float:
-        """Wall time of the whole cluster from request to stop, whatever its size."""
+        """Return the seconds from request to stop, independent of the cluster's size."""
         return ((cluster.stopped_at or self._clock.now()) - cluster.requested_at).total_seconds()
 
     def restore(self, by_id: dict[UUID, Cluster]) -> None:
-        """Go on with the clusters of a stopped emulator; none of them is still stopping."""
+        """Restore the clusters of an earlier process; those that were stopping are stopped."""
         self.by_id = by_id
         for cluster in by_id.values():
             if cluster.status is ClusterStatus.STOPPING:
                 self.end_stop(cluster)
 
     def forget_oldest(self, *, in_use: Container[UUID]) -> None:
-        """Drop stopped clusters above the cap, except those in use."""
+        """Drop the oldest stopped clusters above ``MAX_STOPPED_CLUSTERS``, except those in use."""
         stopped = [c.id for c in self.by_id.values() if c.stopped_at and c.id not in in_use]
         for cluster_id in stopped[: max(0, len(stopped) - MAX_STOPPED_CLUSTERS)]:
             del self.by_id[cluster_id]

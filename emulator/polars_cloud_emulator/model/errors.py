@@ -1,4 +1,4 @@
-"""The emulator's refusals, and what each becomes on the wire."""
+"""Errors of the emulator, each with its HTTP and gRPC status."""
 
 from enum import IntEnum
 
@@ -26,23 +26,23 @@ class GrpcStatus(IntEnum):
 
 
 class EmulatorError(Exception):
-    """Something the emulator refuses, in words that the client's user sees."""
+    """An error whose message the client shows to its user."""
 
     http_status: int = 500
     grpc_status: GrpcStatus = GrpcStatus.INTERNAL
 
 
 class CannotPersist(EmulatorError):
-    """Nothing was done: what a client is told must outlive the emulator's process."""
+    """A change was not made, because it cannot be written to disk."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__(
-            f"the emulator cannot keep its state ({cause}): make room for it, and ask again"
+            f"the emulator cannot write its state ({cause}): free disk space, and try again"
         )
 
 
 class InvalidRequest(EmulatorError):
-    """The call is understood and its content is wrong. On gRPC the user gets a ``ComputeError``."""
+    """The content of a request is wrong. Over gRPC, the client raises it as ``ComputeError``."""
 
     http_status = 400
     grpc_status = GrpcStatus.INVALID_ARGUMENT
@@ -69,7 +69,7 @@ class Conflict(EmulatorError):
 
 
 class WrongState(EmulatorError):
-    """Right call, wrong moment or wrong client: repeating it cannot help."""
+    """The request is valid, but not in this state or from this client; a retry cannot help."""
 
     http_status = 400
     grpc_status = GrpcStatus.FAILED_PRECONDITION
@@ -81,21 +81,21 @@ class TooLarge(EmulatorError):
 
 
 class UnsupportedType(EmulatorError):
-    """The content is not of the type that the call takes."""
+    """The request has a content type that its route does not accept."""
 
     http_status = 415
     grpc_status = GrpcStatus.INVALID_ARGUMENT
 
 
 class UnknownCall(EmulatorError):
-    """No retry by the client: it answers 501 and UNIMPLEMENTED at once."""
+    """The route does not exist. The client does not retry 501 and UNIMPLEMENTED."""
 
     http_status = 501
     grpc_status = GrpcStatus.UNIMPLEMENTED
 
 
 class Unavailable(EmulatorError):
-    """Ask again: the client repeats ``GetQueryResult`` after a second."""
+    """The request can be retried; the client retries ``GetQueryResult`` after a second."""
 
     http_status = 503
     grpc_status = GrpcStatus.UNAVAILABLE

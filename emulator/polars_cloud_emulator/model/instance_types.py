@@ -1,4 +1,4 @@
-"""The instance types of AWS, as moto lists them."""
+"""The instance types of AWS, from moto's list."""
 
 import functools
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ class InstanceSize(NamedTuple):
 
 @functools.cache
 def instance_types() -> Mapping[str, InstanceSize]:
-    """Names, such as ``m5.large``, and sizes; read when the first cluster is to start."""
+    """Return the sizes of instance types by name, such as ``m5.large``."""
     return {
         name: InstanceSize(
             each["VCpuInfo"]["DefaultVCpus"],

@@ -1,4 +1,4 @@
-"""What goes to a worker process and comes back."""
+"""Messages between the emulator and its worker processes."""
 
 from typing import Literal
 
@@ -6,14 +6,14 @@ import msgspec
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What a successful query left behind."""
+    """Result of a successful query."""
 
     destinations: list[str]
     file_type: Literal["parquet", "ipc", "csv", "ndjson"] | None
     n_rows: int
     head: bytes | None
     ir_plan: str | None = None
-    """The optimized plan of a query that was planned only."""
+    """The optimized plan, if the query was only planned."""
 
 
 Engine = Literal["streaming", "in-memory"]
@@ -22,38 +22,38 @@ PlanFormat = Literal["dot", "plain"]
 
 class Job(msgspec.Struct, kw_only=True, tag=True):
     plan: str
-    """File of the serialized plan."""
+    """Path of the serialized plan."""
     engine: Engine
     optimization_flags: int | None
     temporary_uri: str
-    """Where a result without a destination of its own goes."""
+    """Destination of a result for which the query names none."""
     part_name: str
-    """Of a file in a directory, without its ending."""
+    """Name of a file in a directory, without its extension."""
     plan_only: PlanFormat | None
-    """Format in which to tell the optimized plan instead of running it."""
+    """Format in which to return the optimized plan without running it; None to run the plan."""
 
 
 class Hold(msgspec.Struct, tag=True):
-    """Do nothing, as if a query ran, until a ``Kill``."""
+    """Occupy the worker process like a running query, until a ``Kill``."""
 
 
 class Kill(msgspec.Struct, tag=True):
-    """End the query that runs, which fails by it."""
+    """Kill the running query, which then fails."""
 
 
 Command = Job | Hold | Kill
 
 
 class Ready(msgspec.Struct, tag=True):
-    """The next query can come."""
+    """The worker process is ready for the next query."""
 
     pid: int
-    """Of the process that will run it."""
+    """Process that will run the query."""
 
 
 class Failure(msgspec.Struct, tag=True):
     error: str
-    """``Type: message``, from which the client makes the exception again."""
+    """``Type: message``, from which the client reconstructs the exception."""
 
 
 class Success(msgspec.Struct, tag=True):

@@ -1,4 +1,4 @@
-"""Manifests: registered names, each with what its cluster is to be."""
+"""Manifests: registered names, each with a cluster specification."""
 
 from uuid import UUID, uuid4
 
@@ -18,7 +18,7 @@ class Manifest(msgspec.Struct):
 
 
 class Manifests:
-    """The manifests of a workspace, each under a name of its own."""
+    """The manifests of a workspace, by name."""
 
     def __init__(self) -> None:
         self.by_name: dict[str, Manifest] = {}
@@ -27,11 +27,11 @@ class Manifests:
         check_name(name, "the name of a manifest", MAX_NAME_BYTES)
         if set(name) & set("&#%+"):
             raise InvalidRequest(
-                f"{shown(name)} cannot name a manifest: the client asks for it in a URL, where "
-                "'&', '#', '%' and '+' mean something else"
+                f"{shown(name)} cannot name a manifest: the client puts the name into a URL "
+                "without escaping '&', '#', '%' and '+'"
             )
         if name in self.by_name:
-            raise Conflict(f"manifest '{name}' exists; unregister it to register it anew")
+            raise Conflict(f"manifest '{name}' exists; unregister it before you register it again")
         check_spec(spec)
         self.by_name[name] = Manifest(name, spec, uuid4())
         return self.by_name[name]

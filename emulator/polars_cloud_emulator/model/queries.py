@@ -1,4 +1,4 @@
-"""Queries: from their submission to their end, and how long ended ones are remembered."""
+"""Queries: submission, execution and end; the oldest ended queries are dropped."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -33,19 +33,19 @@ class Query(msgspec.Struct, kw_only=True):
     engine: Literal["streaming", "in-memory"]
     optimization_flags: int | None
     plan_format: PlanFormat = "dot"
-    """Preferred for telling its plan."""
+    """Format in which the client wants the optimized plan."""
     only_planned: bool = False
-    """Ends when its plan is optimized, reads and writes nothing, and takes no worker."""
+    """True if the query ends once its plan is optimized: it takes no worker and does not run."""
     priority: int
     labels: list[str]
     lineage: dict[str, str] | None = None
-    """Its job and its parent's run, for OpenLineage."""
+    """OpenLineage job and parent run."""
     user: str | None
     submitted_at: datetime
     waits_until: datetime | None = None
-    """When its turn may come, at the earliest."""
+    """Earliest start; None if the query may start at once."""
     output_location: str | None = None
-    """Of the plan's sink; None for a temporary result."""
+    """Target of the plan's sink; None for a temporary result."""
     status: QueryStatus = QueryStatus.SCHEDULED
     started_at: datetime | None = None
     ended_at: datetime | None = None
@@ -53,7 +53,7 @@ class Query(msgspec.Struct, kw_only=True):
     error: str | None = None
     """``Type: message`` of a failed query."""
     cancels: int = 0
-    """How often it was to be canceled, in time or not."""
+    """Number of cancel requests, including those after the query's end."""
 
     @property
     def has_ended(self) -> bool:
@@ -65,17 +65,17 @@ class Query(msgspec.Struct, kw_only=True):
 
 
 class Queries:
-    """The queries of a workspace, in the order of their submission."""
+    """The queries of a workspace, in order of submission."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self.by_id: dict[UUID, Query] = {}
         self.uncommitted: dict[UUID, Query] = {}
-        """Queries that may differ from what was last kept: all that have not ended, and some."""
+        """Queries that may have changed since the last commit; all active ones are among them."""
         self._oldest_end_first: deque[UUID] = deque()
 
     def add(self, query: Query) -> None:
-        """Add a new query, or the changed copy of one that has ended."""
+        """Add a new query, or replace an ended query by a changed copy."""
         self.by_id[query.id] = self.uncommitted[query.id] = query
 
     def find(self, query_id: UUID) -> Query:
@@ -85,30 +85,30 @@ class Queries:
             raise NotFound(f"query {query_id} does not exist") from None
 
     def active_on(self, cluster_id: UUID) -> Iterator[Query]:
-        """Queries of the cluster that have not ended."""
+        """Return the cluster's queries that have not ended."""
         return (
             q for q in self.uncommitted.values() if q.cluster_id == cluster_id and not q.has_ended
         )
 
     def next_on(self, cluster_id: UUID) -> Query | None:
-        """The query whose turn it is: higher priority first, then first come first served.
+        """Return the next query to start: by priority, then in order of submission.
 
-        Before all of them comes one that is only planned: it waits for no worker.
+        Queries that are only planned come first, because they need no worker.
         """
         waiting = (query for query in self.active_on(cluster_id) if query.waits_for_workers)
         return max(waiting, key=lambda query: (query.only_planned, query.priority), default=None)
 
     def waiting_clusters(self) -> list[UUID]:
-        """Clusters on which a query waits for workers, the longest wait first."""
+        """Return the clusters on which a query waits for workers, longest wait first."""
         waiting = (q.cluster_id for q in self.uncommitted.values() if q.waits_for_workers)
         return [*dict.fromkeys(waiting)]
 
     def hold_back(self, query: Query, wait: timedelta) -> None:
-        """Let a query that was just submitted wait for so long before its turn may come."""
+        """Delay the start of a query that was just submitted."""
         query.waits_until = query.submitted_at + wait
 
     def end_waits(self) -> set[UUID]:
-        """Clusters that have a query whose turn may come from now on."""
+        """End the delays that are over, and return the clusters of these queries."""
         now = self._clock.now()
         waited = [q for q in self.uncommitted.values() if q.waits_until and q.waits_until <= now]
         for query in waited:
@@ -120,31 +120,31 @@ class Queries:
         query.started_at = self._clock.now()
 
     def end(self, query: Query, status: QueryStatus) -> datetime:
-        """End the query now; the moment."""
+        """End the query now, and return the time."""
         query.status = status
         query.ended_at = now = self._clock.now()
         self._oldest_end_first.append(query.id)
         return now
 
     def seconds(self, query: Query) -> float:
-        """How long the query has been running, queueing left out."""
+        """Return the seconds that the query has been running, without its time in the queue."""
         if query.started_at is None:
             return 0.0
         return ((query.ended_at or self._clock.now()) - query.started_at).total_seconds()
 
     def ended_before(self, moment: datetime) -> list[UUID]:
-        """Queries that had ended by then."""
+        """Return the queries that ended at or before a time."""
         return [q.id for q in self.by_id.values() if q.ended_at and q.ended_at <= moment]
 
     def mark_committed(self) -> list[UUID]:
-        """Note that all is kept as it is now; the queries whose end is kept since then."""
+        """Mark all queries as committed, and return those that have ended."""
         ended = [id_ for id_, query in self.uncommitted.items() if query.has_ended]
         for query_id in ended:
             del self.uncommitted[query_id]
         return ended
 
     def forget_oldest(self) -> list[UUID]:
-        """Drop ended queries above the cap; the dropped queries' ids."""
+        """Drop the oldest ended queries above ``MAX_ENDED_QUERIES``, and return their ids."""
         excess = len(self._oldest_end_first) - MAX_ENDED_QUERIES
         dropped = [self._oldest_end_first.popleft() for _ in range(excess)]
         for query_id in dropped:
@@ -153,7 +153,7 @@ class Queries:
         return dropped
 
     def restore(self, by_id: dict[UUID, Query]) -> None:
-        """Go on with the queries of a stopped emulator: what ran waits for its turn again."""
+        """Restore the queries of an earlier process, and schedule those again that were running."""
         self.by_id = by_id
         self.uncommitted = dict(by_id)
         ends = {q.id: q.ended_at for q in by_id.values() if q.ended_at}

@@ -1,4 +1,4 @@
-"""How far the emulator is as slow, and as forgetful, as a cloud."""
+"""Settings for realistic delays, expiry and file names."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -6,19 +6,19 @@ from datetime import timedelta
 
 @dataclass(frozen=True)
 class Realism:
-    """What is convenient by default, and different on the real service.
+    """Differences between a convenient emulator, the default, and the real service.
 
     Attributes
     ----------
     startup
-        Time on the emulator's clock until a cluster takes queries.
+        Start-up time of a cluster, on the emulator's clock.
     speed
-        Of the clock while a cluster starts, compared with the system's.
+        Speed of the emulator's clock while a cluster starts, relative to the system's clock.
     result_lifetime
         Time until a result without a destination is deleted; None for never.
     unique_names
-        Whether each query names the files that it writes to a directory differently, so that those
-        of an earlier run stay there.
+        True if each query writes files with new names into a directory, so that files of an
+        earlier run stay there.
     """
 
     startup: timedelta = timedelta(0)

@@ -1,4 +1,4 @@
-"""Moments of the state, to which it returns from a change that cannot be kept."""
+"""Rollback of the state, for changes that cannot be written to disk."""
 
 from collections import deque
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from polars_cloud_emulator.model.queries import Query
 
 
 def rollback_to_now(*holders: object) -> Callable[[], None]:
-    """Return a function that gives the holders' tables, and all in them, their present values."""
+    """Return a function that restores the present tables of the holders, and their present rows."""
     tables = [
         (holder, name, copy(table))
         for holder in holders
@@ -22,7 +22,7 @@ def rollback_to_now(*holders: object) -> Callable[[], None]:
         for _, _, table in tables
         if isinstance(table, dict)
         for each in table.values()
-        # Thousands of queries have ended. Such a one is never changed, but replaced.
+        # There may be thousands of ended queries. They are replaced, never changed in place.
         if not (isinstance(each, Query) and each.has_ended)
     ]
 

@@ -1,6 +1,7 @@
-"""What a cluster may be: the content of a start or a registration, and its check.
+"""Cluster specifications: the body of a start or register request, and its check.
 
-The types here decode what older emulators have kept, too. What is possible, ``check_spec`` decides.
+The types must decode state of earlier versions of the emulator, too. So limits are not part of the
+types; ``check_spec`` checks them.
 """
 
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ MAX_CLUSTER_SIZE = 100
 MAX_STORAGE_GB = 65_536
 """The largest volume of EBS, 64 TiB."""
 MAX_REQUIREMENTS_BYTES = 1_000_000
-"""A compiled file has a line for each hash of each package."""
+"""Large, because a compiled requirements file has a line for each hash of each package."""
 MAX_ENV_VARS_BYTES = 100_000
 MAX_VERSION_BYTES = 50
 ARCHITECTURES = {"x86_64", "arm64"}
@@ -48,7 +49,7 @@ class InstanceType(msgspec.Struct):
 
 
 class ClusterSpec(msgspec.Struct, kw_only=True):
-    """What a cluster is to be; the body of the client's start and register calls."""
+    """Specification of a cluster."""
 
     cluster_size: int
     mode: Literal["Direct", "Proxy"]
@@ -66,10 +67,10 @@ class ClusterSpec(msgspec.Struct, kw_only=True):
 
     @property
     def vcpus(self) -> int:
-        """Of each node."""
+        """vCPUs of each node."""
         if self.instance_type is not None:
             return instance_types()[self.instance_type.standard].vcpus
-        assert self.specs is not None, "check_spec has looked"
+        assert self.specs is not None, "guaranteed by check_spec"
         return self.specs.cpus
 
     @property
@@ -79,18 +80,18 @@ class ClusterSpec(msgspec.Struct, kw_only=True):
 
 
 def check_spec(spec: ClusterSpec) -> None:
-    """Refuse what no cluster can be.
+    """Check a specification.
 
     Raises
     ------
     InvalidRequest
-        With the option to change.
+        An option has a value that is not possible.
     """
     _check_range(
         "cluster_size",
         spec.cluster_size,
         MAX_CLUSTER_SIZE,
-        "the emulator has no more machines, ask for fewer",
+        "the emulator has no more machines",
     )
     if (spec.specs is None) == (spec.instance_type is None):
         raise InvalidRequest("give either cpus and memory or an instance type")
@@ -103,7 +104,7 @@ def check_spec(spec: ClusterSpec) -> None:
     for storage in (spec.storage, spec.big_instance_storage):
         if storage is not None:
             _check_range(
-                "storage", storage, MAX_STORAGE_GB, "the largest volume of AWS has no more GB"
+                "storage", storage, MAX_STORAGE_GB, "the largest volume of AWS has this many GB"
             )
     minutes = spec.idle_timeout_mins
     if minutes is not None and minutes < MINIMUM_IDLE_TIMEOUT_MINS:
@@ -117,18 +118,18 @@ def check_spec(spec: ClusterSpec) -> None:
 
 
 def _check_hardware(specs: Specs) -> None:
-    """Refuse what no instance type has: a cluster gets the smallest that has this at least."""
+    """Check that some instance type of AWS has at least these resources."""
     wanted = {each.lower() for each in specs.cpu_architectures or [DEFAULT_ARCHITECTURE]}
     if unknown := wanted - ARCHITECTURES:
         raise InvalidRequest(f"cpu_architecture {shown(unknown.pop())} does not exist")
     sizes = [size for size in instance_types().values() if wanted & size.architectures]
     cpus = max(size.vcpus for size in sizes)
-    _check_range("cpus", specs.cpus, cpus, "no instance of AWS has more")
+    _check_range("cpus", specs.cpus, cpus, "no instance type of AWS has more")
     memory = max(size.ram_mib for size in sizes) // 1024
-    _check_range("memory", specs.ram_gb, memory, "no instance of AWS has more GB")
+    _check_range("memory", specs.ram_gb, memory, "no instance type of AWS has more GB")
     if specs.multiplier is not None:
         most = cpus // specs.cpus
-        _check_range("multiplier", specs.multiplier, most, "no instance of AWS has more cpus")
+        _check_range("multiplier", specs.multiplier, most, "no instance type of AWS has more cpus")
 
 
 def _check_range(option: str, value: int, most: int, reason: str) -> None:

@@ -1,6 +1,6 @@
-"""The state of the emulated workspace, and the rules between its manifests, clusters and queries.
+"""The state of the emulated workspace, with the rules between manifests, clusters and queries.
 
-No I/O and no processes: every method changes the state at one moment of the injected clock.
+No I/O and no processes: every method changes the state at the current time of the injected clock.
 """
 
 from collections.abc import Callable
@@ -26,14 +26,14 @@ from polars_cloud_emulator.model.rollback import rollback_to_now
 
 
 class Snapshot(msgspec.Struct):
-    """All that a restarted emulator needs to go on."""
+    """The persisted part of the state."""
 
     manifests: dict[str, Manifest]
     clusters: dict[UUID, Cluster]
     queries: dict[UUID, Query]
 
     def latest(self) -> datetime:
-        """The latest moment at which something happened."""
+        """Return the time of the latest event."""
         clusters, queries = self.clusters.values(), self.queries.values()
         moments = (
             *(moment for each in clusters for moment in (each.requested_at, each.stopped_at)),
@@ -43,14 +43,14 @@ class Snapshot(msgspec.Struct):
 
 
 class State:
-    """One workspace's manifests, clusters and queries.
+    """Manifests, clusters and queries of one workspace.
 
     Parameters
     ----------
     python_version, polars_version
-        What the workers run.
+        Versions of the workers.
     startup
-        How long a cluster is ``Starting``.
+        Time that a cluster is ``Starting``.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class State:
     # Manifests and clusters
 
     def start_manifest(self, name: str) -> Cluster:
-        """Start the manifest's cluster, or give the live one: there is never a second."""
+        """Return the manifest's live cluster; start one if there is none."""
         spec = self.manifests.find(name).spec
         return self.clusters.live_of(name) or self.clusters.start(spec, manifest=name)
 
     def unregister_manifest(self, name: str) -> None:
-        """The manifest's live cluster, if any, runs on without a name."""
+        """Unregister a manifest. Its live cluster, if any, keeps running without a name."""
         self.manifests.find(name)
         cluster = self.clusters.live_of(name)
         if cluster is not None:
@@ -108,7 +108,7 @@ class State:
     ) -> Query:
         cluster = self.clusters.find(cluster_id)
         if not cluster.is_live:
-            raise WrongState(f"cluster {cluster_id} is {cluster.status}: it takes no query")
+            raise WrongState(f"cluster {cluster_id} is {cluster.status}: it accepts no queries")
         query = Query(
             id=query_id,
             cluster_id=cluster_id,
@@ -130,7 +130,7 @@ class State:
         return query
 
     def most_workers(self, query: Query) -> int:
-        """How many workers the query may use."""
+        """Return the maximum number of workers for the query."""
         if query.only_planned:
             return 0
         if not query.distributed:
@@ -139,10 +139,10 @@ class State:
         return min(query.max_workers or size, size)
 
     def start_next(self, cluster_id: UUID, free_workers: int) -> Query | None:
-        """Start the query whose turn it is, if there are as many workers as it waits for.
+        """Start the cluster's next query if enough workers are free, and return the query.
 
-        Until then it holds back those behind it, so that it is never overtaken for ever. It waits
-        for no more workers than it may use, so that its turn comes.
+        Later queries do not overtake a query that waits for workers, so it cannot starve. A query
+        never waits for more workers than it may use.
         """
         cluster = self.clusters.by_id[cluster_id]
         if cluster.status not in {ClusterStatus.IDLE, ClusterStatus.RUNNING}:
@@ -175,7 +175,7 @@ class State:
     def begin_stop(
         self, cluster: Cluster, reason: TerminationReason, message: str | None = None
     ) -> bool:
-        """Whether there was something to stop. Queries that have not ended fail."""
+        """Begin to stop a cluster, and fail its active queries; False if it is not live."""
         if not cluster.is_live:
             return False
         cluster.status = ClusterStatus.STOPPING
@@ -188,23 +188,23 @@ class State:
         return True
 
     def forget_oldest(self) -> list[UUID]:
-        """Drop ended queries and stopped clusters above the caps; the dropped queries' ids."""
+        """Drop old ended queries and stopped clusters, and return the ids of the queries."""
         dropped = self.queries.forget_oldest()
         if len(self.clusters.by_id) > MAX_STOPPED_CLUSTERS:
             self.clusters.forget_oldest(in_use={q.cluster_id for q in self.queries.by_id.values()})
         return dropped
 
-    # Changes that cannot be kept, and restarts
+    # Rollback and restart
 
     def rollback_to_now(self) -> Callable[[], None]:
-        """Return a function that brings the state back to this moment."""
+        """Return a function that restores the present state."""
         return rollback_to_now(self.manifests, self.clusters, self.queries)
 
     def clear(self) -> None:
         self.restore(Snapshot({}, {}, {}))
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on where a stopped emulator was: what it ran starts again."""
+        """Restore the state of an earlier process; queries that were running start again."""
         self.manifests.by_name = snapshot.manifests
         self.clusters.restore(snapshot.clusters)
         self.queries.restore(snapshot.queries)

@@ -1,4 +1,4 @@
-"""Bounds of the names and labels that a client gives."""
+"""Checks of names and labels."""
 
 import unicodedata
 from collections.abc import Collection
@@ -7,21 +7,21 @@ from polars_cloud_emulator.model.errors import InvalidRequest
 
 MAX_LABELS = 64
 MAX_LABEL_BYTES = 32
-"""The client's own bounds for the labels of a query; those of a cluster it does not check."""
+"""The client's own limits for labels of a query. It does not check labels of a cluster."""
 
 
 def shown(text: str) -> str:
-    """The text for an error: between quotes, and not longer than a line."""
+    """Return the text in quotes, truncated to 60 characters, for an error message."""
     return repr(text if len(text) <= 60 else text[:59] + "…")
 
 
 def check_name(name: str, what: str, max_bytes: int) -> None:
-    """Refuse a name that is empty, too long, or looks like another one.
+    """Check a name.
 
     Raises
     ------
     InvalidRequest
-        With the name.
+        The name is empty or too long, or has control characters or surrounding whitespace.
     """
     if not 0 < len(name.encode()) <= max_bytes:
         raise InvalidRequest(f"{what} {shown(name)} must have from 1 to {max_bytes} bytes")
@@ -32,14 +32,14 @@ def check_name(name: str, what: str, max_bytes: int) -> None:
 
 
 def check_labels(labels: Collection[str]) -> None:
-    """Refuse labels that the client would not let pass on a query.
+    """Check labels against the client's limits for labels of a query.
 
     Raises
     ------
     InvalidRequest
-        With the label to change.
+        There are too many labels, or a label is not valid.
     """
     if len(labels) > MAX_LABELS:
-        raise InvalidRequest(f"at most {MAX_LABELS} labels are possible, not {len(labels)}")
+        raise InvalidRequest(f"at most {MAX_LABELS} labels are allowed, not {len(labels)}")
     for label in labels:
         check_name(label, "label", MAX_LABEL_BYTES)

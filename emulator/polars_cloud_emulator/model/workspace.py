@@ -1,4 +1,4 @@
-"""The one workspace that the emulator has, its organization, its buckets and its domain."""
+"""Names and ids of the emulator's only workspace, its organization, buckets and domain."""
 
 from uuid import UUID
 
@@ -8,4 +8,4 @@ ORGANIZATION_ID = UUID("5e41ce00-0000-4000-8000-000000000003")
 DATA_BUCKET = "your-bucket"
 TEMPORARY_BUCKET = "polars-cloud-temporary"
 CLUSTER_DOMAIN = "clusters.polars.test"
-"""Each cluster has a name below it. Nobody can register a name below ``.test``."""
+"""Domain of the clusters' host names. ``.test`` is reserved, so nobody can register it."""
