@@ -1,1 +1,1 @@
-"""The routes: control plane, compute plane, admin API, pages."""
+"""The routes: control plane, compute plane, admin API and pages."""

@@ -1,4 +1,4 @@
-"""The compute plane of all clusters on one port: scheduler (gRPC) and observatory (REST)."""
+"""The compute planes of all clusters on one port: scheduler (gRPC) and observatory (REST)."""
 
 import platform
 from collections.abc import Callable
@@ -52,15 +52,15 @@ from polars_cloud_emulator.workers.compute import Compute
 SERVICE = "/polars_cloud.compute_plane.client.v1.ClientService"
 PLAN_FORMATS = {"dot": PlanFormat.DOT, "plain": PlanFormat.EXPLAIN}
 MAX_WAIT = 30.0
-"""Seconds. A longer wait is answered UNAVAILABLE, and the client asks again after one second."""
+"""Seconds until a waiting request is answered with UNAVAILABLE; the client retries in 1 s."""
 RESPONSE_MARGIN = 0.5
-"""What an answer that a wait is over has to reach the client before the wait's time-out."""
+"""Seconds before the client's own timeout at which DEADLINE_EXCEEDED is sent."""
 
 
 class ComputePlane:
     """Scheduler and observatory.
 
-    A call's cluster is the first label of its host name; on premises there is one cluster.
+    The first label of a request's host name is its cluster's id. On premises there is one cluster.
     """
 
     def __init__(
@@ -107,7 +107,9 @@ class ComputePlane:
         try:
             return UUID(host.partition(".")[0])
         except ValueError:
-            raise NotFound(f"'{host}' names no cluster; use a ComputeContext") from None
+            raise NotFound(
+                f"the host '{host}' does not name a cluster; use a ComputeContext"
+            ) from None
 
     async def get_query_status(self, message: QueryReference, request: Request) -> BaseMessage:
         return QueryStatusResponse(
@@ -116,13 +118,13 @@ class ComputePlane:
 
     async def get_query_result(self, message: QueryReference, request: Request) -> BaseMessage:
         query = self._state.queries.find(parse_id(message.query))
-        # Past its own deadline the client reports a broken call in place of a time-out.
+        # After its own deadline the client would report a broken call instead of a timeout.
         asked = seconds_left(request) or MAX_WAIT * 2
         deadline = asked - min(asked / 2, RESPONSE_MARGIN)
         if not await self._compute.wait_for_end(query.id, min(deadline, MAX_WAIT)):
             if deadline <= MAX_WAIT:
                 raise DeadlineExceeded(f"query {query.id} has not ended")
-            raise Unavailable(f"query {query.id} has not ended; ask again")
+            raise Unavailable(f"query {query.id} has not ended; retry")
         return DirectQueryResultResponse(
             query_result(query),
             Head(query.outcome.head if query.outcome else None),

@@ -1,4 +1,4 @@
-"""The control plane: REST for workspaces, manifests, clusters and queries; gRPC in proxy mode."""
+"""The control plane: REST for workspaces, manifests, clusters and queries; gRPC for proxy mode."""
 
 import functools
 from collections.abc import Awaitable, Callable
@@ -68,12 +68,12 @@ from polars_cloud_emulator.workers.compute import Compute
 SERVICE = "/polars_cloud.control_plane.client.v1.ClientService"
 FILE_TYPE_NAMES = {"parquet": "Parquet", "ipc": "IPC", "csv": "Csv", "ndjson": "NDJSON", None: None}
 
-ONE_EACH = "the emulator has one workspace in one organization: it makes and deletes none"
-NO_CLOUD = "the emulator runs on no cloud: there is none to connect"
-NO_DEFAULTS = "the emulator keeps no settings of a workspace: name the cluster's cpus and memory"
-NO_MACHINES = "the emulator's workers share one machine: there are no nodes to list"
-NO_ACCOUNTS = "the emulator adds service accounts at POST /_emulator/service-accounts alone"
-NO_MONITORING = "the emulator keeps no profile of a query that runs elsewhere"
+ONE_EACH = "the emulator has exactly one workspace in one organization, which cannot be changed"
+NO_CLOUD = "the emulator does not run on AWS, so a workspace cannot be connected to it"
+NO_DEFAULTS = "the emulator stores no cluster defaults; set the cluster's cpus and memory instead"
+NO_MACHINES = "the emulator's workers share one machine, so there are no nodes to list"
+NO_ACCOUNTS = "to add a service account, use the emulator's POST /_emulator/service-accounts"
+NO_MONITORING = "the emulator does not store profiles of local queries"
 WORKSPACE_PATH = "/api/v1/workspace/{workspace_id:uuid}"
 NOT_EMULATED = [
     ("POST", "/api/v1/workspace", ONE_EACH),
@@ -94,9 +94,9 @@ NOT_EMULATED = [
     ("PUT", f"{WORKSPACE_PATH}/query/{{query_id:uuid}}", NO_MONITORING),
     ("POST", f"{WORKSPACE_PATH}/query/{{query_id:uuid}}/started", NO_MONITORING),
     ("POST", f"{WORKSPACE_PATH}/query/{{query_id:uuid}}/failed", NO_MONITORING),
-    ("PATCH", "/api/v1/user", "the emulator keeps no settings of a user: name the workspace"),
+    ("PATCH", "/api/v1/user", "the emulator stores no user settings; name the workspace instead"),
 ]
-"""Calls of the client that are refused, and why."""
+"""Calls of the client that are refused, each with the reason."""
 
 ORDERS = ("request_time", "created_at", "updated_at")
 
@@ -115,9 +115,9 @@ class ControlPlane:
     Parameters
     ----------
     pages_address
-        URL of the pages, one of which confirms a person's login.
+        URL of the pages, where a device login is confirmed.
     certificate_authority
-        PEM that issued the compute plane's certificate.
+        Certificate (PEM) of the authority that issued the compute plane's certificate.
     compute_plane_address
         ``host:port`` of scheduler and observatory.
     """
@@ -187,7 +187,7 @@ class ControlPlane:
         ]
 
     def refusals(self) -> list[Route]:
-        """Calls that the client knows and the emulator refuses."""
+        """Return the routes of calls that the emulator does not support."""
         return [
             Route(path, self._checked(functools.partial(_refuse, reason)), methods=[method])
             for method, path, reason in NOT_EMULATED
@@ -226,10 +226,14 @@ class ControlPlane:
                 case "urn:ietf:params:oauth:grant-type:device_code":
                     confirmed = self._device_logins.collect(form.get("device_code", ""))
                     if confirmed is None:
-                        return _oauth_error("authorization_pending", "the code is not confirmed")
+                        return _oauth_error(
+                            "authorization_pending", "the code is not confirmed yet"
+                        )
                     tokens = confirmed
                 case other:
-                    return _oauth_error("unsupported_grant_type", f"'{other}' is no grant type")
+                    return _oauth_error(
+                        "unsupported_grant_type", f"the grant type '{other}' is not supported"
+                    )
         except Unauthenticated as error:
             return _oauth_error("invalid_grant", error, error.http_status)
         except NotFound as error:
@@ -283,7 +287,7 @@ class ControlPlane:
         return workspace_response()
 
     async def get_aws_connection(self, request: Request) -> Model:
-        raise NotFound("the emulator's workspace is connected to no AWS account")
+        raise NotFound("the emulator's workspace is not connected to an AWS account")
 
     async def get_cluster_defaults(self, request: Request) -> Model:
         return {"instance_specs": {"specs": {"cpus": 2, "ram_gb": 4}}, "cluster_size": 1}
@@ -314,7 +318,7 @@ class ControlPlane:
             raise WrongState(f"cluster {cluster.id} is in proxy mode: {HOW_TO_SUBMIT['Proxy']}")
         endpoint = {
             "address": self._compute_plane_address,
-            # The only thing that tells clusters apart on the one port of the compute plane.
+            # All clusters share one port and are distinguished by this name alone.
             "tls_server_name": f"{cluster.id}.{CLUSTER_DOMAIN}",
         }
         return {
@@ -363,7 +367,7 @@ class ControlPlane:
         field, _, direction = request.query_params.get("order", "request_time,asc").partition(",")
         if field not in ORDERS or direction not in {"asc", "desc"}:
             raise InvalidRequest(
-                f"order is a field of {', '.join(ORDERS)}, a comma, and asc or desc"
+                f"order must be one of {', '.join(ORDERS)}, followed by ',asc' or ',desc'"
             )
         models.sort(key=itemgetter(field), reverse=direction == "desc")
         return page_of(models, request)

@@ -1,4 +1,4 @@
-"""Queries between the protocol and the state, the same for the direct and the proxy mode."""
+"""Conversion of queries between protocol and state, for direct and proxy mode alike."""
 
 import asyncio
 from dataclasses import asdict
@@ -49,10 +49,10 @@ HOW_TO_SUBMIT = {
     "Direct": "submit to its scheduler",
     "Proxy": "it has no open port; submit to the control plane",
 }
-"""How a cluster of each mode is reached."""
+"""How to submit a query to a cluster of each mode."""
 NO_PHYSICAL_PLAN = (
     "the emulator has no physical plan, because one worker runs the whole query; "
-    "ask for the optimized plan with"
+    "request the optimized plan with"
 )
 QUERY_TYPE_NAMES = {False: "Single", True: "Distributed"}
 ENGINE_NAMES = {"streaming": "Streaming", "in-memory": "InMemory"}
@@ -73,22 +73,22 @@ async def submit(
     message: DirectSubmitRequest | ProxySubmitRequest,
     request: Request,
 ) -> Query:
-    """Take in the query of a message.
+    """Submit the query of a message.
 
     Raises
     ------
     InvalidRequest
-        No cluster could run it, or nothing would be left of it.
+        The query cannot run on its cluster, or its result would be lost.
     CannotPersist
-        There is no room for it.
+        The query cannot be written to disk.
     """
     settings = message.settings
     if settings.execute_until is ExecuteUntil.PLAN:
         raise InvalidRequest(f"{NO_PHYSICAL_PLAN} plan_stage='ir'")
     if not -(2**31) <= (settings.priority or 0) < 2**31:
-        raise InvalidRequest("priority has to fit into 32 bits")
+        raise InvalidRequest("priority must be a 32-bit integer")
     if (settings.optimization_flags or 0) >= 2**32:
-        raise InvalidRequest("optimization_flags have to fit into 32 bits")
+        raise InvalidRequest("optimization_flags must fit into 32 bits")
     _check_workers(settings.workers)
     labels = [label.name for label in message.info.labels]
     check_labels(labels)
@@ -105,9 +105,9 @@ async def submit(
         output_location = plan.output_location(document)
         redacted = without_secrets(message.plan, document)
     except (msgspec.DecodeError, LookupError, TypeError, ValueError, RecursionError):
-        raise InvalidRequest("this plan cannot be read: it was damaged on its way") from None
+        raise InvalidRequest("the plan cannot be decoded: it was damaged in transit") from None
     query_id = uuid4()
-    # First: another call may start the query as soon as it is known.
+    # Written first, because another call may start the query as soon as it is submitted.
     await asyncio.to_thread(plans.store, query_id, message.plan, redacted=redacted)
     try:
         return compute.submit(
@@ -140,12 +140,12 @@ def _check_workers(workers: WorkerCounts) -> None:
             raise InvalidRequest(f"{option} must be from 1 to {2**32 - 1}, not {count}")
     if workers.least and workers.most and workers.least > workers.most:
         raise InvalidRequest(
-            f"min_workers must not be above max_workers: {workers.least} is above {workers.most}"
+            f"min_workers ({workers.least}) must not be greater than max_workers ({workers.most})"
         )
 
 
 def query_result(query: Query) -> QueryResult:
-    """What the client is told of a query's end; one stage, since one worker runs the plan."""
+    """Return the result message of a query. It has one stage, because one worker runs the plan."""
     result = QueryResult(total_stages=1)  # type: ignore[arg-type]
     if query.outcome is not None and not query.only_planned:
         result.finished_stages = 1  # type: ignore[assignment]
@@ -156,7 +156,7 @@ def query_result(query: Query) -> QueryResult:
         )
     if query.error is not None:
         result.failed_stages = 1  # type: ignore[assignment]
-        # The client raises what it finds under this key.
+        # The client raises the error under this key.
         message = msgspec.json.encode({"scheduler": query.error}).decode()
         result.errors = [QueryError(message)]
     return result

@@ -1,4 +1,4 @@
-"""What the control plane answers about workspaces, manifests, clusters and queries."""
+"""JSON models of workspaces, manifests, clusters and queries in the control plane's responses."""
 
 from datetime import datetime
 from typing import Any
@@ -22,7 +22,7 @@ Model = dict[str, Any]
 
 
 def page_of(models: list[Model], request: Request) -> Model:
-    """The part of a list that the request's ``page`` and ``limit`` name."""
+    """Return the page of a list that the request's ``page`` and ``limit`` select."""
     page = positive_parameter(request, "page", 1)
     limit = positive_parameter(request, "limit", 1000)
     result = models[(page - 1) * limit : page * limit]
