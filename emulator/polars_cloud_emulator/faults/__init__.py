@@ -1,1 +1,1 @@
-"""Faults that a test asks for, and where calls meet them."""
+"""Faults that tests add, and the middleware that applies them."""

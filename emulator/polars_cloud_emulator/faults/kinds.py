@@ -1,4 +1,4 @@
-"""The kinds of what goes wrong on request."""
+"""The kinds of faults."""
 
 import re
 from typing import Annotated, ClassVar
@@ -23,10 +23,10 @@ def _snake_case(name: str) -> str:
 class Fault(
     msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag=_snake_case
 ):
-    """Fires from the ``nth`` call of ``operation`` from now on, ``times`` times."""
+    """A fault that applies ``times`` times, first to the ``nth`` next call of ``operation``."""
 
     operations: ClassVar[str] = ".+"
-    """Pattern of the operations that it fits."""
+    """Pattern of the operations that this kind of fault supports."""
 
     operation: str
     nth: Count = 1
@@ -34,7 +34,7 @@ class Fault(
 
 
 class HttpError(Fault):
-    """In the service's own form, or without a message as a gateway in front of it answers."""
+    """An error response of the service or, without a message, of a gateway in front of it."""
 
     operations = REST_CALLS
     status: Annotated[int, msgspec.Meta(ge=400, le=599)]
@@ -49,69 +49,69 @@ class GrpcError(Fault):
     def __post_init__(self) -> None:
         known = [status.name for status in GrpcStatus if status is not GrpcStatus.OK]
         if self.code not in known:
-            raise ValueError(f"unknown code '{self.code}', known are {', '.join(known)}")
+            raise ValueError(f"unknown code '{self.code}'; the codes are {', '.join(known)}")
 
 
 class ConnectionReset(Fault):
-    """Nothing is done."""
+    """The connection is reset; the call has no effect."""
 
 
 class AnswerLost(Fault):
-    """The call is carried out, and its connection reset in place of the answer."""
+    """The call takes effect, but the connection is reset instead of a response."""
 
 
 class Delay(Fault):
-    """Seconds on the wall until the call is carried out."""
+    """The call is delayed, by the wall clock."""
 
     seconds: Seconds
 
 
 class Stall(Fault):
-    """Nothing is done, nor answered; the connection is reset when the faults are cleared."""
+    """No response, and no effect; the connection is reset when the faults are cleared."""
 
 
 class TokensExpire(Fault):
-    """With this call, every token handed out so far."""
+    """All access tokens issued so far expire with this call."""
 
 
 class CredentialsRevoked(Fault):
-    """The same, and there are no new ones. The only fault that lasts until it is cleared."""
+    """All access tokens expire, and logins are refused until the faults are cleared."""
 
 
 class QueryFails(Fault):
     operations = SUBMIT
     error: Annotated[str, msgspec.Meta(pattern=r"^\w+: ")]
-    """``Type: text``, from which the client makes the exception."""
+    """``Type: text``, from which the client constructs the exception."""
 
 
 class QueryHangs(Fault):
-    """Holds its workers until it is canceled or the cluster stops."""
+    """The query occupies its workers until it is canceled or the cluster stops."""
 
     operations = SUBMIT
 
 
 class QueryTakes(Fault):
-    """Holds its workers for seconds of the emulator's clock before it is carried out."""
+    """The query occupies its workers for this time on the emulator's clock before it runs."""
 
     operations = SUBMIT
     seconds: Seconds
 
 
 class QueryWaits(Fault):
-    """Is scheduled, and holds no worker, for seconds of the emulator's clock."""
+    """The query is scheduled without a worker for this time on the emulator's clock."""
 
     operations = SUBMIT
     seconds: Seconds
 
 
 class WorkerKilled(Fault):
-    """SIGKILL for the process that runs the query."""
+    """The process that runs the query gets SIGKILL."""
 
     operations = SUBMIT
 
 
 class ClusterLost(Fault):
-    """The cluster fails while it runs the query."""
+    """The cluster fails as soon as it runs the query."""
 
     operations = SUBMIT
     message: str
@@ -123,7 +123,7 @@ class StartupFails(Fault):
 
 
 class StartupTakes(Fault):
-    """Seconds of the emulator's clock until the cluster takes queries."""
+    """The cluster is ``Starting`` for this time on the emulator's clock."""
 
     operations = STARTS
     seconds: Seconds

@@ -1,4 +1,4 @@
-"""The door at which calls meet faults."""
+"""Fault middleware."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -27,10 +27,9 @@ from polars_cloud_emulator.protocol.rest_transport import refusal
 
 
 class FaultMiddleware:
-    """Lets a call in, unless the fault that it meets keeps it out.
+    """Applies the due fault, if any, to each call.
 
-    What is to go wrong behind the door, with a query or a start-up, goes in as
-    ``scope["fault"]``.
+    Faults of a query or a start-up are passed on to the application in ``scope["fault"]``.
     """
 
     def __init__(self, app: ASGIApp, faults: Faults, access_tokens: AccessTokens) -> None:
@@ -66,7 +65,7 @@ class FaultMiddleware:
         await self._app(scope, receive, send)
 
     async def _wait_unless_cleared(self, until: Coroutine[None, None, None]) -> bool:
-        """Wait; whether it was to the end, and not cut short by the clearing of the faults."""
+        """Wait for a coroutine, or until the faults are cleared; False if they were cleared."""
         cleared = self._faults.cleared
         waits = [asyncio.create_task(until), asyncio.create_task(cleared.wait())]
         try:
@@ -94,14 +93,14 @@ async def _discard(message: Message) -> None:
 
 async def _reset_connection(scope: Scope, receive: Receive) -> None:
     Connection.current.get().reset()
-    # An answer to a connection that is gone would wait in hypercorn for ever.
+    # A response to a closed connection would wait in hypercorn forever.
     await _end_of_call(scope, receive)
 
 
 async def _end_of_call(scope: Scope, receive: Receive) -> None:
-    """Return when the client has given up this call or its connection is gone."""
+    """Return when the client has canceled this call or its connection is closed."""
     if scope["http_version"] == "2":
         while (await receive())["type"] != "http.disconnect":
             pass
-    else:  # hypercorn reads nothing on while a call has no answer
+    else:  # on HTTP/1.1, hypercorn does not read further while a call has no response
         await Connection.current.get().ended.wait()

@@ -1,4 +1,4 @@
-"""The faults that were asked for and are still to come."""
+"""The pending faults."""
 
 import asyncio
 import re
@@ -15,7 +15,7 @@ from polars_cloud_emulator.protocol.access_tokens import AccessTokens
 
 
 class Faults:
-    """The faults that are still to come, first posted first."""
+    """The pending faults, in the order in which they were added."""
 
     def __init__(self, routes: Sequence[Route], access_tokens: AccessTokens) -> None:
         self._routes = routes
@@ -24,20 +24,21 @@ class Faults:
         self.cleared = asyncio.Event()
 
     def add(self, body: bytes) -> None:
-        """Add the fault that a JSON object describes.
+        """Add a fault from a JSON object.
 
         Raises
         ------
         InvalidRequest
-            It is none, or fits no operation; with what is known.
+            The object is not a fault, or its kind does not support the operation. The message
+            lists the kinds or the operations.
         """
         try:
             fault = msgspec.json.decode(body, type=AnyFault)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             kinds = map(_describe, get_args(AnyFault))
             raise InvalidRequest(
-                f"{error}. A fault has operation, kind, nth (1 unless given), times (1 unless "
-                f"given) and its kind's fields; the kinds are {', '.join(kinds)}"
+                f"{error}. A fault has operation, kind, nth (default 1), times (default 1) and "
+                f"the fields of its kind; the kinds are {', '.join(kinds)}"
             ) from None
         operations = {
             operation_of(route, method)
@@ -46,22 +47,24 @@ class Faults:
         }
         fitting = sorted(o for o in operations if re.fullmatch(fault.operations, o))
         if fault.operation not in fitting:
-            problem = "does not fit" if fault.operation in operations else "needs an operation, not"
+            problem = (
+                "is incompatible with" if fault.operation in operations else "names the unknown"
+            )
             raise InvalidRequest(
                 f"{_describe(type(fault))} {problem} '{fault.operation}'; "
-                f"it fits {', '.join(fitting)}"
+                f"its operations are {', '.join(fitting)}"
             )
         self.pending.append(fault)
 
     def clear(self) -> None:
-        """Forget what is still to come, end what lasts, and let go the calls that are held."""
+        """Remove all pending faults, accept client secrets again, and release stalled calls."""
         self.pending.clear()
         self._access_tokens.revoked = False
         self.cleared.set()
         self.cleared = asyncio.Event()
 
     def due(self, scope: Scope) -> Fault | None:
-        """The fault that this call meets: one at most, the others wait for the next call."""
+        """Return the fault for this call: at most one; the others wait for the next call."""
         routes = (route for route in self._routes if route.matches(scope)[0] is Match.FULL)
         operation = next((operation_of(route, scope["method"]) for route in routes), None)
         due = None
@@ -78,7 +81,7 @@ class Faults:
 
 
 def operation_of(route: Route, method: str) -> str:
-    """The method of a gRPC service, or a REST call such as ``GET compute/{id}``."""
+    """Return the method of a gRPC service, or a REST call such as ``GET compute/{id}``."""
     service, _, name = route.path.rpartition("/")
     if service.endswith(".ClientService"):
         return name
