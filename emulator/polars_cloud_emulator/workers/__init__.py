@@ -1,1 +1,1 @@
-"""Worker processes and what runs in them."""
+"""Worker processes, and the code that runs in them."""

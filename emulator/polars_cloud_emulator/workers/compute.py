@@ -1,4 +1,4 @@
-"""Clusters at work: carries out on worker processes what the state decides."""
+"""Execution of queries on worker processes, as the state schedules them."""
 
 import asyncio
 import contextlib
@@ -35,14 +35,14 @@ from polars_cloud_emulator.workers.plan_text import PlanText, explain
 from polars_cloud_emulator.workers.pool import WorkerPool
 from polars_cloud_emulator.workers.requirements import declared_distributions
 
-NO_PLAN = "The plan is not kept: it was large, or read by Python objects, which may hold secrets"
+NO_PLAN = "The plan was not stored: it is large, or has Python scans, which may contain secrets"
 TICK = timedelta(milliseconds=50)
-"""How often the clock is looked at for start-ups and idle timeouts."""
+"""Poll interval for start-ups, delayed queries and idle timeouts."""
 
 
 @dataclass
 class Lease:
-    """What a running query holds: some workers of its cluster, and the process of one of them."""
+    """Resources of a running query: a number of workers, and the process that runs the query."""
 
     query: Query
     workers: int
@@ -50,20 +50,20 @@ class Lease:
 
 
 class Compute:
-    """The queries of every live cluster, and who runs them.
+    """Runs the queries of all live clusters on worker processes.
 
     Parameters
     ----------
     plans
-        Of the queries that the workers run.
+        Plans of the queries.
     environment
-        What a worker needs to reach the object store.
+        Environment variables of the object store.
     temporary_uri
         Prefix for results without a destination.
     delete_result
-        Called in a thread with the id of each query whose result without a destination goes.
+        Deletes the result without a destination of a query; called in a thread.
     realism
-        How long a start takes and a result is kept.
+        Start-up time of clusters, lifetime of results and names of files.
     max_processes
         Maximum number of worker processes of all clusters together.
     """
@@ -87,7 +87,7 @@ class Compute:
         self._plans = plans
         self._realism = realism
         self.environment = {**worker_environment(), **environment}
-        """Of a worker, beside what its cluster declares."""
+        """Environment variables of a worker, besides those of its cluster."""
         self._temporary_uri = temporary_uri
         self._delete_result = delete_result
         self._workers = WorkerPool(max_processes)
@@ -102,12 +102,12 @@ class Compute:
         return self._workers.pids(cluster_id)
 
     def start(self, begin: Callable[[], Cluster], fault: StartupFault | None = None) -> Cluster:
-        """Start the cluster that the state begins, or give the live one that it finds.
+        """Start the cluster that ``begin`` returns, unless it is running already.
 
         Raises
         ------
         CannotPersist
-            Nothing was started.
+            The start cannot be written to disk; nothing was started.
         """
         with self._persisted.transaction(self._state):
             cluster = begin()
@@ -120,7 +120,7 @@ class Compute:
     def _prepare_start(
         self, cluster: Cluster, fault: StartupFault | None = None
     ) -> set[str] | None:
-        """Return what the cluster's workers may import; None if it fails to start."""
+        """Return the distributions that the workers can import; None if the start fails."""
         match fault:
             case StartupFails(message=message):
                 self._fail_to_start(cluster, message)
@@ -155,7 +155,7 @@ class Compute:
                 self._launch(cluster, distributions)
         if not cluster.is_live:
             print(
-                f"Cluster {cluster.id} failed at the restart: {cluster.termination_message}",
+                f"Cluster {cluster.id} failed to restart: {cluster.termination_message}",
                 file=sys.stderr,
             )
 
@@ -164,12 +164,12 @@ class Compute:
         self._state.clusters.end_stop(cluster)
 
     async def stop(self, cluster_id: UUID) -> None:
-        """Stop a cluster as its user asks.
+        """Stop a cluster at its user's request.
 
         Raises
         ------
         CannotPersist
-            It was not stopped.
+            The stop cannot be written to disk; the cluster was not stopped.
         """
         cluster = self._state.clusters.find(cluster_id)
         with self._persisted.transaction(self._state):
@@ -191,12 +191,12 @@ class Compute:
         self._start_queries(self._state.queries.waiting_clusters())
 
     def submit(self, begin: Callable[[], Query], fault: QueryFault | None = None) -> Query:
-        """Let a query that the state takes in run when its turn comes.
+        """Queue the query that ``begin`` returns.
 
         Raises
         ------
         CannotPersist
-            It was not taken in.
+            The query cannot be written to disk; it was not submitted.
         """
         with self._persisted.transaction(self._state):
             query = begin()
@@ -212,12 +212,12 @@ class Compute:
         self._start_queries([query.cluster_id])
 
     def cancel(self, query_id: UUID) -> None:
-        """End a query as its user asks.
+        """Cancel a query at its user's request.
 
         Raises
         ------
         CannotPersist
-            It was not canceled.
+            The cancel cannot be written to disk; the query was not canceled.
         """
         with self._persisted.transaction(self._state):
             self._state.cancel(query_id)
@@ -228,21 +228,21 @@ class Compute:
             self._start_queries([self._state.queries.find(query_id).cluster_id])
 
     async def delete_result(self, query_id: UUID) -> None:
-        """Delete what the query left, unless it has a destination of its own."""
+        """Delete the query's result, unless the query named a destination."""
         await asyncio.to_thread(self._delete_result, self._state.queries.find(query_id).id)
 
     async def plan_text(self, query: Query, plan_format: PlanFormat) -> PlanText:
-        """Return what Polars tells of a query's plan, the optimized one in this format."""
+        """Return Polars' explanation of a query's plan; the optimized plan has this format."""
         path = self._plans.best_path(query.id)
         if path is None:
             return PlanText(error=NO_PLAN)
-        # Without the cluster's own variables: some make Python run something.
+        # Without the cluster's own variables, because some make Python execute code.
         return await explain(
             path, self.environment, plan_format, query.engine, query.optimization_flags
         )
 
     async def wait_for_end(self, query_id: UUID, timeout: float) -> bool:
-        """Whether the query ended within ``timeout`` seconds."""
+        """Wait for the query's end; return whether it ended within ``timeout`` seconds."""
         query = self._state.queries.find(query_id)
         if not query.has_ended:
             with contextlib.suppress(TimeoutError):
@@ -250,14 +250,14 @@ class Compute:
         return query.has_ended
 
     def release_waiters(self) -> None:
-        """Let every ``wait_for_end`` return now, ended or not."""
+        """Make every ``wait_for_end`` return now."""
         for event in self._ended.values():
             event.set()
 
     def resume(self) -> None:
-        """Take up the clusters and queries of a restored state.
+        """Resume the clusters and queries of a restored state.
 
-        A cluster that cannot be started again fails: another emulator may have started it.
+        A cluster that cannot start again fails, for example if Polars was upgraded meanwhile.
         """
         for cluster in self._state.clusters.by_id.values():
             if cluster.is_live:
@@ -272,7 +272,7 @@ class Compute:
                 self._queue(query)
 
     async def watch_clock(self) -> None:
-        """Start-ups, waits and idle timeouts, until canceled."""
+        """Handle start-ups, delayed queries, idle timeouts and expired results, until canceled."""
         while True:
             ready = self._state.clusters.become_ready()
             self._start_queries([*ready, *self._state.queries.end_waits()])
@@ -286,14 +286,14 @@ class Compute:
             for query_id in (*forgotten, *self._expire_results()):
                 with contextlib.suppress(CannotPersist):
                     await asyncio.to_thread(self._delete_result, query_id)
-            with contextlib.suppress(CannotPersist):  # there will be room at another time
+            with contextlib.suppress(CannotPersist):  # retried at the next tick
                 self._persisted.commit(self._state)
             if self._state.clusters.is_starting():
                 self._clock.skip(TICK * (self._realism.speed - 1))
             await asyncio.sleep(TICK.total_seconds())
 
     async def close(self) -> None:
-        """End every process; the state keeps its clusters and queries as they are."""
+        """End all worker processes; the state does not change."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -301,7 +301,7 @@ class Compute:
         await self._workers.close_all()
 
     async def reset(self) -> None:
-        """End every process of a state that was cleared, and forget what was waited for."""
+        """End all worker processes and waits after the state was cleared."""
         self.release_waiters()
         self._ended.clear()
         self._faults.clear()
@@ -315,7 +315,7 @@ class Compute:
         await self._workers.close(cluster_id)
 
     def _expire_results(self) -> set[UUID]:
-        """Queries whose results have become too old."""
+        """Return the queries whose results have expired since the last call."""
         if self._realism.result_lifetime is None:
             return set()
         old = self._state.queries.ended_before(self._clock.now() - self._realism.result_lifetime)
@@ -332,7 +332,7 @@ class Compute:
                 self._assign_workers(cluster_id)
 
     def _assign_workers(self, cluster_id: UUID) -> None:
-        """Give the cluster's free workers to the queries that run, then to those that wait."""
+        """Give the cluster's free workers to running queries first, then to waiting ones."""
         leases = self._leases_on(cluster_id)
         free = self._state.clusters.find(cluster_id).spec.cluster_size
         free -= sum(lease.workers for lease in leases)
@@ -350,8 +350,8 @@ class Compute:
         if self._workers.is_busy and not self._has_logged_limit:
             self._has_logged_limit = True
             print(
-                f"All {self._workers.limit} worker processes that fit into the memory run queries. "
-                "Further queries of any cluster wait until one of these ends.",
+                f"All {self._workers.limit} worker processes, the maximum for this memory, run "
+                "queries. Further queries of all clusters wait until one of these ends.",
                 file=sys.stderr,
             )
 
@@ -369,7 +369,7 @@ class Compute:
             part_name=f"{query.id}-00000000" if self._realism.unique_names else "00000000",
             plan_only=query.plan_format if query.only_planned else None,
         )
-        # A cancel or a stop may have come while the process started.
+        # The query may have been canceled, or the cluster stopped, while the process started.
         if await worker.ready() and not query.has_ended:
             answer = await self._answer(query, worker, job)
             match answer:
@@ -386,7 +386,7 @@ class Compute:
             self._start_queries([*waiting, query.cluster_id])
 
     async def _answer(self, query: Query, worker: Worker, job: Job) -> Reply | None:
-        """The answer of a worker that is ready; None to a query that was canceled before."""
+        """Return the reply of a ready worker; None if the query was canceled before it ran."""
         match self._faults.pop(query.id, None):
             case None:
                 return await worker.run(job)

@@ -1,4 +1,4 @@
-"""Frames between two processes: each a 4-byte big-endian length and so many bytes."""
+"""Frames between two processes: a 4-byte big-endian length, then the content."""
 
 import socket
 import struct
@@ -17,14 +17,14 @@ class Connection:
 
     @property
     def has_part(self) -> bool:
-        """Whether some bytes of a frame have come, and not all of them."""
+        """True if a part of a frame has been received."""
         return bool(self._received)
 
     def send(self, frame: bytes) -> None:
         self._end.sendall(LENGTH.pack(len(frame)) + frame)
 
     def receive(self) -> bytes:
-        """The next frame.
+        """Return the next frame.
 
         Raises
         ------
@@ -36,7 +36,7 @@ class Connection:
         return frame
 
     def receive_part(self) -> bytes | None:
-        """Wait for bytes of a frame; the frame, once it is whole.
+        """Receive more bytes of a frame; return the frame when it is complete, else None.
 
         Raises
         ------

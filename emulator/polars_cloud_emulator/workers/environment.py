@@ -1,6 +1,6 @@
-"""The Python of a worker: a virtual environment with what its cluster declares, and nothing else.
+"""The virtual environment of a worker, with only Polars and the requirements of its cluster.
 
-Nothing is installed into it: it links to the emulator's own packages.
+Nothing is installed: the environment has symbolic links to the packages of the emulator's own.
 """
 
 import csv
@@ -11,16 +11,16 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 ALWAYS = {"polars", "polars-runtime-32", "polars-runtime-64", "cloudpickle", "tzdata"}
-"""Polars, what it reads pickled functions with, and the time zones of a slim image."""
+"""Polars, cloudpickle for its pickled functions, and time zones, which slim images do not have."""
 
 
 def create(folder: Path, distributions: Iterable[str]) -> Path:
-    """Create the environment in a new folder; its Python.
+    """Create the environment in a new folder, and return the path of its Python.
 
     Parameters
     ----------
     distributions
-        Names of what it has beside Polars; all of it is installed here.
+        Names of installed distributions to link besides Polars.
     """
     venv.EnvBuilder(symlinks=True).create(folder)
     [site_packages] = folder.glob("lib/python*/site-packages")
@@ -35,14 +35,14 @@ def create(folder: Path, distributions: Iterable[str]) -> Path:
 
 @functools.cache
 def _parts(name: str) -> dict[PurePosixPath, Path]:
-    """The packages of a distribution, and its files outside of them, with where they are.
+    """Return the packages of a distribution, and its files outside of packages, with their paths.
 
-    Any other folder may be shared with distributions that are not declared.
+    Other folders are not linked as a whole: other distributions may share them.
     """
     try:
         distribution = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
-        return {}  # as tzdata, where the system has the time zones
+        return {}  # for example tzdata, on a system that has time zones
     record = distribution.read_text("RECORD") or ""
     paths = {PurePosixPath(path) for path, *_ in csv.reader(record.splitlines())}
     parts = set()

@@ -1,4 +1,4 @@
-"""One worker of a cluster, seen from the emulator: a process, replaced whenever it dies."""
+"""The emulator's handle of a worker: starts its process, and replaces the process if it dies."""
 
 import asyncio
 import contextlib
@@ -28,27 +28,27 @@ from polars_cloud_emulator.workers.connection import LENGTH
 from polars_cloud_emulator.workers.isolated_python import SEARCH_PATH
 
 EXIT_GRACE_SECONDS = 5.0
-"""Seconds in which a worker ends its query, or itself, before its process is killed."""
+"""Seconds until a worker that should end its query, or itself, is killed."""
 PACKAGE_PATH = (str(SEARCH_PATH), str(Path(msgspec.__file__).parents[1]))
-"""Where a process imports the emulator's package and what that needs from."""
+"""Import paths of the emulator's package and of msgspec."""
 
 FOLDERS = ("HOME", "TMPDIR", "POLARS_OOC_SPILL_DIR")
-"""Variables that name the folder of a query."""
+"""Variables that are set to the working folder of a query."""
 LIBRARIES = {name: os.environ[name] for name in {"LD_LIBRARY_PATH"} & os.environ.keys()}
-"""Where this Python finds its own."""
+"""Variables with which this Python finds its shared libraries."""
 
 
 class Worker:
-    """One worker of a cluster, with a folder and a Python of its own.
+    """One worker of a cluster, with its own folder and virtual environment.
 
     Parameters
     ----------
     variables
-        Environment variables of its queries.
+        Environment variables of the queries.
     on_start_failure
-        Called with the reason when a process cannot be started; there will be no further one.
+        Called with the reason if a process cannot start. The worker does not try again.
     distributions
-        What its queries can import, beside Python and Polars.
+        Distributions that queries can import, besides Python and Polars.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Worker:
         self._on_start_failure = on_start_failure
         self._distributions = distributions
         self.pid: int | None = None
-        """The process of the query that runs, or of the next."""
+        """Process of the running query, or of the next one."""
         self._process: Process | None = None
         self._commands: StreamWriter | None = None
         self._answer: asyncio.Future[Reply] | None = None
@@ -70,13 +70,13 @@ class Worker:
         self._has_ended = False
 
     async def ready(self) -> bool:
-        """Wait until a query can come; False if none ever can."""
+        """Wait until the worker is ready for a query; False if its process cannot start."""
         while not self._ready.is_set():
             await self._ready.wait()
         return not self._has_ended
 
     async def run(self, job: Job | Hold) -> Reply:
-        """Run one job on a worker that was ready. If it has died or dies, the job fails."""
+        """Run one job on a ready worker. If the process dies, the reply is a failure."""
         if self._has_ended or not self._ready.is_set():
             return _worker_died("SIGKILL")
         self._ready.clear()
@@ -85,7 +85,7 @@ class Worker:
         return await self._answer
 
     def kill(self) -> None:
-        """End the query that runs now, if there is one, and all that it has started."""
+        """Kill the running query, if any, with all processes that it has started."""
         if self._answer is not None and not self._answer.done():
             self._send(Kill())
             asyncio.get_running_loop().call_later(
@@ -93,7 +93,7 @@ class Worker:
             )
 
     async def close(self) -> None:
-        """End the worker, whatever it does."""
+        """End the worker process, even if it runs a query."""
         self._supervisor.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._supervisor
@@ -129,7 +129,7 @@ class Worker:
             self._on_start_failure(f"a worker could not start: {error}")
         finally:
             self._has_ended = True
-            self._ready.set()  # nobody shall wait for a process that will not come
+            self._ready.set()  # releases those who wait for the process
             self._end_query(_worker_died("SIGKILL"))
 
     def _receive(self, frame: bytes) -> None:
@@ -142,7 +142,10 @@ class Worker:
 
     @contextlib.asynccontextmanager
     async def _running_process(self) -> AsyncIterator[tuple[Process, StreamReader]]:
-        """A process, and its replies; at the end it is gone, with its folder and all below it."""
+        """Start a process, and yield it with its replies; at the end, delete it and its folder.
+
+        Processes that it has started are killed.
+        """
         with tempfile.TemporaryDirectory(
             prefix="polars-cloud-", ignore_cleanup_errors=True
         ) as name:
@@ -158,7 +161,7 @@ class Worker:
                     yield process, replies
                 finally:
                     self._commands.close()
-                    # One that was never ready would finish its start before it looks.
+                    # A process that is still starting does not notice the closed connection.
                     await _end(process, folder, grace_seconds=EXIT_GRACE_SECONDS if self.pid else 0)
 
     async def _start(self, python: Path, end: socket.socket, work: Path) -> Process:
@@ -169,7 +172,7 @@ class Worker:
             stdout=DEVNULL,
             stderr=PIPE,
             pass_fds=[end.fileno()],
-            # The variables of a cluster come later, as Python and its loader heed some of them.
+            # The cluster's variables are set later, because Python and the loader use some of them.
             env=dict.fromkeys(FOLDERS, str(work)) | LIBRARIES,
             cwd=work.parent,
             # Ctrl-C in the emulator's terminal is the emulator's to handle.
@@ -188,7 +191,7 @@ async def _read_frame(replies: StreamReader) -> bytes:
 
 
 async def _end(process: Process, folder: Path, grace_seconds: float) -> None:
-    """Wait for the end of a process whose connection is closed, or force it."""
+    """Wait for the end of a process whose connection is closed, and kill it after a timeout."""
     try:
         await asyncio.wait_for(process.wait(), grace_seconds)
     except TimeoutError:

@@ -1,4 +1,4 @@
-"""The table of an Iceberg sink. Polars writes its files and commits them, both in the worker."""
+"""The table of an Iceberg sink, whose files Polars writes and commits in the worker process."""
 
 from importlib import import_module
 from operator import attrgetter
@@ -8,12 +8,12 @@ from polars_cloud_emulator.workers.sink_targets import check_uri
 
 
 def table_location(sink: dict[str, Any]) -> str:
-    """Where the table of a sink lies, as its catalog says.
+    """Return the location of a sink's table from its catalog.
 
     Raises
     ------
     InvalidRequest
-        Its files would not be in an object store.
+        The table's files are not in an object store.
     """
     catalog_class = attrgetter(sink["py_catalog_class_qualname"])(
         import_module(sink["py_catalog_class_module"])

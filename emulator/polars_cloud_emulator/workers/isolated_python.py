@@ -1,7 +1,7 @@
-"""Python processes that see nothing of whoever starts them but this package.
+"""Python processes that import nothing from their caller's search path but this package.
 
-A caller's own path may hold a script with a standard module's name, which every process would
-import and run; and a worker of Polars Cloud has nothing of its client's machine either.
+The caller's search path may contain a script with the name of a standard module, which every
+process would import and run. A worker of Polars Cloud has no access to its client's machine either.
 """
 
 import os
@@ -15,18 +15,18 @@ BOOTSTRAP = (
     "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 )
 SHARED = ("LANG", "LC_ALL", "PATH", "TZ")
-"""Variables that a worker shares with this machine."""
+"""Variables that a worker inherits, besides those of a proxy."""
 QUIET = {"POLARS_DISABLE_HTTP_RATE_LIMIT": "1"}
-"""Once a process has read from S3, Polars 2.0's limit of requests wakes it every millisecond."""
+"""Without this, the rate limiter of Polars 2.0 wakes a process that has read from S3 each 1 ms."""
 
 
 def python(module: str, *arguments: object) -> list[str]:
-    """The command that runs a module of this package."""
+    """Return the command that runs a module of this package."""
     return [sys.executable, "-P", "-c", BOOTSTRAP, str(SEARCH_PATH), module, *map(str, arguments)]
 
 
 def without_path(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables, without those that tell Python what to import."""
+    """Return the variables without those that change what Python imports."""
     return {
         name: value
         for name, value in environment.items()
@@ -35,7 +35,7 @@ def without_path(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def worker_environment() -> dict[str, str]:
-    """Variables of a worker, beside those of its object store and of its cluster."""
+    """Return a worker's variables, besides those of its object store and its cluster."""
     shared = {
         name: value
         for name, value in os.environ.items()

@@ -1,8 +1,9 @@
-"""A worker process: forks a process for its queries, and ends it with all that it has started.
+"""A worker process, which forks a process for queries and kills it with all its descendants.
 
-Polars is loaded here, so that the next process is there in a moment, and runs nothing here, so that
-each begins as the first did. A process that has run a user's code gets no other query: none finds
-a thread, a variable or a file of an earlier one. The worker ends when its connection does.
+The worker itself imports Polars, so that a fork is fast, but runs no query, so that each fork
+starts in the same state. A process that has run a user's code is replaced before the next query, so
+that a query cannot find threads, variables or files of an earlier one. The worker ends when its
+connection to the emulator closes.
 """
 
 import contextlib
@@ -32,21 +33,21 @@ from polars_cloud_emulator.workers import plan, processes, query, user_code, wri
 from polars_cloud_emulator.workers.connection import Connection
 
 EXIT_TIMEOUT = 1.0
-"""Seconds in which a process ends after its connection has."""
+"""Seconds in which a process must end after it has closed its connection."""
 STALL_TIMEOUT = 5.0
-"""Seconds in which the next part of an answer follows."""
+"""Seconds in which the next part of a reply must follow."""
 
 
 class Done(NamedTuple):
-    """What comes back from the process of a query."""
+    """Message from the process of a query when the query has ended."""
 
     answer: Reply
     is_clean: bool
-    """Whether another query may come."""
+    """True if the process can run another query."""
 
 
 class QueryProcess:
-    """A process for queries, forked from this one."""
+    """A process for queries, forked from the worker."""
 
     def __init__(self, emulator: Connection, folder: Path) -> None:
         ours, theirs = map(Connection, socket.socketpair())
@@ -62,7 +63,7 @@ class QueryProcess:
         self._is_gone = False
 
     def exit_failure(self) -> Failure:
-        """Why there is no answer, after the end of the connection to the process."""
+        """Return why there is no reply from a process that has closed its connection."""
         deadline = time.monotonic() + EXIT_TIMEOUT
         while time.monotonic() < deadline:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -74,7 +75,7 @@ class QueryProcess:
         return _worker_failure("closed its connection to the emulator")
 
     def end(self) -> None:
-        """End the process, if it is there, and all that it has started."""
+        """Kill the process and all its descendants."""
         if not self._is_gone:
             processes.kill_group(self.pid)
             self._is_gone = True
@@ -88,14 +89,14 @@ def serve(end: socket.socket, folder: Path) -> None:
     Parameters
     ----------
     folder
-        Working directory of each process, empty at its beginning. What it lies in is the worker's.
+        Working directory of each process, empty at its start. The parent folder is the worker's.
     """
     processes.adopt_orphans()
-    # What every query needs is made once.
+    # Cached before the fork, so that the processes inherit the values.
     plan.own_header()
     written_rows.counting_steps()
     emulator = Connection(end)
-    # Without a connection, the emulator or the process is gone that was to be ready.
+    # The emulator has closed its connection, or a process died before it was ready.
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             _serve_from_one_process(emulator, folder)
@@ -106,7 +107,7 @@ def _serve_from_one_process(emulator: Connection, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     process = QueryProcess(emulator, folder)
     try:
-        process.connection.receive()  # it is ready
+        process.connection.receive()  # the process is ready
         is_clean = True
         while is_clean:
             emulator.send(msgspec.msgpack.encode(Ready(process.pid)))
@@ -123,7 +124,7 @@ def _serve_from_one_process(emulator: Connection, folder: Path) -> None:
 
 
 def _next_done(emulator: Connection, process: QueryProcess) -> Done | None:
-    """The end of the next query; None if its process ended before it came.
+    """Wait for the end of the next query; None if the process ended before it got a query.
 
     Raises
     ------
@@ -167,7 +168,7 @@ def _worker_failure(did: str) -> Failure:
     return Failure(f"RuntimeError: worker process {did}")
 
 
-_NO_ANSWER = Done(_worker_failure("wrote what is no answer to its connection"), False)
+_NO_ANSWER = Done(_worker_failure("wrote an invalid reply to its connection"), False)
 
 
 def _run_queries(connection: Connection, folder: Path) -> NoReturn:
@@ -176,10 +177,10 @@ def _run_queries(connection: Connection, folder: Path) -> NoReturn:
         os.chdir(folder)
         processes.prefer_as_oom_victim()
         os.register_at_fork(after_in_child=connection.close)
-        # Starts the threads that a first query would have to wait for.
+        # Starts Polars' threads, so that the first query does not wait for them.
         pl.LazyFrame({"x": [0]}).collect(engine="streaming")
         user_code.watch()
-        # Until here an error is for the emulator; from here on there are a user's words.
+        # Up to here, the emulator reads errors on stderr. From here on, a user's code may print.
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)

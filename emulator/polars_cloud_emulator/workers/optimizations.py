@@ -1,4 +1,4 @@
-"""Which optimizations of Polars a query asks for, and the plan that comes of them."""
+"""Optimization flags of a query, and its optimized plan."""
 
 from pathlib import Path
 
@@ -21,11 +21,11 @@ BITS = {
     "pre_partition_hive": 17,
     "join_order": 19,
 }
-"""Where the client's bit mask keeps each option of ``polars.QueryOptFlags``."""
+"""Bit of each option of ``polars.QueryOptFlags`` in the client's bit mask."""
 
 
 def optimizations(mask: int | None) -> pl.QueryOptFlags:
-    """Return the options of a bit mask; those of Polars if there is none."""
+    """Return the flags of a bit mask; Polars' defaults if it is None."""
     if mask is None:
         return pl.QueryOptFlags()
     return pl.QueryOptFlags(**{name: bool(mask >> bit & 1) for name, bit in BITS.items()})
@@ -34,7 +34,7 @@ def optimizations(mask: int | None) -> pl.QueryOptFlags:
 def optimized(
     plan: Path, plan_format: PlanFormat, engine: Engine, optimization_flags: int | None
 ) -> str:
-    """Return the optimized plan in a file as text, or as a graph in the DOT language."""
+    """Return the optimized form of a serialized plan, as text or as a DOT graph."""
     lf = pl.LazyFrame.deserialize(plan)
     flags = optimizations(optimization_flags)
     if plan_format == "plain":

@@ -1,9 +1,9 @@
-"""The serialized plan of a query: is it readable here, and where does it write?
+"""Serialized plans: parse a plan, and change where it writes.
 
-A plan is ``DSL_VERSION``, two version numbers and the hash of the DSL's schema, followed by one
-MessagePack document in which nodes refer to each other by index. The nodes come last in it, and the
-data of a client's own frames before them, a number per byte: only the nodes are ever decoded, and
-the data goes from file to file.
+A plan starts with ``DSL_VERSION``, two version numbers and the hash of the DSL's schema. Then one
+MessagePack document follows, in which nodes refer to each other by index. The nodes are the last
+part of the document. Before them is the data of the client's own frames, encoded as a number per
+byte. Only the nodes are decoded; the data is copied from file to file.
 """
 
 import functools
@@ -47,10 +47,10 @@ class Source(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A plan, taken apart."""
+    """A parsed plan."""
 
     data: slice
-    """Where everything between the root and the nodes lies."""
+    """Position of everything between the root and the nodes."""
     root: int
     nodes: list[Node]
 
@@ -60,22 +60,22 @@ class Document(NamedTuple):
         return node
 
     def sinks(self) -> list[Node]:
-        """Every sink, in the order of the query.
+        """Return all sinks, in the order of the query.
 
         Raises
         ------
         InvalidRequest
-            The plan has none.
+            The plan has no sink.
         """
         match self.root_node:
             case {"SinkMultiple": {"inputs": inputs}}:
                 return [node["Sink"] for node in inputs]
             case {"Sink": sink}:
                 return [sink]
-        raise InvalidRequest("this plan ends in no sink: nothing would be left of its rows")
+        raise InvalidRequest("the plan does not end in a sink: its rows would be lost")
 
     def scan_sources(self) -> Iterator[Source]:
-        """What the scans read, file by file."""
+        """Yield the files of all scans."""
         for node in self.nodes:
             match node["value"]:
                 case {"Scan": {"sources": {"Paths": paths}, "unified_scan_args": arguments}}:
@@ -83,7 +83,7 @@ class Document(NamedTuple):
                         yield Source(path["inner"], arguments["cloud_options"])
 
     def lazy_frame(self, plan: Path, root: int) -> pl.LazyFrame:
-        """What ends in the node ``root``, with the data of the plan that this was."""
+        """Return the LazyFrame that ends in the node ``root``, with the data of the plan's file."""
         reference = msgspec.msgpack.encode({"root": self._reference(root)})[1:]
         with tempfile.TemporaryFile(dir=plan.parent) as file:
             file.write(own_header() + b"\x83" + reference)
@@ -94,7 +94,7 @@ class Document(NamedTuple):
             return pl.LazyFrame.deserialize(file)
 
     def add(self, node: Node) -> Node:
-        """Add a node; the reference to it."""
+        """Add a node, and return a reference to it."""
         self.nodes.append({"value": node, "version": self.nodes[self.root]["version"]})
         return self._reference(len(self.nodes) - 1)
 
@@ -103,48 +103,48 @@ class Document(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A plan that Polars can run here."""
+    """A plan that the worker can run."""
 
     plan: Path
-    """File that it came in."""
+    """Path of the serialized plan."""
     document: Document
     sinks: list[Sink]
-    """Those that write; a callback writes nothing itself."""
+    """Sinks that write files; callbacks are left out."""
     result: int
-    """The node whose rows the first sink gets."""
+    """Index of the node whose rows go into the first sink."""
 
     def runnable(self) -> pl.LazyFrame:
         return self.document.lazy_frame(self.plan, self.document.root)
 
     def empty_head(self) -> pl.DataFrame:
-        """What the first sink gets, without its rows."""
+        """Return an empty frame with the schema of the first sink's rows."""
         return self.document.lazy_frame(self.plan, self.result).collect_schema().to_frame()
 
 
 @functools.cache
 def own_header() -> bytes:
-    """The header of every plan that this process's Polars writes and reads."""
+    """Return the header of plans that this process's Polars reads and writes."""
     return pl.LazyFrame().serialize()[:HEADER_LENGTH]
 
 
 def parse(plan: bytes) -> Document:
-    """Take a plan apart.
+    """Parse a plan.
 
     Raises
     ------
     InvalidRequest
-        The plan was serialized by another Polars, or is none.
+        The plan was serialized by another version of Polars, or is not a plan.
     """
     if plan[:HEADER_LENGTH] != own_header():
         raise InvalidRequest(
-            "this plan was not serialized by the Polars that the workers run "
-            f"({pl.__version__}); install polars=={pl.__version__} beside the client"
+            "the plan was serialized by another version of Polars than that of the workers "
+            f"({pl.__version__}); install polars=={pl.__version__} where the client runs"
         )
     return _parse(plan)
 
 
 def output_location(document: Document) -> str | None:
-    """Where the plan's sink writes, as its author wrote it; None for a temporary result."""
+    """Return the target of the plan's sink as the user wrote it; None for a temporary result."""
     match document.sinks():
         case [{"payload": {"Iceberg": {"table_name": str(name)}}}]:
             return name
@@ -155,15 +155,15 @@ def output_location(document: Document) -> str | None:
 
 
 def prepare(plan: Path, temporary_uri: str, part_name: str) -> Prepared:
-    """Make every sink's target a place that Polars can write, and let the first note its rows.
+    """Set the targets of all sinks, and count the rows of the first.
 
-    A directory gets a file that is called ``part_name``; a result without a destination goes below
+    In a directory, the file is named ``part_name``. A result without a destination is written to
     ``temporary_uri``.
 
     Raises
     ------
     FileNotFoundError
-        A scan reads a file of the client's machine, which a cluster does not have.
+        A scan reads a local file, which a cluster does not have.
     InvalidRequest
         An Iceberg table is not in an object store.
     """
@@ -185,9 +185,9 @@ def _check_scans(document: Document, results: str) -> None:
 
 
 def _add_row_counter(document: Document, rows: Node) -> Node:
-    """Add the steps that note the rows of a node; the reference to their end."""
+    """Add steps that count the rows of a node, and return a reference to the last step."""
     steps = _parse(written_rows.counting_steps())
-    for step in steps.nodes[2:]:  # after an empty entry and the frame
+    for step in steps.nodes[2:]:  # the first two are an empty entry and the frame
         [arguments] = step["value"].values()
         arguments["input"] = rows
         rows = document.add(step["value"])
@@ -202,7 +202,7 @@ def _mapped(plan: Path) -> mmap.mmap:
 def _parse(plan: bytes | mmap.mmap) -> Document:
     end = len(plan)
     data = plan.find(DATA_KEY, HEADER_LENGTH)
-    # A name or a text in a node may look like the key.
+    # A name or a text in a node may contain the bytes of the key.
     while (end := plan.rfind(NODES_KEY, HEADER_LENGTH, end)) > data > 0:
         try:
             nodes = msgspec.msgpack.decode(plan[end + len(NODES_KEY) :], type=list[dict[str, Any]])
@@ -210,11 +210,11 @@ def _parse(plan: bytes | mmap.mmap) -> Document:
             return Document(slice(data, end), root["root"]["idx"], nodes)
         except msgspec.DecodeError:
             continue
-    raise InvalidRequest("this plan is not one that Polars serialized")
+    raise InvalidRequest("the plan was not serialized by Polars")
 
 
 def _set_target(payload: Node, temporary_uri: str, part_name: str) -> Sink | None:
-    """Settle where one sink writes, if it does."""
+    """Set the target of one sink; None if it writes no files."""
     [(kind, sink)] = payload.items()
     if kind == "Callback":
         return None
@@ -236,7 +236,7 @@ def _set_target(payload: Node, temporary_uri: str, part_name: str) -> Sink | Non
 
 
 def _own_cloud_options(uri: str) -> Node:
-    """The options that this process's own sink to ``uri`` would have."""
+    """Return the cloud options that Polars uses in this process for a sink to ``uri``."""
     plan = pl.LazyFrame().sink_parquet(uri, lazy=True).serialize()
     payload = _parse(plan).root_node["Sink"]["payload"]
     options: Node = payload["File"]["unified_sink_args"]["cloud_options"]

@@ -1,4 +1,4 @@
-"""A query's plan as Polars tells it, made in a process of its own: a plan may hold any code."""
+"""Polars' explanation of a plan, made in a separate process, because a plan may run any code."""
 
 import asyncio
 import contextlib
@@ -16,11 +16,11 @@ from polars_cloud_emulator.workers.isolated_python import python
 from polars_cloud_emulator.workers.optimizations import optimized
 
 TIMEOUT = 20.0
-"""Seconds until an explanation is given up: a scan may wait for its files."""
+"""Seconds until an explanation times out: a scan may wait for its files."""
 
 
 class PlanText(msgspec.Struct):
-    """``error`` says why a text is missing."""
+    """Explanation of a plan; ``error`` is the reason if a text is missing."""
 
     unoptimized: str | None = None
     optimized: str | None = None
@@ -34,16 +34,16 @@ async def explain(
     engine: Engine,
     optimization_flags: int | None,
 ) -> PlanText:
-    """Return what Polars tells of a plan.
+    """Return Polars' explanation of a plan.
 
     Parameters
     ----------
     plan
-        File of the serialized plan.
+        Path of the serialized plan.
     environment
-        What a worker has to reach the object store: Polars looks at the files of a scan.
+        A worker's environment variables: Polars reads the schema of scanned files.
     plan_format
-        Of the optimized plan; the other one is always text.
+        Format of the optimized plan; the unoptimized plan is always text.
     """
     arguments = msgspec.json.encode((str(plan), plan_format, engine, optimization_flags))
     process = await asyncio.create_subprocess_exec(
@@ -68,7 +68,7 @@ async def explain(
 
 def main() -> None:
     answer = os.dup(sys.stdout.fileno())
-    # A user function that prints must not end up in the answer.
+    # Output of a user's function must not become part of the reply.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     plan, plan_format, engine, optimization_flags = msgspec.json.decode(
         sys.argv[1], type=tuple[str, PlanFormat, Engine, int | None]

@@ -1,4 +1,4 @@
-"""The worker processes of all clusters: one for each running query, while the memory lasts."""
+"""The worker processes of all clusters: one for each running query, limited by memory."""
 
 import asyncio
 import contextlib
@@ -12,20 +12,20 @@ from polars_cloud_emulator.workers.handle import Worker
 BYTES_PER_PROCESS = 256 * 2**20
 FEWEST_PROCESSES = 4
 MOST_PROCESSES = 64
-"""More would have too many threads on a machine of many cores: each has some for every core."""
+"""Maximum of processes on any machine, because each starts several threads per core."""
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def processes_that_fit() -> int:
-    """How many worker processes the machine's memory, or the container's, is enough for."""
+    """Return the number of worker processes that fit into the memory of machine or container."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # outside a container, and one without a limit
+    with contextlib.suppress(OSError, ValueError):  # not in a container, or without a limit
         memory = min(memory, int(CONTAINER_LIMIT.read_text()))
     return max(FEWEST_PROCESSES, min(memory // BYTES_PER_PROCESS, MOST_PROCESSES))
 
 
 class WorkerPool:
-    """Starts a process when a query needs one, and reuses it for its cluster's next query.
+    """Starts a process when a query needs one, and reuses it for the cluster's next query.
 
     Parameters
     ----------
@@ -38,12 +38,12 @@ class WorkerPool:
         self._start: dict[UUID, Callable[[], Worker]] = {}
         self._busy: dict[Worker, UUID] = {}
         self._idle: dict[Worker, UUID] = {}
-        """The longest idle first."""
+        """Idle workers and their clusters, longest idle first."""
         self._closing: set[asyncio.Task[None]] = set()
 
     @property
     def is_busy(self) -> bool:
-        """Whether every process that may be there runs a query."""
+        """True if the maximum number of processes run queries."""
         return len(self._busy) >= self.limit
 
     def __contains__(self, cluster_id: UUID) -> bool:
@@ -53,13 +53,13 @@ class WorkerPool:
         return sorted(worker.pid for worker in self._of(cluster_id) if worker.pid)
 
     def open(self, cluster_id: UUID, start: Callable[[], Worker]) -> None:
-        """Take in a cluster. Its first process starts now, unless it would replace another."""
+        """Add a cluster, and start its first process if the limit is not reached."""
         self._start[cluster_id] = start
         if self._has_room():
             self._idle[start()] = cluster_id
 
     def take(self, cluster_id: UUID) -> Worker:
-        """A worker for a query of the cluster, while the pool is not busy."""
+        """Return a worker for a query of the cluster. The pool must not be busy."""
         own = [worker for worker, owner in self._idle.items() if owner == cluster_id]
         if own:
             worker = own[-1]
@@ -75,7 +75,7 @@ class WorkerPool:
         self._idle[worker] = self._busy.pop(worker)
 
     async def close(self, cluster_id: UUID) -> None:
-        """End the cluster's processes, whatever they run."""
+        """End the cluster's processes, even if they run queries."""
         self._start.pop(cluster_id, None)
         workers = self._of(cluster_id)
         for worker in workers:

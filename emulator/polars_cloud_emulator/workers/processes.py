@@ -1,6 +1,6 @@
-"""Processes below a worker: what a user's function starts ends with its query.
+"""Descendants of a worker process: whatever a user's function starts is killed with its query.
 
-Linux knows all of them, even those that left their group; elsewhere only the group is found.
+On Linux all descendants are found, on other systems only those in the same process group.
 """
 
 import contextlib
@@ -16,32 +16,32 @@ SET_CHILD_SUBREAPER = 36
 
 
 def adopt_orphans() -> None:
-    """Become the parent of every process below this one whose own parent ends."""
+    """Become the parent of all orphaned descendants."""
     _control_process(SET_CHILD_SUBREAPER, 1)
 
 
 def die_with_parent(parent: int) -> None:
-    """Let this process be killed as soon as its parent ends, however that ends."""
+    """Have this process killed as soon as its parent ends."""
     _control_process(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def prefer_as_oom_victim() -> None:
-    """Let a system without memory kill this process rather than any other."""
+    """Make this process the preferred victim of the system's out-of-memory killer."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def kill_group(leader: int) -> None:
-    """Kill a child that has not been waited for, with its group."""
+    """Kill a child that has not been reaped, with its process group."""
     _kill([leader])
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, signal.SIGKILL)
 
 
 def end_children() -> None:
-    """Kill every child of this process, and what becomes one by that; return when all are gone."""
+    """Kill and reap all children of this process, including those that it adopts meanwhile."""
     with contextlib.suppress(ChildProcessError):
         while True:
             _kill(_children())
@@ -49,16 +49,16 @@ def end_children() -> None:
 
 
 def kill_processes_of(folder: Path) -> None:
-    """Kill each process whose variables name a folder, as those below a worker's name its own."""
+    """Kill all processes whose environment contains a folder, as the processes of a worker do."""
     name = os.fsencode(folder)
     for variables in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+        with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
             if name in variables.read_bytes():
                 _kill([int(variables.parent.name)])
 
 
 def describe_exit(code: int) -> str:
-    """How a process ended; the code is negative for a signal."""
+    """Return a description of an exit code, which is negative for a signal."""
     if code >= 0:
         return f"exit code {code}"
     with contextlib.suppress(ValueError):

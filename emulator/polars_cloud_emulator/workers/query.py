@@ -1,4 +1,4 @@
-"""Runs one serialized LazyFrame with Polars."""
+"""Execution of one query with Polars."""
 
 import io
 from pathlib import Path
@@ -12,11 +12,11 @@ from polars_cloud_emulator.workers import written_rows
 from polars_cloud_emulator.workers.optimizations import optimizations, optimized
 
 LONGEST_ERROR = 10_000
-"""Characters that are told of an error."""
+"""Maximum characters of an error message."""
 
 
 def run(job: Job) -> Reply:
-    """Run one job. What the plan raises is its failure, never the worker's."""
+    """Run one job. An exception of the plan becomes a ``Failure``."""
     try:
         return Success(_run_plan(job))
     except InvalidRequest as error:
@@ -29,7 +29,7 @@ def run(job: Job) -> Reply:
     except pl.exceptions.PanicException as panic:
         return _failure("ComputeError", panic)
     except BaseException as error:
-        # The client would raise it as it is, and end by it: sys.exit() in a user's function.
+        # The client would raise the same type: after sys.exit() in a user's function, it would end.
         return _failure("RuntimeError", f"{type(error).__name__}: {error}")
 
 

@@ -1,4 +1,4 @@
-"""A plan without what opens an object store or a catalog, to be shown when its query has ended."""
+"""A plan without credentials of object stores and catalogs, to show after its query has ended."""
 
 from typing import Any
 
@@ -7,24 +7,24 @@ import msgspec
 from polars_cloud_emulator.workers.plan import NODES_KEY, Document
 
 LARGEST = 50_000
-"""Bytes of a plan that is shown."""
+"""Maximum bytes of a plan that is shown."""
 SECRETS: dict[str, Any] = {
     "cloud_options": None,
     "catalog_properties": {},
     "iceberg_storage_properties": {},
 }
-"""Keys of what may hold secrets, and what stands in its place."""
+"""Keys that may contain secrets, with their replacements."""
 
 
 def without_secrets(plan: bytes, document: Document) -> bytes | None:
     """Return the plan without the storage options of its scans and sinks.
 
-    None if it is too large, or is read by Python objects, which may hold secrets.
+    None if the plan is too large, or has scans by Python objects, which may contain secrets.
 
     Parameters
     ----------
     document
-        The plan, taken apart.
+        The parsed plan.
     """
     if len(plan) > LARGEST or any(map(_is_opaque, document.nodes)):
         return None

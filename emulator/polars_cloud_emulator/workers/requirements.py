@@ -1,7 +1,8 @@
-"""What a cluster declares that its workers need beside Python and Polars.
+"""The requirements of a cluster, besides Python and Polars.
 
-A cluster installs what is in its ``requirements_txt``. The emulator installs nothing: its workers
-import that from where the emulator itself is installed, and a cluster that needs more fails.
+Polars Cloud installs the ``requirements_txt`` of a cluster. The emulator installs nothing: its
+workers import the packages from the emulator's own environment, and a cluster whose requirements
+are not installed there fails.
 """
 
 import importlib.metadata
@@ -22,12 +23,12 @@ class Part(NamedTuple):
 
 
 def declared_distributions(requirements_txt: str | None) -> set[str]:
-    """Names of what is declared, and of all that it needs.
+    """Return the names of all required distributions, including their dependencies.
 
     Raises
     ------
     InvalidRequest
-        A line is no requirement, or is not met by what is installed beside the emulator.
+        A line is not a requirement, or its requirement is not installed.
     """
     seen: set[Part] = set()
     pending: list[Part] = []
@@ -51,14 +52,14 @@ def _check_installed(requirement: Requirement) -> None:
     try:
         version = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
-        found = "it is not installed here"
+        found = "it is not installed"
     else:
         if requirement.specifier.contains(version, prereleases=True):
             return
-        found = f"{version} is installed here"
+        found = f"{version} is installed"
     raise InvalidRequest(
-        f"the requirement '{requirement}' is not met: {found}, and the emulator's workers install "
-        "nothing. Install it where the emulator is installed"
+        f"the requirement '{requirement}' is not met: {found} in the emulator's environment, and "
+        "the emulator installs nothing. Install it there"
     )
 
 

@@ -1,4 +1,4 @@
-"""The lines of a requirements file, as pip reads them and as pip-compile and uv write them.
+"""Parser of requirements files in pip's format, as written by hand, pip-compile or uv.
 
 https://pip.pypa.io/en/stable/reference/requirements-file-format/
 """
@@ -17,22 +17,22 @@ from polars_cloud_emulator.model.errors import InvalidRequest
 COMMENT = re.compile(r"(^|\s+)#.*$")
 HASH = r"(sha256|sha384|sha512):[0-9a-f]+"
 ELSEWHERE = ("-r", "--requirement", "-c", "--constraint", "-e", "--editable")
-"""Options that name a file, a folder or a repository."""
-NAME_IT = "the emulator installs nothing, and takes a name and versions, a line each"
+"""Options that refer to a file, a folder or a repository."""
+NAME_IT = "the emulator installs nothing; write one name with versions per line"
 LONGEST_LINE = 200
-"""Characters of a line that a refusal quotes."""
+"""Maximum characters of a line in an error."""
 CREDENTIALS = re.compile(r"(?<=//)[^/@\s]+(?=@)")
 
 
 def requirements_in(text: str) -> list[Requirement]:
-    """What a requirements file asks for on this Python.
+    """Return the requirements in a file that apply to this Python.
 
-    Options that choose an index or a kind of file have no effect where nothing is installed.
+    Options for an index or a kind of distribution are ignored, because nothing is installed.
 
     Raises
     ------
     InvalidRequest
-        A line is no requirement, names a file or an address, or lacks its hash.
+        A line is not a requirement, refers to a file or a URL, or has no hash while others do.
     """
     requirements = []
     without_hash = []
@@ -41,19 +41,22 @@ def requirements_in(text: str) -> list[Requirement]:
         try:
             words = shlex.split(line)
         except ValueError as error:
-            raise _refusal(line, f"is not understood: {error}") from None
+            raise _refusal(line, f"cannot be parsed: {error}") from None
         if words[0].partition("=")[0] in ELSEWHERE:
-            raise _refusal(line, "names what a cluster does not have; write what it asks for")
+            raise _refusal(
+                line,
+                "refers to something that a cluster does not have; write its requirements instead",
+            )
         if words[0].startswith("-"):
             wants_hashes |= _FILE_OPTIONS.of(line, words).require_hashes
             continue
-        # As pip, which takes a marker's quotes as they are.
+        # Like pip, without shell quoting, because a marker contains quotes.
         asked, *options = re.split(r"\s(?=-)", line, maxsplit=1)
         requirement = _requirement(line, asked)
         hashes = _HASHES.of(line, shlex.split(options[0]) if options else []).hash
         for each in hashes:
             if re.fullmatch(HASH, each) is None:
-                raise _refusal(line, f"has no SHA-256, SHA-384 or SHA-512 hash in '{each}'")
+                raise _refusal(line, f"needs a SHA-256, SHA-384 or SHA-512 hash, not '{each}'")
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         requirements.append(requirement)
@@ -62,13 +65,14 @@ def requirements_in(text: str) -> list[Requirement]:
             without_hash.append(line)
     if wants_hashes and without_hash:
         raise _refusal(
-            without_hash[0], "has no version after '==' or no hash; with one hash, pip wants all"
+            without_hash[0],
+            "has no version after '==' or no hash; if one line has a hash, pip requires all to",
         )
     return requirements
 
 
 def _logical_lines(text: str) -> Iterator[str]:
-    """Lines without comments, those joined that end in a backslash."""
+    """Yield the lines without comments; a line that ends in a backslash continues in the next."""
     begun = ""
     for line in text.removeprefix("\ufeff").splitlines():
         if line.endswith("\\") and COMMENT.match(line) is None:
@@ -87,12 +91,12 @@ def _requirement(line: str, asked: str) -> Requirement:
         requirement = Requirement(asked)
     except InvalidRequirement:
         if "/" in asked or asked.endswith((".whl", ".tar.gz", ".zip")):
-            problem = f"names a file or an address; {NAME_IT}"
+            problem = f"refers to a file or a URL; {NAME_IT}"
         else:
-            problem = f"is not understood; {NAME_IT}"
+            problem = f"cannot be parsed; {NAME_IT}"
         raise _refusal(line, problem) from None
     if requirement.url is not None:
-        raise _refusal(line, f"names a file or an address; {NAME_IT}")
+        raise _refusal(line, f"refers to a file or a URL; {NAME_IT}")
     return requirement
 
 
@@ -109,7 +113,7 @@ def _refusal(line: str, problem: str) -> InvalidRequest:
 
 
 class _Options(argparse.ArgumentParser):
-    """Options of a line."""
+    """Parser of the options in a line."""
 
     def __init__(self) -> None:
         super().__init__(add_help=False, allow_abbrev=False)
@@ -119,7 +123,7 @@ class _Options(argparse.ArgumentParser):
         return self.parse_args(words)
 
     def error(self, message: str) -> NoReturn:
-        raise _refusal(self._line, f"is not understood: {message}")
+        raise _refusal(self._line, f"cannot be parsed: {message}")
 
 
 _FILE_OPTIONS = _Options()

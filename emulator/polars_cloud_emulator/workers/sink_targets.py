@@ -1,7 +1,7 @@
-"""Where sinks write: to an object store, where the rows outlive the cluster. All else is refused.
+"""Check of sink targets: a sink must write to an object store, so that its rows are not lost.
 
-A worker of Polars Cloud has a disk, too: a query that wrote there would succeed, and its rows would
-be lost with the cluster.
+A worker of Polars Cloud also has a local disk. A query that writes there succeeds, but its rows are
+lost when the cluster stops.
 """
 
 import re
@@ -23,15 +23,15 @@ OTHERS = {
     "abfs": "AZURE_",
     "abfss": "AZURE_",
 }
-"""Object stores beside S3, by scheme: the prefix of the variables with their credentials."""
+"""Prefix of the variables with the credentials of other object stores, by scheme."""
 PATTERN = re.compile(r"[*?\[]")
-"""What a scan takes for a pattern."""
+"""Characters that make a scan treat a path as a pattern."""
 
 Node = dict[str, Any]
 
 
 def uri_of(payload: Node) -> str | None:
-    """The target of a sink to files, as its author wrote it."""
+    """Return the target of a sink to files, as the user wrote it; None for other sinks."""
     match payload:
         case {"File": {"target": {"inner": str(uri)}}}:
             return uri
@@ -41,25 +41,27 @@ def uri_of(payload: Node) -> str | None:
 
 
 def check_uri(uri: str) -> None:
-    """Refuse what is no folder or object of a bucket.
+    """Check that a sink's target is a folder or object of a bucket.
 
     Raises
     ------
     InvalidRequest
-        With what is wrong, and what to write.
+        The target is something else.
     """
     scheme, separator, rest = uri.partition("://")
     bucket, _, key = rest.partition("/")
     if not separator or scheme == "file":
-        reason = "it is on the disk of a worker, which is lost with its cluster"
+        reason = "a local path is on the disk of a worker, which is lost when the cluster stops"
     elif scheme not in S3 | OTHERS.keys():
         reason = f"Polars writes to s3://, gs:// and az://, not to {scheme}://"
     elif scheme in S3 and not S3_BUCKET.fullmatch(bucket):
-        reason = f"S3 has no bucket '{bucket}': a name has 3 to 63 of a-z, 0-9, '.' and '-'"
+        reason = f"'{bucket}' is not a bucket name of S3 (3 to 63 of a-z, 0-9, '.' and '-')"
     elif {"", ".", ".."} & {*key.removesuffix("/").split("/")}:
-        reason = "below the bucket it has no name, or one with a part that is empty, '.' or '..'"
+        reason = "the path in the bucket is empty, or has a part that is empty, '.' or '..'"
     elif PATTERN.search(key):
-        reason = "a scan of it would take *, ? and [ for a pattern, and read other files"
+        reason = "a scan would treat *, ? and [ as a pattern, and read other files"
     else:
         return
-    raise InvalidRequest(f"cannot write to '{uri}': {reason}. Use one like s3://bucket/folder/")
+    raise InvalidRequest(
+        f"cannot write to '{uri}': {reason}. Use a target like s3://bucket/folder/"
+    )

@@ -1,8 +1,9 @@
-"""The first script of a worker process, before the emulator's package can be imported.
+"""Entry point of a worker process.
 
-Its arguments are the descriptor of its connection to the emulator, its folder, and where to import
-the emulator's package from. Its variables come on standard input: none of them, a PYTHONPATH for
-example, is there when Python starts, and all of them are when Polars does.
+Arguments: the file descriptor of the connection to the emulator, the worker's folder, and the
+import paths of the emulator's package. The environment variables are read from standard input, so
+that they are set after Python has started, which ignores a PYTHONPATH then, and before Polars is
+imported.
 """
 
 import importlib
@@ -17,10 +18,10 @@ from pathlib import Path
 def main() -> None:
     connection, folder, *emulator_path = sys.argv[1:]
     os.environ.update(json.load(sys.stdin))
-    # Later readers of standard input find its end, and nothing that comes from the emulator.
+    # Later readers of standard input get end of file.
     os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
 
-    # Before they could find what is installed for the emulator.
+    # Imported before the emulator's own packages are on the import path.
     for name in ("cloudpickle", "polars"):
         importlib.import_module(name)
 
@@ -32,11 +33,11 @@ def main() -> None:
     del sys.path[-len(emulator_path) :]
     hide(sys.modules.keys() - present - {written_rows.NAME})
     worker.serve(socket.socket(fileno=int(connection)), Path(folder))
-    os._exit(0)  # nothing of this process is worth the time that Python takes to end
+    os._exit(0)  # skips the finalization of Python, which takes time
 
 
 def hide(names: set[str]) -> None:
-    """Let no later import find those of the modules that are the emulator's alone."""
+    """Remove the emulator's own modules, so that later imports do not find them."""
     for name in names:
         module = name.partition(".")[0]
         if module not in sys.stdlib_module_names and PathFinder.find_spec(module) is None:

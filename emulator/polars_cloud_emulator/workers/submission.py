@@ -1,4 +1,4 @@
-"""What a plan is refused for at submission: it would fail on its cluster, or leave nothing."""
+"""Checks of a plan at submission: plans that would fail, or lose their rows, are refused."""
 
 from collections.abc import Mapping
 
@@ -9,25 +9,25 @@ from polars_cloud_emulator.workers.requirements import declared_distributions
 from polars_cloud_emulator.workers.sink_targets import OTHERS, TEMPORARY, Node, check_uri, uri_of
 
 TO_CLIENT = "<flight>"
-"""Target of a result that the client fetches from the cluster."""
+"""Target of a result that the client would fetch from the cluster."""
 ICEBERG = {"pyiceberg", "pyarrow"}
-"""What Polars commits to an Iceberg table with."""
+"""Distributions that Polars needs to commit to an Iceberg table."""
 
 
 def check(document: Document, spec: ClusterSpec, *, only_planned: bool) -> None:
-    """Refuse the plan, or let it pass.
+    """Check a plan.
 
     Parameters
     ----------
     spec
-        Of the cluster that is to run it.
+        Specification of the cluster.
     only_planned
-        Whether nothing of it will run.
+        True if the plan is only optimized, not run.
 
     Raises
     ------
     InvalidRequest
-        With what is wrong, and what to do.
+        The plan would fail on the cluster, or its rows would be lost.
     """
     for source in document.scan_sources():
         check_credentials(source.uri, source.cloud_options, spec.env_vars)
@@ -36,22 +36,21 @@ def check(document: Document, spec: ClusterSpec, *, only_planned: bool) -> None:
         if "Iceberg" in payload and not declared_distributions(spec.requirements_txt) >= ICEBERG:
             raise InvalidRequest(
                 "sink_iceberg commits to the catalog on a worker, which needs pyiceberg and "
-                "PyArrow: declare them in the requirements of the ComputeContext, as in "
-                "'pyiceberg[pyarrow]'"
+                "PyArrow: add 'pyiceberg[pyarrow]' to the requirements of the ComputeContext"
             )
         uri = uri_of(payload)
         if uri is None or uri == TEMPORARY or (uri == TO_CLIENT and only_planned):
             continue
         if uri == TO_CLIENT:
             raise InvalidRequest(
-                "collect() and collect_batches() are refused: the emulator sends no rows to its "
-                "client. Use execute() and its result's lazy(), or write to a bucket"
+                "collect() and collect_batches() are not supported: the emulator does not send "
+                "rows to the client. Use execute() and its result's lazy(), or write to a bucket"
             )
         check_uri(uri)
         if uri.rstrip("/") in places:
             raise InvalidRequest(
-                f"two sinks of this query write to '{uri}', and one would replace the other's "
-                "files: give each its own folder"
+                f"two sinks of this query write to '{uri}', and one would replace the files of "
+                "the other: give each sink its own folder"
             )
         places.add(uri.rstrip("/"))
         [sink] = payload.values()
@@ -59,19 +58,19 @@ def check(document: Document, spec: ClusterSpec, *, only_planned: bool) -> None:
 
 
 def check_credentials(uri: str, cloud_options: Node | None, env_vars: Mapping[str, str]) -> None:
-    """Refuse a Google or Azure address that the workers have no credentials for.
+    """Check that the workers have credentials for a URI of Google Cloud or Azure.
 
     Parameters
     ----------
     cloud_options
-        Of the scan or sink: what its ``storage_options`` and ``credential_provider`` say.
+        ``storage_options`` and ``credential_provider`` of the scan or sink.
     env_vars
-        Of the cluster.
+        Environment variables of the cluster.
 
     Raises
     ------
     InvalidRequest
-        With where to put the credentials.
+        The workers have no credentials.
     """
     prefix = OTHERS.get(uri.partition("://")[0])
     if prefix is None or any(name.startswith(prefix) for name in env_vars):
@@ -79,10 +78,10 @@ def check_credentials(uri: str, cloud_options: Node | None, env_vars: Mapping[st
     match cloud_options:
         case {"config": {"Gcp": [_, *_]} | {"Azure": [_, *_]}}:
             return
-        # "auto" looks for those of the machine that it runs on. A cluster has none, this one may.
+        # "auto" uses the credentials of the machine. A cluster has none, though this machine may.
         case {"credential_provider": {"Builder": provider}} if b"AutoInit" not in bytes(provider):
             return
     raise InvalidRequest(
-        f"the workers have no credentials for '{uri}': give them in storage_options, by a function "
-        f"as credential_provider, or as {prefix}* in env_vars of the ComputeContext"
+        f"the workers have no credentials for '{uri}': pass them in storage_options, with a "
+        f"function as credential_provider, or as {prefix}* in env_vars of the ComputeContext"
     )

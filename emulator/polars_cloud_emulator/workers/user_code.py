@@ -1,17 +1,17 @@
-"""Whether a user's code has run in this process: it comes in pickled objects only."""
+"""Detection of user code in this process. User code arrives in pickled objects only."""
 
 import sys
 
 from polars_cloud_emulator.workers import written_rows
 
 NOT_A_USERS = ("polars.io.cloud.", written_rows.NAME)
-"""Begin the names of modules that a plan without a user's code names: for credentials, and ours."""
+"""Prefixes of modules in the pickles of plans without user code: credentials, and our own."""
 
 _names: set[str] = set()
 
 
 def watch() -> None:
-    """Begin to look at what is read from pickled objects."""
+    """Start recording the modules that unpickling refers to."""
     sys.addaudithook(_note)
 
 

@@ -1,6 +1,6 @@
-"""The rows on their way into a sink: how many, and the first of them.
+"""Number and head of the rows that a query writes, recorded before they reach the sink.
 
-Nothing that a sink wrote is read back: a CSV file does not say how it is to be read.
+The sink's files are not read back, because a CSV file, for example, does not contain its schema.
 """
 
 import functools
@@ -9,7 +9,7 @@ import sys
 import polars as pl
 
 NAME = "_written_rows"
-"""Where a plan finds this module, on a worker where nothing finds the emulator's package."""
+"""Name under which a plan imports this module, because a worker hides the emulator's package."""
 
 ROW_INDEX = "__polars_cloud_emulator_row"
 HEAD_ROWS = 10
@@ -20,13 +20,13 @@ _firsts: list[pl.DataFrame] = []
 
 @functools.cache
 def counting_steps() -> bytes:
-    """A plan without data whose steps, put below a sink, note what passes and change nothing."""
+    """Return a plan whose steps record the rows that pass through them, without changing them."""
     numbered = pl.LazyFrame().with_row_index(ROW_INDEX)
     return numbered.map_batches(_note, streamable=True).drop(ROW_INDEX).serialize()
 
 
 def reset() -> None:
-    """Begin with the next query."""
+    """Reset count and head for the next query."""
     _heights.clear()
     _firsts.clear()
 
@@ -36,10 +36,10 @@ def count() -> int:
 
 
 def head() -> pl.DataFrame | None:
-    """The first rows; None if no batch passed, not even an empty one."""
+    """Return the first rows; None if there was no batch, not even an empty one."""
     if not _firsts:
         return None
-    # Batches pass in any order.
+    # Batches may arrive in any order.
     return pl.concat(_firsts).sort(ROW_INDEX).drop(ROW_INDEX)
 
 
