@@ -24,50 +24,56 @@ PARENT_CHECK_SECONDS = 0.5
 def main() -> None:
     parser = argparse.ArgumentParser(prog="polars_cloud_emulator", description=__doc__)
     serve = parser.add_subparsers(required=True, metavar="serve").add_parser("serve")
-    serve.add_argument("--host", default="127.0.0.1", help="name or address to listen on")
+    serve.add_argument("--host", default="127.0.0.1", help="name or IPv4 address to listen on")
     serve.add_argument(
         "--port-base",
         type=int,
         default=DEFAULT_PORT_BASE,
-        help="first of three ports (REST, TLS, the emulator's S3); 0 picks free ones",
+        help="first of three ports (REST, TLS, the emulator's S3); 0 picks free ports",
     )
-    serve.add_argument("--state-dir", type=Path, help="keep state, data and certificates here")
     serve.add_argument(
-        "--env-file", type=Path, help="write every variable that a client needs to this file"
+        "--state-dir",
+        type=Path,
+        help="directory for state, objects, secrets and certificates (default: a temporary one)",
+    )
+    serve.add_argument(
+        "--env-file", type=Path, help="file to write with the environment variables of a client"
     )
     serve.add_argument(
         "--object-store",
         choices=["emulator", "environment"],
         default="emulator",
-        help="the emulator's own S3, or the one that the AWS_* variables lead to",
+        help="the emulator's own S3 (default), or the object store of the AWS_* variables",
     )
     serve.add_argument(
         "--realistic",
         action="store_true",
-        help="be slow and forgetful: a cluster starts in minutes, which a fast clock passes over; "
-        "results without a destination expire; files in a directory are never replaced",
+        help="realistic delays and expiry: a cluster starts in 3 minutes, during which the clock "
+        "runs fast; results without a destination expire; files in a directory are never replaced",
     )
     serve.add_argument(
         "--on-premises",
         action="store_true",
-        help="be a cluster of a company's own, which runs without a control plane",
+        help="emulate an on-premises cluster, without a control plane",
     )
-    serve.add_argument("--parent", type=int, help="end when this process, which started it, does")
+    serve.add_argument(
+        "--parent", type=int, help="id of the parent process; the emulator ends when it ends"
+    )
     options = parser.parse_args()
 
     own_s3 = options.object_store == "emulator"
     outside_s3 = None if own_s3 else os.environ.copy()
-    # A user's own S3 and proxies are not the emulator's, nor its workers', unless asked for.
+    # Neither the emulator nor its workers use the user's S3 and proxies unless asked to.
     for name in os.environ.copy():
         if name.startswith("AWS_") or (own_s3 and name.lower().endswith("_proxy")):
             del os.environ[name]
 
     def exit_with_error(message: str) -> NoReturn:
-        if options.parent:  # it reads the first line
+        if options.parent:  # the parent reads the first line
             print(message, flush=True)
         parser.exit(1, f"{parser.prog}: {message}\n")
 
-    # All files of the emulator are this user's alone, and so are those of its workers.
+    # Only this user can read files of the emulator and of its workers.
     os.umask(0o077)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -102,9 +108,9 @@ def main() -> None:
     except OSError as error:
         hint = ""
         if error.errno == errno.EADDRINUSE:
-            hint = "; is another emulator running? try --port-base"
+            hint = "; is another emulator running? choose other ports with --port-base"
         elif isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-            hint = f"; --host {options.host} has to be a name or an IPv4 address of this machine"
+            hint = f"; --host {options.host} must be a name or an IPv4 address of this machine"
         exit_with_error(f"{error}{hint}")
 
 

@@ -1,13 +1,13 @@
-"""The emulator's time: the system's, plus what was advanced by hand or passed over.
+"""The emulator's clock: the system's time, plus the time that was advanced or skipped.
 
-It never goes back: whoever is billed or times out goes by the difference of two moments.
+The clock never goes back, because billing and timeouts depend on time differences.
 """
 
 from datetime import UTC, datetime, timedelta
 
 
 class Clock:
-    """Tells the time to everything that bills, expires or times out."""
+    """Clock for billing, expiry and timeouts."""
 
     _latest: datetime
 
@@ -22,18 +22,18 @@ class Clock:
         return self._latest
 
     def now_for_logins(self) -> datetime:
-        """The time without what was passed over: a client's clock knows nothing of it."""
+        """Return the time without skipped time, which a client's clock does not skip."""
         return datetime.now(UTC) + self._ahead
 
     def advance(self, by: timedelta) -> None:
         self._ahead += by
 
     def skip(self, by: timedelta) -> None:
-        """Let time pass in which nobody does anything but wait for a cluster."""
+        """Skip time while clients wait for a cluster."""
         self._skipped += by
 
     def never_before(self, moment: datetime) -> None:
-        """Let it be no earlier than a moment of an emulator that has ended."""
+        """Set a minimum for the time: the latest time of an earlier process."""
         self._latest = max(moment, self._latest)
 
     def reset(self) -> None:

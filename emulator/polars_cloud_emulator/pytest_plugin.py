@@ -1,6 +1,6 @@
-"""Fixtures for pytest: one emulator for the session, emptied for each test.
+"""pytest fixtures: one emulator for the session, reset after each test.
 
-Nothing is started, and nothing of the emulator imported, until a test asks for one of them.
+The emulator is not imported or started until a test requests a fixture.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def polars_cloud_emulator_session() -> Iterator[RunningEmulator]:
-    """An emulator, with the variables that lead there, until the last test has ended.
+    """An emulator for the whole session, whose variables are set in ``os.environ``.
 
     Raises
     ------
     pytest.UsageError
-        The client was imported before, and goes by other variables.
+        ``polars_cloud`` was imported before, with other variables.
     """
     if "polars_cloud" in sys.modules:
         raise pytest.UsageError(
-            "polars_cloud was imported before the emulator started, and reads where to go when it "
-            "is imported: import it in your tests and functions, not at the top of a file"
+            "polars_cloud was imported before the emulator started, and it reads its addresses "
+            "on import: import it in your tests and functions, not at the top of a file"
         )
     from polars_cloud_emulator.testing import running_emulator
 
@@ -41,6 +41,6 @@ def polars_cloud_emulator_session() -> Iterator[RunningEmulator]:
 def polars_cloud_emulator(
     polars_cloud_emulator_session: RunningEmulator,
 ) -> Iterator[RunningEmulator]:
-    """The session's emulator as it was at its start: sample data, no cluster and no fault."""
+    """The session's emulator, reset after the test: sample data, no clusters and no faults."""
     yield polars_cloud_emulator_session
     polars_cloud_emulator_session.reset()

@@ -1,7 +1,7 @@
-"""The sample data of one small shop: sales, stock and returns, up to a given day.
+"""Sample data of one small shop: sales, stock and returns, up to a given day.
 
-Every value is a function of its calendar day and a seed, never of the clock or the machine, so a
-day's sales read the same whenever the emulator was started. `emulator/README.md` describes them.
+Every value depends only on its calendar day and a fixed seed: the sales of a day are the same
+whenever the emulator starts. `emulator/README.md` describes the tables.
 """
 
 import functools
@@ -32,7 +32,7 @@ RETURN_REASONS = ["damaged", "wrong colour", "changed my mind", None]
 CUSTOMERS = 5000
 FULL_SHELF = 240
 
-# Which order of each day, by its number within the day, is dirty in this way.
+# Dirty orders, by their number within each day.
 NULL_PRODUCT, ZERO_QUANTITY, NEGATIVE_QUANTITY, DUPLICATED_LINE = 101, 202, 303, 404
 UNKNOWN_STATUS, LOWER_CASE_REGION, PADDED_REGION = 505, 606, 707
 
@@ -68,9 +68,9 @@ def shop_tables(last_day: date) -> dict[str, pl.DataFrame]:
 
 @functools.lru_cache(maxsize=1)
 def parquet_files(last_day: date) -> tuple[tuple[str, bytes], ...]:
-    """(object key, Parquet bytes) of each month of each of the `shop_tables`.
+    """Return object key and Parquet bytes of each month of each of the `shop_tables`.
 
-    A key reads `sales/2026-01.parquet`. The same `last_day` gives the same bytes.
+    A key looks like `sales/2026-01.parquet`. The same `last_day` gives the same bytes.
     """
     files = []
     for name, table in shop_tables(last_day).items():
@@ -83,7 +83,7 @@ def parquet_files(last_day: date) -> tuple[tuple[str, bytes], ...]:
 
 
 def _products() -> pl.DataFrame:
-    """One row per product, from the most to the least popular."""
+    """Return one row per product, most popular first."""
     rows = [
         (category, f"{item} {colour}", Decimal(price), Decimal(price) * 3 / 5)
         for category, prices in PRICES.items()
@@ -98,7 +98,7 @@ def _products() -> pl.DataFrame:
 
 
 def _order_lines(days: pl.DataFrame, products: pl.DataFrame) -> pl.DataFrame:
-    """The sales of `days`, with null products, odd quantities and unknown statuses."""
+    """Return the sales of `days`, with null products, invalid quantities and unknown statuses."""
     order_id, number = pl.col("order_id"), pl.col("number")
     usual_orders = _pick(ORDERS_FROM_MONDAY, pl.col("date").dt.weekday() - 1)
     orders = (
@@ -119,7 +119,7 @@ def _order_lines(days: pl.DataFrame, products: pl.DataFrame) -> pl.DataFrame:
             line=pl.int_ranges(1, 2 + _draw(order_id, "lines", 5) // 2),
         )
     )
-    # The lesser of two draws makes the small values the frequent ones.
+    # The minimum of two draws makes small values more frequent.
     product = pl.min_horizontal(_draw(LINE_ID, f"product {n}", len(products)) for n in "ab")
     quantity = 1 + pl.min_horizontal(_draw(LINE_ID, f"quantity {n}", 5) for n in "ab")
     first_line = pl.col("line") == 1
@@ -144,7 +144,7 @@ def _order_lines(days: pl.DataFrame, products: pl.DataFrame) -> pl.DataFrame:
 
 
 def _time_of_sale() -> pl.Expr:
-    """The shop is open from 08:00 to 20:00 UTC and numbers the orders of a day as they come."""
+    """Return the time of a sale, from 08:00 to 20:00 UTC, in the order of the order numbers."""
     open_seconds = 12 * 3600
     jitter = _draw(pl.col("order_id"), "time", open_seconds)
     second = ((pl.col("number") - 1) * open_seconds + jitter) // pl.col("orders")
@@ -169,7 +169,7 @@ def _with_misspelt_regions_and_duplicates(lines: pl.DataFrame) -> pl.DataFrame:
 
 
 def _inventory(days: pl.DataFrame, products: pl.DataFrame, sold: pl.DataFrame) -> pl.DataFrame:
-    """Stock at the close of each day; each Monday every shelf is filled up before opening."""
+    """Return the stock at the close of each day; shelves are refilled each Monday morning."""
     shelf = ["date", "region", "product"]
     units_sold = sold.group_by(shelf).agg(pl.sum("quantity"))
     week = pl.col("date").dt.truncate("1w")
@@ -183,7 +183,7 @@ def _inventory(days: pl.DataFrame, products: pl.DataFrame, sold: pl.DataFrame) -
 
 
 def _returns(sold: pl.DataFrame) -> pl.DataFrame:
-    """One sold line in eight comes back, in whole or in part, 1 to 14 days after the sale."""
+    """Return the returns: one sold line in eight, in whole or in part, 1 to 14 days later."""
     return (
         sold.filter(_draw(LINE_ID, "returned", 8) == 0)
         .with_columns(quantity=1 + _draw(LINE_ID, "returned quantity", pl.col("quantity")))
@@ -205,9 +205,9 @@ def _pick(values: Sequence[object] | pl.Series, index: pl.Expr) -> pl.Expr:
 
 
 def _draw(key: pl.Expr, what: str, below: int | pl.Expr) -> pl.Expr:
-    """A number from 0 to `below` - 1 that looks random, but is fixed for each `key` and `what`.
+    """Return a pseudorandom number from 0 to `below` - 1 that depends only on `key` and `what`.
 
-    `Expr.hash` would do, but its values may change with a release of Polars.
+    Not `Expr.hash`, whose values may change with a release of Polars.
     """
     seed = crc32(f"{SEED} {what}".encode())
     bits = key.cast(pl.UInt64) * pl.lit(0x9E3779B97F4A7C15, pl.UInt64) + seed

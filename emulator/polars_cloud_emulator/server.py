@@ -1,4 +1,4 @@
-"""The emulator as a whole: starts its parts, listens, and stops without leaving anything behind."""
+"""The emulator as a whole: starts and stops its parts and its servers."""
 
 import asyncio
 import concurrent.futures
@@ -53,7 +53,7 @@ from polars_cloud_emulator.workers.compute import TICK, Compute
 from polars_cloud_emulator.workers.pool import processes_that_fit
 
 START_TIMEOUT = 60.0
-"""Seconds until a start is given up."""
+"""Seconds until a start times out."""
 ON_PREMISES = ClusterSpec(
     cluster_size=2,
     mode="Direct",
@@ -62,49 +62,48 @@ ON_PREMISES = ClusterSpec(
     specs=Specs(cpus=2, ram_gb=4),
     idle_timeout_mins=10 * 365 * 24 * 60,
 )
-"""The cluster of an emulator on premises, which nobody stops."""
+"""The on-premises cluster, with an idle timeout of 10 years."""
 FULL_DISK_PAUSE = timedelta(minutes=1)
-"""Until the sample data of a new day is written again, for which there was no room."""
+"""Retry interval for sample data that did not fit on the disk."""
 
 
 class Emulator:
     """A local Polars Cloud in a thread of this process, running while the context is open.
 
     Three ports: REST and proxy-mode gRPC on plain HTTP; token endpoint, schedulers and observatory
-    on TLS; S3, unless that is outside. The client of this very process cannot use it: it keeps the
-    interpreter's lock while it connects. ``polars_cloud_emulator.testing`` starts one that it can
-    use.
+    on TLS; S3, unless an external one is used. A client in this process cannot use the emulator,
+    because it holds the GIL while it connects: ``polars_cloud_emulator.testing`` starts an emulator
+    in another process.
 
     Parameters
     ----------
     host
-        Name or IPv4 address to listen on, under which clients are to find it.
+        Name or IPv4 address to listen on, and for clients to use.
     port_base
-        First of the three ports in a row; 0 picks free ones.
+        First of the three consecutive ports; 0 picks free ports.
     state_dir
         Directory in which a restarted emulator finds its state; a temporary one if None.
     outside_s3
-        The ``AWS_*`` variables of an object store to use in place of the emulator's own.
+        The ``AWS_*`` variables of an external object store to use instead of the emulator's own.
     clock
-        Time for billing, idle timeouts, start-up and tokens.
+        Clock for billing, idle timeouts, start-up and tokens.
     token_lifetime
-        How long an access token is good.
+        Lifetime of an access token.
     realism
-        How long a start takes and a result is kept, and how files are named.
+        Start-up time of clusters, lifetime of results and names of files.
     on_premises
-        Be a cluster of a company's own in place of Polars Cloud: one that runs, at its scheduler's
-        address, without a control plane.
+        Emulate an on-premises cluster at its scheduler's address, without a control plane.
 
     Raises
     ------
     OSError
-        A port is taken.
+        A port is in use.
     UnusableStateDirectory
-        The state directory is in use, damaged, another user's or not writable.
+        The state directory is in use, damaged, owned by another user or not writable.
     CannotPersist
-        There is no room for the sample data.
+        The sample data cannot be written, for example on a full disk.
     UnusableEnvironment
-        ``outside_s3`` leads to no object store.
+        ``outside_s3`` does not configure an object store.
     """
 
     def __init__(
@@ -137,7 +136,7 @@ class Emulator:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Every variable that a client in another process needs."""
+        """Environment variables of a client in another process."""
         secret = self._files.client_secret()
         connection = f"http://{CLIENT_ID}:{secret}@"
         own: dict[str, str] = {}
@@ -149,9 +148,9 @@ class Emulator:
             own["POLARS_CLUSTER_URI"] = f"https://{self._address(self._tls_listener)}"
         return {
             "POLARS_CLOUD_API_ADDR": self.rest_url,
-            # Read by no client, but by who links to the pages.
+            # Not read by the client, but by code that links to the pages.
             "POLARS_CLOUD_PORTAL": self.rest_url,
-            # Before the @ stands a user name: it keeps the client's "auth." out of the host.
+            # The client puts "auth." before the domain; with the @ it becomes part of a user name.
             "POLARS_CLOUD_DOMAIN": f"emulator@{self._address(self._tls_listener)}",
             "POLARS_CLOUD_CONFIG_DIR": str(self._files.client_config),
             "POLARS_CLOUD_CLIENT_ID": CLIENT_ID,
@@ -208,7 +207,7 @@ class Emulator:
         thread = threading.Thread(target=self._run_loop, name="emulator", daemon=True)
 
         def stop() -> None:
-            with contextlib.suppress(RuntimeError):  # it has ended by itself
+            with contextlib.suppress(RuntimeError):  # the loop has ended already
                 self._loop.call_soon_threadsafe(self._stopping.set)
             thread.join()
 
@@ -218,7 +217,7 @@ class Emulator:
 
     def _run_loop(self) -> None:
         try:
-            # Ends the connections, too, that hypercorn has given up to wait for.
+            # Also ends the connections that hypercorn no longer waits for.
             with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
                 runner.run(self._serve())
         except BaseException as error:
@@ -269,7 +268,7 @@ class Emulator:
             check_client,
             pages_address=self.rest_url,
             certificate_authority=authority.cert_pem.bytes().decode(),
-            # By its number: the client takes no name beside the one that it checks in TLS.
+            # An IP address, because the client accepts no other host name than the TLS name.
             compute_plane_address=f"{ip}:{port}",
         )
         compute_plane = ComputePlane(
@@ -315,7 +314,7 @@ class Emulator:
                 *calls,
                 *([] if self._on_premises else control_plane.refusals()),
             ],
-            # Starlette raises it for an unknown path and for an unknown method of a known one.
+            # Starlette raises HTTPException for an unknown path, or an unknown method of a path.
             exception_handlers={HTTPException: functools.partial(_unknown_call, pages)},
             lifespan=self._lifespan,
         )
@@ -347,7 +346,7 @@ class Emulator:
         config.bind = [f"fd://{_duplicate(self._tls_listener)}"]
         config.insecure_bind = [f"fd://{_duplicate(self._rest_listener)}"]
         config.certfile = config.keyfile = str(self._files.server_certificate)
-        # A client's cached channel must outlive the pauses of its user, and any number of calls.
+        # A client caches its channel, which must survive long pauses and any number of calls.
         config.keep_alive_timeout = timedelta(days=1).total_seconds()
         config.keep_alive_max_requests = sys.maxsize
         config.graceful_timeout = 1.0
@@ -370,10 +369,10 @@ class Emulator:
         try:
             self._persisted.commit(self._state)
         except CannotPersist as error:
-            print(f"{error}. The latest is lost", file=sys.stderr)
+            print(f"{error}. The latest changes are lost.", file=sys.stderr)
 
     async def _wait_for_shutdown(self) -> None:
-        """Return when the server is to stop, and no call has to wait for anything else."""
+        """Wait until the server should stop, and release all waiting calls."""
         await self._stopping.wait()
         self._faults.clear()
         self._compute.release_waiters()
@@ -388,18 +387,18 @@ class Emulator:
         self._access_tokens.forget_added_accounts()
         self._device_logins.clear()
         self.clock.reset()
-        # Else a day that was being written meanwhile would come after this one.
+        # Wait for sample data that is being written, else it would be written after the reset.
         async with self._sample_data:
             await asyncio.to_thread(self._object_store.clear, self._last_day())
             await self._write_sample_data()
 
     def _start_on_premises(self) -> None:
-        """Start the one cluster, unless it is running."""
+        """Start the on-premises cluster, unless it is running."""
         if self._on_premises and not any(c.is_live for c in self._state.clusters.by_id.values()):
             self._compute.start(lambda: self._state.clusters.start(ON_PREMISES))
 
     async def _update_sample_data(self) -> None:
-        """Write the sample data of a new day, unless it is there."""
+        """Write the sample data if the day has changed."""
         async with self._sample_data:
             if self.clock.now().date() != self._sample_data_day:
                 await self._write_sample_data()
@@ -424,7 +423,10 @@ class Emulator:
 
 
 class _EventLoop(asyncio.SelectorEventLoop):
-    """Ends connections on request, at once and in silence: hypercorn has no setting for these."""
+    """An event loop that wraps connections, which hypercorn has no setting for.
+
+    The wrapped connections can be reset, and their errors are logged without what was received.
+    """
 
     async def create_server(
         self, protocol_factory: Callable[[], Any], *args: Any, **kwargs: Any
@@ -438,22 +440,22 @@ class _EventLoop(asyncio.SelectorEventLoop):
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         error = context.get("exception")
-        # Connections that were cut when the emulator stopped are no news.
+        # These errors are expected when connections are closed as the emulator stops.
         if isinstance(error, TimeoutError | asyncio.CancelledError):
             return
         if "client_connected_cb" in context["message"]:
-            # The traceback would quote what was received, and so a token.
+            # The traceback would contain the received bytes, and so perhaps a token.
             while isinstance(error, BaseExceptionGroup):
                 error = error.exceptions[0]
-            words = "A connection was closed, because hypercorn failed to read it"
-            context = {"message": f"{words} ({type(error).__name__})"}
+            problem = "A connection was closed, because its data is not valid HTTP"
+            context = {"message": f"{problem} ({type(error).__name__})"}
         super().call_exception_handler(context)
 
 
 async def _unknown_call(pages: Pages, request: Request, _: Exception) -> Response:
     if request.method == "GET" and "text/html" in request.headers.get("accept", ""):
         return pages.unknown(request.url.path)
-    error = UnknownCall(f"the emulator does not know {request.method} {request.url.path}")
+    error = UnknownCall(f"the emulator does not support {request.method} {request.url.path}")
     return refusal_for(request, error)
 
 
@@ -462,5 +464,5 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _duplicate(listener: socket.socket) -> int:
-    """A file descriptor for hypercorn, which closes what it is given."""
+    """Return a duplicate file descriptor for hypercorn, which closes its descriptors."""
     return listener.dup().detach()

@@ -1,4 +1,4 @@
-"""An emulator for a test suite: in a process of its own, on free ports."""
+"""An emulator for a test suite, in a separate process and on free ports."""
 
 import base64
 import contextlib
@@ -37,9 +37,9 @@ class RunningEmulator:
     Attributes
     ----------
     environment
-        Every variable that a client needs.
+        Environment variables of a client.
     pid
-        The emulator's process.
+        Process id of the emulator.
     """
 
     environment: dict[str, str]
@@ -50,21 +50,21 @@ class RunningEmulator:
         return self.environment["POLARS_CLOUD_API_ADDR"]
 
     def state(self) -> dict[str, Any]:
-        """Manifests, clusters, queries and unmatched calls as the admin API gives them."""
+        """Return manifests, clusters, queries, faults and unmatched calls from the admin API."""
         state: dict[str, Any] = self._ask("GET", "state")
         return state
 
     def journal(self) -> list[dict[str, Any]]:
-        """The latest calls, oldest first."""
+        """Return the latest calls, oldest first."""
         journal: list[dict[str, Any]] = self._ask("GET", "journal")
         return journal
 
     def reset(self) -> None:
-        """Stop every cluster and bring the emulator to the state of its first start."""
+        """Stop every cluster, and restore the state of the emulator's first start."""
         self._ask("POST", "reset")
 
     def add_fault(self, operation: str, kind: str, **fields: object) -> None:
-        """Let something go wrong; the README has the kinds and their fields.
+        """Add a fault. The README lists the kinds of faults and their fields.
 
         Parameters
         ----------
@@ -74,50 +74,50 @@ class RunningEmulator:
         Raises
         ------
         ValueError
-            There is no such fault; with those that there are.
+            The fault does not exist; the message lists the kinds or the operations.
         """
         self._ask("POST", "faults", {"operation": operation, "kind": kind, **fields})
 
     def clear_faults(self) -> None:
-        """Forget the faults that have not come yet, and take the client's secret again."""
+        """Remove all pending faults, and accept the client's secret again."""
         self._ask("DELETE", "faults")
 
     def add_service_account(self, name: str) -> tuple[str, str]:
-        """Let one more service account log in, until the next reset; its client id and secret.
+        """Add a service account until the next reset, and return its client id and secret.
 
         Parameters
         ----------
         name
-            What its client id ends in: lower-case letters, digits and hyphens.
+            Suffix of the client id: lower-case letters, digits and hyphens.
 
         Raises
         ------
         ValueError
-            The name is taken, or of other letters.
+            The name is in use, or has other characters.
         """
         answer = self._ask("POST", "service-accounts", {"name": name})
         return answer["client_id"], answer["client_secret"]
 
     def advance_clock(self, by: timedelta) -> datetime:
-        """Move the time of everything that bills, expires or times out; the new time.
+        """Advance the clock of billing, expiry and timeouts, and return the new time.
 
-        Access tokens expire, too, and the client does not notice: log in again.
+        Access tokens expire, too. The client does not notice this, so log in again.
         """
         answer = self._ask("POST", "clock", {"advance_seconds": by.total_seconds()})
         return datetime.fromisoformat(answer["now"])
 
     def call(self, method: str, path: str, body: dict[str, object] | None = None) -> Any:
-        """Call the workspace's REST API past the client, as somebody else would; the answer.
+        """Call the workspace's REST API without the client, and return the response.
 
         Parameters
         ----------
         path
-            Below the workspace, such as ``query/{id}/cancel``.
+            Path relative to the workspace, such as ``query/{id}/cancel``.
 
         Raises
         ------
         ValueError
-            The emulator refuses the call; with its words.
+            The emulator refuses the call; with its error message.
         """
         user = f"{self.environment['POLARS_CLOUD_CLIENT_ID']}@sa.cloud.pola.rs"
         form = {
@@ -169,19 +169,19 @@ class RunningEmulator:
 def running_emulator(
     state_dir: Path | None = None, *, realistic: bool = False, on_premises: bool = False
 ) -> Iterator[RunningEmulator]:
-    """Run an emulator while the context is open; it ends with this process, however that ends.
+    """Run an emulator while the context is open. It also ends when this process ends or is killed.
 
     Put its ``environment`` into ``os.environ`` before ``polars_cloud`` is imported for the first
-    time: the client reads it then.
+    time, because the client reads the variables on import.
 
     Parameters
     ----------
     state_dir
         Directory in which a restarted emulator finds its state; a temporary one if None.
     realistic
-        Whether clusters start, results expire and files are named as on a cloud.
+        Start clusters, expire results and name files as on Polars Cloud.
     on_premises
-        Whether it is a cluster of a company's own, at ``POLARS_CLUSTER_URI``, in place of a cloud.
+        Emulate an on-premises cluster, at ``POLARS_CLUSTER_URI``, instead of Polars Cloud.
 
     Raises
     ------
@@ -200,14 +200,14 @@ def running_emulator(
             stdout=subprocess.PIPE,
             text=True,
             env=without_path(os.environ),
-            # Ctrl-C is for the test suite, which then stops the emulator.
+            # Ctrl-C must reach only the test suite, which then stops the emulator.
             start_new_session=True,
         ) as process:
             try:
                 assert process.stdout is not None
                 first_line = process.stdout.readline()
                 if not env_file.exists():
-                    end = first_line.strip() or f"it ended with exit code {process.wait()}"
+                    end = first_line.strip() or f"its process ended with code {process.wait()}"
                     raise RuntimeError(f"the emulator did not start: {end}")
                 yield RunningEmulator(read_env_file(env_file), process.pid)
             finally:
@@ -220,19 +220,19 @@ def running_emulator(
 
 
 def eventually(condition: Callable[[], T], seconds: float = 120.0, *, pause: float = 0.01) -> T:
-    """Wait for a condition; its first true value.
+    """Wait until a condition returns a true value, and return the value.
 
     Parameters
     ----------
     seconds
-        Until the condition has to hold.
+        Timeout.
     pause
-        Seconds between two looks; more where looking slows down what is waited for.
+        Poll interval in seconds; longer if polling slows down what the condition waits for.
 
     Raises
     ------
     AssertionError
-        The condition did not hold in time.
+        The condition did not hold before the timeout.
     """
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -241,7 +241,7 @@ def eventually(condition: Callable[[], T], seconds: float = 120.0, *, pause: flo
     return value
 
 
-@functools.cache  # the certificates of this machine take longer to load than a call takes
+@functools.cache  # loading the system's certificates takes longer than a call
 def _opener(authority: Path | None) -> urllib.request.OpenerDirector:
     return urllib.request.build_opener(
         urllib.request.ProxyHandler({}),
@@ -250,7 +250,7 @@ def _opener(authority: Path | None) -> urllib.request.OpenerDirector:
 
 
 def _send(request: urllib.request.Request, authority: Path | None = None) -> Any:
-    """Send a request past any proxy, and return the JSON of its answer, or None without one."""
+    """Send a request without a proxy, and return the JSON of the response; None if it is empty."""
     try:
         with _opener(authority).open(request) as answer:
             return json.loads(answer.read() or "null")
