@@ -41,7 +41,7 @@ def test_health_answers_without_a_login(emulator: RunningEmulator) -> None:
         ("GET", "/api/v1/user/me/"),
     ],
 )
-def test_unknown_rest_call_is_answered_at_once_and_listed(
+def test_unknown_rest_call_is_refused_at_once_and_listed(
     emulator: RunningEmulator, rest: httpx.Client, method: str, path: str
 ) -> None:
     answer = rest.request(method, path, json={"name": "x"} if method == "POST" else None)
@@ -52,7 +52,7 @@ def test_unknown_rest_call_is_answered_at_once_and_listed(
     assert (unmatched["method"], unmatched["path"], unmatched["status"]) == (method, path, 501)
 
 
-def test_client_is_told_why_a_rest_call_is_refused_without_repeating_it(
+def test_client_shows_why_a_rest_call_is_refused_without_retrying_it(
     emulator: RunningEmulator, pc: ModuleType
 ) -> None:
     with pytest.raises(ValueError, match="the emulator keeps no settings of a user"):
@@ -196,7 +196,7 @@ def test_reset_restores_the_sample_data_that_was_changed_and_deletes_what_was_ad
     assert s3.get_object(Bucket="your-bucket", Key=changed)["Body"].read() != b"something else"
 
 
-def test_call_past_the_client_that_is_refused_says_why(emulator: RunningEmulator) -> None:
+def test_refused_call_without_the_client_says_why(emulator: RunningEmulator) -> None:
     with pytest.raises(ValueError, match="manifest 'nobodys' does not exist"):
         emulator.call("POST", "manifest/start", {"name": "nobodys"})
 
@@ -247,5 +247,5 @@ def test_added_account_may_change_the_emulator_while_logins_are_refused(
 
 
 @pytest.mark.parametrize("path", ["/", "/_emulator/state", "/_emulator/journal"])
-def test_looking_needs_no_login(emulator: RunningEmulator, path: str) -> None:
+def test_reading_needs_no_login(emulator: RunningEmulator, path: str) -> None:
     assert httpx.get(f"{emulator.rest_url}{path}", trust_env=False).status_code == 200

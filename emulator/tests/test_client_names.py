@@ -458,7 +458,7 @@ def test_every_public_name_has_a_row(pc: ModuleType) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("owner", [*NAMES, "functions"])
-def test_every_name_is_answered_or_refused_in_words(
+def test_every_name_works_or_is_refused_with_a_clear_error(
     emulator: RunningEmulator, used: Used, owner: str
 ) -> None:
     calls = NAMES.get(owner, FUNCTIONS)
@@ -533,7 +533,7 @@ def test_every_command_has_a_row(emulator: RunningEmulator) -> None:
 
 
 @pytest.mark.parametrize("command", [command for command, told in COMMANDS.items() if told])
-def test_every_command_is_answered_or_refused_in_words(
+def test_every_command_works_or_is_refused_with_a_clear_error(
     emulator: RunningEmulator, start_cluster: Callable[..., Any], command: str
 ) -> None:
     cluster = str(start_cluster()._compute_id)

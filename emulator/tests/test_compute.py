@@ -141,7 +141,7 @@ def test_stopped_cluster_refuses_queries_at_once(
     ],
 )
 @pytest.mark.parametrize("path", ["/compute/start", "/manifest"])
-def test_cluster_that_cannot_be_is_refused_in_words(
+def test_impossible_cluster_is_refused_with_a_clear_error(
     emulator: RunningEmulator, rest: httpx.Client, path: str, changed: dict[str, Any], words: str
 ) -> None:
     answer = rest.post(f"{WORKSPACE}{path}", json=CLUSTER | {"name": "a"} | changed)
@@ -159,7 +159,7 @@ def test_cluster_that_cannot_be_is_refused_in_words(
         ({"polars_version": "1.44.2"}, "workers run Polars"),
     ],
 )
-def test_cluster_of_another_version_is_refused_in_words(
+def test_cluster_of_another_version_is_refused_with_a_clear_error(
     emulator: RunningEmulator, rest: httpx.Client, changed: dict[str, Any], words: str
 ) -> None:
     answer = rest.post(f"{WORKSPACE}/compute/start", json=CLUSTER | changed)
@@ -168,7 +168,7 @@ def test_cluster_of_another_version_is_refused_in_words(
     assert emulator.state()["clusters"] == []
 
 
-def test_client_sees_the_words_of_a_refusal(start_cluster: StartCluster) -> None:
+def test_client_shows_the_message_of_an_error(start_cluster: StartCluster) -> None:
     with pytest.raises(ValueError, match="idle_timeout_mins must be at least 10"):
         start_cluster(idle_timeout_mins=9)
     with pytest.raises(ValueError, match="cluster_size must be at most 100, not 10000"):

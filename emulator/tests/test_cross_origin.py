@@ -186,13 +186,13 @@ def answer_to(emulator: RunningEmulator, head: str, until: str = "") -> str:
         ),
     ],
 )
-def test_request_is_let_in_by_the_one_name_in_its_host_header(
+def test_request_is_accepted_by_the_one_name_in_its_host_header(
     emulator: RunningEmulator, head: str, status: int
 ) -> None:
     assert answer_to(emulator, head).split()[1] == str(status)
 
 
-def test_upgrade_to_http2_is_no_way_around_the_door(emulator: RunningEmulator) -> None:
+def test_upgrade_to_http2_does_not_bypass_the_checks(emulator: RunningEmulator) -> None:
     settings = "HTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA"
     upgrade = f"Upgrade: h2c\nConnection: Upgrade, HTTP2-Settings\n{settings}"
     answers = [
@@ -257,7 +257,9 @@ def test_link_on_another_page_opens_one_of_the_emulators(browser: httpx.Client) 
     assert browser.post("/", headers=link | {"sec-fetch-dest": "document"}).status_code == 403
 
 
-def test_emulators_own_page_may_ask(browser: httpx.Client, emulator: RunningEmulator) -> None:
+def test_emulators_own_page_can_send_requests(
+    browser: httpx.Client, emulator: RunningEmulator
+) -> None:
     own = {"origin": emulator.rest_url.upper(), "sec-fetch-site": "same-origin"}
     assert browser.get("/", headers=own).status_code == 200
     assert browser.post("/", json={}, headers=own).status_code == 501
@@ -269,7 +271,7 @@ def test_emulators_own_page_may_ask(browser: httpx.Client, emulator: RunningEmul
 
 @pytest.mark.parametrize("path", ["/", "/_emulator/static/page.js", STATE, "/nothing", "/portal/x"])
 @pytest.mark.parametrize("headers", [{}, {"origin": "null"}])
-def test_no_answer_can_be_framed_or_taken_for_something_else(
+def test_no_response_can_be_framed_or_sniffed(
     browser: httpx.Client, path: str, headers: dict[str, str]
 ) -> None:
     answer = browser.get(path, headers=headers)

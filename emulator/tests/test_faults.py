@@ -51,7 +51,7 @@ def calls(emulator: RunningEmulator, name: str) -> list[int | None]:
 
 
 @pytest.mark.parametrize("status", [400, 403, 409, 500, 502, 503])
-def test_http_error_is_shown_by_the_client_and_nothing_is_done(
+def test_http_error_is_shown_by_the_client_and_the_call_has_no_effect(
     emulator: RunningEmulator, start_cluster: StartCluster, status: int
 ) -> None:
     emulator.add_fault("POST compute/start", "http_error", status=status, message="out of order")
@@ -69,7 +69,7 @@ def test_http_error_without_a_message_is_that_of_a_gateway(
         start_cluster()
 
 
-def test_http_429_is_repeated_by_the_client(
+def test_http_429_is_retried_by_the_client(
     emulator: RunningEmulator, start_cluster: StartCluster
 ) -> None:
     emulator.add_fault("POST compute/start", "http_error", status=429, message="too many")
@@ -78,7 +78,7 @@ def test_http_429_is_repeated_by_the_client(
     assert len(emulator.state()["clusters"]) == 1
 
 
-def test_grpc_error_is_shown_by_the_client_and_nothing_is_done(
+def test_grpc_error_is_shown_by_the_client_and_the_call_has_no_effect(
     emulator: RunningEmulator, remote: Any
 ) -> None:
     emulator.add_fault("SubmitQuery", "grpc_error", code="RESOURCE_EXHAUSTED", message="too many")
@@ -88,7 +88,7 @@ def test_grpc_error_is_shown_by_the_client_and_nothing_is_done(
     assert emulator.state()["queries"] == []
 
 
-def test_client_that_waits_asks_again_when_the_scheduler_is_unavailable(
+def test_waiting_client_retries_when_the_scheduler_is_unavailable(
     emulator: RunningEmulator, remote: Any
 ) -> None:
     emulator.add_fault("GetQueryResult", "grpc_error", code="UNAVAILABLE", message="ask again")
@@ -97,7 +97,7 @@ def test_client_that_waits_asks_again_when_the_scheduler_is_unavailable(
     assert calls(emulator, "GetQueryResult") == [unavailable, ok]
 
 
-def test_reset_call_is_not_carried_out_and_stands_in_the_journal_without_an_answer(
+def test_reset_call_has_no_effect_and_is_in_the_journal_without_a_response(
     emulator: RunningEmulator, rest: httpx.Client, remote: Any
 ) -> None:
     emulator.add_fault("SubmitQuery", "connection_reset")
@@ -113,7 +113,7 @@ def test_reset_call_is_not_carried_out_and_stands_in_the_journal_without_an_answ
     assert rest.get(ME).status_code == 200
 
 
-def test_call_whose_answer_is_lost_is_carried_out(
+def test_call_whose_response_is_lost_takes_effect(
     emulator: RunningEmulator, start_cluster: StartCluster, pc: ModuleType
 ) -> None:
     emulator.add_fault("POST compute/start", "answer_lost")
@@ -130,7 +130,7 @@ def test_call_whose_answer_is_lost_is_carried_out(
     assert calls(emulator, "SubmitQuery") == [None]
 
 
-def test_delayed_call_is_carried_out_after_its_time(emulator: RunningEmulator, remote: Any) -> None:
+def test_delayed_call_takes_effect_after_the_delay(emulator: RunningEmulator, remote: Any) -> None:
     emulator.add_fault("SubmitQuery", "delay", seconds=0.5)
     began = time.monotonic()
     remote.execute(blocking=False)
@@ -138,7 +138,7 @@ def test_delayed_call_is_carried_out_after_its_time(emulator: RunningEmulator, r
     assert len(emulator.state()["queries"]) == 1
 
 
-def test_delayed_call_is_carried_out_when_the_faults_are_cleared(
+def test_delayed_call_takes_effect_when_the_faults_are_cleared(
     emulator: RunningEmulator, remote: Any, background: Executor
 ) -> None:
     emulator.add_fault("SubmitQuery", "delay", seconds=3600)
@@ -177,7 +177,7 @@ def ports_served(emulator: RunningEmulator) -> set[int]:
     return {connection.raddr.port for connection in connections if connection.raddr}
 
 
-def test_stalled_calls_do_not_hold_up_the_end_of_the_emulator(background: Executor) -> None:
+def test_stalled_calls_do_not_delay_the_end_of_the_emulator(background: Executor) -> None:
     with running_emulator() as emulator, rest_client(emulator.environment) as rest:
         headers = {"authorization": f"Bearer {access_token(emulator.environment)}", **VERSIONS}
         for operation in ("GET user/me", "GetQueryStatus"):
@@ -203,7 +203,7 @@ def test_stalled_calls_do_not_hold_up_the_end_of_the_emulator(background: Execut
         ("PermissionError: no column 'y'", PermissionError),
     ],
 )
-def test_query_fails_with_the_error_that_was_asked_for(
+def test_query_fails_with_the_given_error(
     emulator: RunningEmulator, remote: Any, error: str, exception: type[Exception]
 ) -> None:
     emulator.add_fault("SubmitQuery", "query_fails", error=error)
@@ -214,7 +214,7 @@ def test_query_fails_with_the_error_that_was_asked_for(
     assert remote.execute().n_rows_total == 2
 
 
-def test_hanging_query_holds_its_worker_until_it_is_cancelled(
+def test_hanging_query_occupies_its_worker_until_it_is_cancelled(
     emulator: RunningEmulator, pc: ModuleType, start_cluster: StartCluster
 ) -> None:
     remote = pl.LazyFrame({"x": [1, 2]}).remote(start_cluster(cluster_size=2))
@@ -233,7 +233,7 @@ def test_hanging_query_holds_its_worker_until_it_is_cancelled(
     assert [query["cancels"] for query in emulator.state()["queries"]] == [1, 0, 0, 0, 0]
 
 
-def test_query_that_takes_long_ends_when_the_clock_has_come_to_its_time(
+def test_query_that_takes_long_ends_when_its_time_is_over_on_the_clock(
     emulator: RunningEmulator, remote: Any
 ) -> None:
     emulator.add_fault("SubmitQuery", "query_takes", seconds=60)
@@ -244,7 +244,7 @@ def test_query_that_takes_long_ends_when_the_clock_has_come_to_its_time(
     assert query.await_result().n_rows_total == 2
 
 
-def test_query_that_waits_lets_others_run_and_ends_when_the_clock_has_come_to_its_time(
+def test_waiting_query_lets_others_run_and_ends_when_its_time_is_over_on_the_clock(
     emulator: RunningEmulator, remote: Any
 ) -> None:
     emulator.add_fault("SubmitQuery", "query_waits", seconds=60)
@@ -291,7 +291,7 @@ def test_worker_that_is_killed_fails_its_query_and_is_replaced(
     assert remote.execute().n_rows_total == 2
 
 
-def test_lost_cluster_fails_and_its_queries_with_it(
+def test_lost_cluster_fails_with_its_queries(
     emulator: RunningEmulator, start_cluster: StartCluster
 ) -> None:
     context = start_cluster(cluster_size=2)
@@ -306,7 +306,7 @@ def test_lost_cluster_fails_and_its_queries_with_it(
     assert context.get_status().name == "FAILED"
 
 
-def test_query_fault_meets_a_query_in_proxy_mode(
+def test_query_fault_applies_in_proxy_mode(
     emulator: RunningEmulator, start_cluster: StartCluster
 ) -> None:
     emulator.add_fault("SubmitQuery", "query_fails", error="SchemaError: of a fault")
@@ -343,7 +343,7 @@ def test_manifest_can_be_started_again_after_a_start_up_that_failed(
 
 
 @pytest.mark.parametrize("start", ["compute/start", "manifest/start"])
-def test_cluster_whose_start_up_takes_long_is_starting_by_the_emulators_clock(
+def test_slow_start_up_is_measured_by_the_emulators_clock(
     emulator: RunningEmulator, rest: httpx.Client, start: str
 ) -> None:
     rest.post(f"{WORKSPACE}/manifest", json={**CLUSTER, "name": "nightly"})
@@ -359,7 +359,7 @@ def test_cluster_whose_start_up_takes_long_is_starting_by_the_emulators_clock(
 # Logins
 
 
-def test_tokens_expire_with_the_call_and_a_new_login_is_good(
+def test_tokens_expire_with_the_call_and_a_new_login_works(
     emulator: RunningEmulator, pc: ModuleType, remote: Any
 ) -> None:
     query = remote.execute(blocking=False)
@@ -403,7 +403,7 @@ def log_in(pc: ModuleType, emulator: RunningEmulator) -> None:
 # All faults
 
 
-def test_fault_comes_from_the_nth_call_on_so_many_times_and_is_gone(
+def test_fault_applies_from_the_nth_call_on_as_often_as_given(
     emulator: RunningEmulator, rest: httpx.Client
 ) -> None:
     fault = {"operation": "GET user/me", "status": 503, "message": "no"}
@@ -416,7 +416,7 @@ def test_fault_comes_from_the_nth_call_on_so_many_times_and_is_gone(
     assert rest.get(ME).status_code == 200
 
 
-def test_call_meets_one_fault_and_the_first_posted_comes_first(
+def test_one_fault_applies_to_a_call_and_the_first_posted_comes_first(
     emulator: RunningEmulator, rest: httpx.Client
 ) -> None:
     for status, nth in ((500, 1), (502, 1), (503, 3), (504, 2)):
@@ -467,7 +467,7 @@ def test_call_meets_one_fault_and_the_first_posted_comes_first(
         ),
     ],
 )
-def test_fault_that_there_is_not_is_refused_with_those_that_there_are(
+def test_unknown_fault_is_refused_with_a_list_of_the_known_ones(
     emulator: RunningEmulator, fault: object, words: str
 ) -> None:
     with admin_client(emulator.environment) as admin:
@@ -478,7 +478,7 @@ def test_fault_that_there_is_not_is_refused_with_those_that_there_are(
 
 
 @pytest.mark.parametrize("end", ["clear_faults", "reset"])
-def test_cleared_fault_does_not_come(emulator: RunningEmulator, end: str) -> None:
+def test_cleared_fault_does_not_apply(emulator: RunningEmulator, end: str) -> None:
     emulator.add_fault("GET user/me", "http_error", status=503, message="no")
     getattr(emulator, end)()
     assert emulator.state()["faults"] == []
@@ -498,16 +498,14 @@ def test_advanced_clock_lets_an_idle_cluster_stop(
     eventually(lambda: emulator.state()["clusters"][0]["status"] == "Stopped")
 
 
-def test_reset_sets_the_clock_right(emulator: RunningEmulator) -> None:
+def test_reset_resets_the_clock(emulator: RunningEmulator) -> None:
     assert emulator.advance_clock(timedelta(days=1)) - datetime.now(UTC) > timedelta(hours=23)
     emulator.reset()
     assert emulator.advance_clock(timedelta(0)) - datetime.now(UTC) < timedelta(hours=1)
 
 
 @pytest.mark.parametrize("body", [{}, {"advance_seconds": -1}, {"advance_minutes": 1}])
-def test_clock_takes_seconds_forward_alone(
-    emulator: RunningEmulator, body: dict[str, float]
-) -> None:
+def test_clock_moves_forward_only(emulator: RunningEmulator, body: dict[str, float]) -> None:
     with admin_client(emulator.environment) as admin:
         answer = admin.post("clock", json=body)
     assert answer.status_code == 400

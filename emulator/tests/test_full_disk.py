@@ -84,7 +84,7 @@ def state_dir(emulator: RunningEmulator) -> Path:
 @pytest.mark.parametrize(
     "no_room", [lambda emulator: full_disk(emulator.pid), no_room_for_the_state]
 )
-def test_call_that_cannot_be_kept_changes_nothing(
+def test_call_that_cannot_be_written_to_disk_changes_nothing(
     emulator: RunningEmulator,
     calls: dict[str, Callable[[], object]],
     no_room: Callable[[RunningEmulator], AbstractContextManager[None]],
@@ -147,7 +147,7 @@ def test_refused_call_has_done_nothing_after_a_restart(
     assert after == before
 
 
-def test_end_that_cannot_be_kept_is_shown_and_told_when_there_is_room(
+def test_end_that_cannot_be_written_is_shown_and_reported_when_there_is_room(
     emulator: RunningEmulator, start_cluster: StartCluster
 ) -> None:
     context = start_cluster()
@@ -186,7 +186,7 @@ def test_emulator_that_ends_on_a_full_disk_says_what_is_lost(serve: Callable[...
     assert "cannot keep its state" in line
 
 
-def test_reset_that_cannot_be_kept_empties_nothing(
+def test_reset_that_cannot_be_written_to_disk_changes_nothing(
     emulator: RunningEmulator, start_cluster: StartCluster
 ) -> None:
     start_cluster()

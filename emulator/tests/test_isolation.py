@@ -132,7 +132,7 @@ def test_user_function_finds_no_other_distribution_than_a_cluster_has(
 
 
 @pytest.mark.parametrize("module", ["numpy", "msgspec", "moto"])
-def test_user_function_is_told_of_no_module_that_a_cluster_does_not_have(
+def test_user_function_sees_no_module_that_a_cluster_does_not_have(
     start_cluster: StartCluster, module: str
 ) -> None:
     def look() -> object:
@@ -174,7 +174,7 @@ def test_user_function_imports_what_its_cluster_declares(start_cluster: StartClu
         ("httpx[brotli]", "is not met: it is not installed here"),
     ],
 )
-def test_requirement_that_is_not_met_fails_the_cluster_in_words(
+def test_requirement_that_is_not_met_fails_the_cluster_with_a_clear_error(
     rest: httpx.Client, line: str, words: str
 ) -> None:
     started = rest.post(f"{WORKSPACE}/compute/start", json=CLUSTER | {"requirements_txt": line})
@@ -196,7 +196,7 @@ def test_worker_has_the_variables_that_its_cluster_declares_and_none_of_the_call
     assert not [name for name in found if name.startswith(("AIRFLOW", "POLARS_CLOUD", "PYTEST"))]
 
 
-def test_variables_of_a_cluster_make_python_and_the_loader_run_nothing(
+def test_variables_of_a_cluster_make_neither_python_nor_the_loader_run_code(
     start_cluster: StartCluster, tmp_path: Path
 ) -> None:
     ran = tmp_path / "ran"

@@ -79,7 +79,7 @@ def test_emulator_that_is_killed_leaves_no_worker_behind(
     eventually(lambda: none_running(processes))
 
 
-def test_connection_that_a_client_keeps_open_does_not_hold_up_the_end(
+def test_open_connection_of_a_client_does_not_delay_the_end(
     serve: Callable[..., Served],
 ) -> None:
     served = serve("--port-base", 0)
@@ -166,7 +166,7 @@ def test_env_file_reads_the_same_in_a_shell_and_here(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("taken", [0, 1, 2])
-def test_taken_port_is_named_in_one_sentence(port_base: int, taken: int) -> None:
+def test_port_in_use_is_reported_in_one_sentence(port_base: int, taken: int) -> None:
     with socket.create_server(("127.0.0.1", port_base + taken)):
         ran = subprocess.run(
             command("--port-base", port_base), capture_output=True, text=True, timeout=60
@@ -240,7 +240,7 @@ ctx.stop()
     assert run_client(second.environment, read) == "[1, 2]"
 
 
-def test_the_shop_is_open_on_the_day_of_a_later_start_and_on_every_day_after_it(
+def test_sample_data_covers_the_day_of_a_later_start_and_every_day_after_it(
     tmp_path: Path,
 ) -> None:
     clock = Clock()
@@ -304,7 +304,7 @@ def last_day_of_returns(emulator: Emulator | RunningEmulator) -> date:
     return day
 
 
-def test_variables_of_the_users_own_s3_and_proxy_lead_nowhere(
+def test_variables_of_the_users_own_s3_and_proxy_are_ignored(
     serve: Callable[..., Served], run_client: RunClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "AWS_ENDPOINT_URL_S3"):
@@ -330,7 +330,7 @@ print(pl.scan_parquet("s3://your-bucket/returns/").select(pl.len()).remote(ctx).
     assert run_client(served.environment, query) == "QueryStatus.SUCCESS"
 
 
-def test_port_that_cannot_be_is_named() -> None:
+def test_impossible_port_is_reported() -> None:
     ran = subprocess.run(command("--port-base", 70000), capture_output=True, text=True, timeout=60)
     assert ran.returncode == 1
     assert "--port-base 70000" in ran.stderr
@@ -338,7 +338,7 @@ def test_port_that_cannot_be_is_named() -> None:
 
 
 @pytest.mark.parametrize("what", ["no database", "another's content"])
-def test_state_that_cannot_be_read_is_named(what: str, tmp_path: Path) -> None:
+def test_unreadable_state_is_reported(what: str, tmp_path: Path) -> None:
     if what == "no database":
         (tmp_path / "state.sqlite").write_text("{" * 1000)
     else:

@@ -44,7 +44,7 @@ def test_right_secret_logs_in_with_one_token(emulator: RunningEmulator, pc: Modu
     ("client_id", "client_secret"),
     [("polars-cloud-emulator", "wrong-secret"), ("somebody-else", None)],
 )
-def test_wrong_credentials_are_refused_and_kept_nowhere(
+def test_wrong_credentials_are_refused_and_not_stored(
     emulator: RunningEmulator, pc: ModuleType, client_id: str, client_secret: str | None
 ) -> None:
     from polars_cloud.polars_cloud import AuthLoadError
@@ -56,7 +56,7 @@ def test_wrong_credentials_are_refused_and_kept_nowhere(
     assert secret not in json.dumps([emulator.journal(), emulator.state()])
 
 
-def test_token_about_to_expire_is_renewed_unnoticed(
+def test_expiring_token_is_renewed_automatically(
     emulator_here: StartEmulator, run_client: RunClient
 ) -> None:
     # The client renews a token that is good for less than 10 s, before each call.
@@ -167,7 +167,9 @@ def test_unsupported_client_is_refused_by_name_and_version(
         assert words.partition(", not to")[0] in text
 
 
-def test_another_client_is_let_in_where_the_switch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_client_version_is_accepted_if_the_variable_allows_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("EMULATOR_ANY_CLIENT", "1")
     with running_emulator() as emulator, rest_client(emulator.environment) as client:
         newer = {"x-client-version": "0.13.0"}

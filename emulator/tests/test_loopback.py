@@ -90,7 +90,7 @@ def test_no_connection_leaves_loopback(tmp_path: Path) -> None:
     assert ran["attempts"] == 0
 
 
-def test_every_way_out_would_be_counted(tmp_path: Path) -> None:
+def test_every_connection_attempt_would_be_counted(tmp_path: Path) -> None:
     seen = json.loads(run_without_a_way_out(WAYS_OUT, tmp_path))
     assert len(seen) == 5
     assert seen[0] == 0

@@ -107,7 +107,7 @@ def test_malformed_submission_is_an_invalid_argument(
         (b"\x22\xc3\x01" + b"\x0a\x01\x61" * 65, "at most 64 labels"),
     ],
 )
-def test_submission_that_the_client_would_not_make_is_refused_in_words(
+def test_submission_that_the_client_would_not_make_is_refused_with_a_clear_error(
     emulator: RunningEmulator,
     headers: dict[str, str],
     start_cluster: Any,
@@ -124,7 +124,7 @@ def test_submission_that_the_client_would_not_make_is_refused_in_words(
 
 @pytest.mark.parametrize("name", ["page", "limit"])
 @pytest.mark.parametrize("value", ["abc", "0", "-1", "1.5", "", "9" * 5000])
-def test_count_that_is_none_is_refused(rest: httpx.Client, name: str, value: str) -> None:
+def test_invalid_count_is_refused(rest: httpx.Client, name: str, value: str) -> None:
     answer = rest.get(f"{WORKSPACE}/query", params={name: value})
     assert answer.status_code == 400
     assert answer.json()["message"].startswith(f"{name} is a whole number from 1, not '")
@@ -134,13 +134,13 @@ def test_count_that_is_none_is_refused(rest: httpx.Client, name: str, value: str
     "body", [b"\xff\xfe", b'{"name": "\xff"}', b"[" * 100_000, b'{"name": "\\ud800"}', b""]
 )
 @pytest.mark.parametrize("path", ["/compute/start", "/manifest", "/manifest/start"])
-def test_body_that_is_no_json_is_refused(rest: httpx.Client, path: str, body: bytes) -> None:
+def test_body_that_is_not_json_is_refused(rest: httpx.Client, path: str, body: bytes) -> None:
     answer = rest.post(f"{WORKSPACE}{path}", content=body, headers=JSON)
     assert answer.status_code == 400
     assert "is not understood" in answer.json()["message"]
 
 
-def test_words_of_a_refusal_stay_in_the_status_line(emulator: RunningEmulator) -> None:
+def test_error_message_cannot_end_the_status_line(emulator: RunningEmulator) -> None:
     answer = httpx.get(f"{emulator.rest_url}/x%0d%0aset-cookie:%20a=b%00\u00fc", trust_env=False)
     assert answer.reason_phrase == "the emulator does not know GET /xset-cookie: a=b "
     assert "set-cookie" not in answer.headers
@@ -167,7 +167,7 @@ def test_malformed_calls_leave_no_traceback(serve: Callable[..., Served]) -> Non
     assert served.stop() == (0, "", "")
 
 
-def test_request_that_hypercorn_fails_to_read_is_told_in_one_line(
+def test_malformed_request_is_logged_in_one_line(
     serve: Callable[..., Served],
 ) -> None:
     served = serve("--port-base", 0)

@@ -59,7 +59,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[OutsideS3]:
     server.stop()
 
 
-def test_queries_read_and_write_outside_and_nothing_else_does(
+def test_only_queries_read_and_write_the_external_s3(
     s3: OutsideS3, serve: Serve, run_client: RunClient
 ) -> None:
     pl.DataFrame({"x": range(12)}).write_parquet("s3://my-bucket/in/x.parquet")
@@ -123,7 +123,7 @@ for use in (
     assert answer == ["12", "FileNotFoundError", "ComputeError"]
 
 
-def test_env_file_leads_outside_and_no_server_of_the_emulators_own_listens(
+def test_env_file_names_the_external_s3_and_no_own_s3_listens(
     s3: OutsideS3, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
@@ -136,7 +136,7 @@ def test_env_file_leads_outside_and_no_server_of_the_emulators_own_listens(
     assert [c.status for c in connections].count(psutil.CONN_LISTEN) == 2
 
 
-def test_complete_variables_of_a_shell_lead_nowhere_unless_asked_for(
+def test_aws_variables_of_a_shell_are_ignored_unless_asked_for(
     s3: OutsideS3, serve: Serve, run_client: RunClient
 ) -> None:
     served = serve("--port-base", 0)
@@ -160,7 +160,7 @@ pl.LazyFrame({"x": [1]}).remote(ctx).sink_parquet("s3://your-bucket/mine/").awai
         ),
     ],
 )
-def test_start_that_could_reach_no_object_store_is_refused_in_one_sentence(
+def test_start_without_a_usable_object_store_is_refused_in_one_sentence(
     s3: OutsideS3, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, sentence: str
 ) -> None:
     monkeypatch.setenv(variable, value)

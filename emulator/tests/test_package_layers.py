@@ -12,12 +12,12 @@ SHARED = {"clock", "sample_data"}
 """Modules beside the layers that every layer may import."""
 
 
-def test_each_folder_with_modules_is_a_layer_of_the_list() -> None:
+def test_every_package_is_a_layer() -> None:
     assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(LAYERS)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_layer_imports_from_itself_and_from_those_below(layer: str) -> None:
+def test_a_layer_imports_only_from_itself_and_lower_layers(layer: str) -> None:
     allowed = {*LAYERS[: LAYERS.index(layer) + 1], *SHARED}
     for path in (PACKAGE / layer).rglob("*.py"):
         source = path.read_text()

@@ -15,7 +15,7 @@ def plans(tmp_path: Path) -> PersistedPlans:
 
 
 @pytest.mark.parametrize("redacted", [b"redacted", None])
-def test_plan_is_deleted_and_what_is_shown_of_it_is_not(
+def test_plan_is_deleted_but_not_its_redacted_copy(
     plans: PersistedPlans, redacted: bytes | None
 ) -> None:
     query_id = uuid4()
@@ -29,7 +29,7 @@ def test_plan_is_deleted_and_what_is_shown_of_it_is_not(
     assert plans.best_path(query_id) is None
 
 
-def test_all_but_the_plans_of_known_queries_is_deleted(
+def test_all_files_but_plans_of_known_queries_are_deleted(
     plans: PersistedPlans, tmp_path: Path
 ) -> None:
     active, ended, unknown = uuid4(), uuid4(), uuid4()
@@ -41,7 +41,7 @@ def test_all_but_the_plans_of_known_queries_is_deleted(
     assert names == {str(active), f"{active}.shown", f"{ended}.shown"}
 
 
-def test_a_plan_that_the_disk_does_not_take_is_refused(tmp_path: Path) -> None:
+def test_plan_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     # A folder that is missing stands for a disk that is full.
     plans = PersistedPlans(tmp_path / "missing")
     with pytest.raises(CannotPersist, match=r"cannot keep its state \(.*: make room for it"):

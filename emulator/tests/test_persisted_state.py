@@ -66,9 +66,7 @@ def test_only_what_can_have_changed_is_compared_when_the_state_is_kept(
     assert persisted_state(tmp_path).load().queries == state.queries.by_id
 
 
-def test_query_that_is_forgotten_is_kept_no_longer(
-    state: State, cluster: Cluster, tmp_path: Path
-) -> None:
+def test_dropped_query_is_deleted_on_disk(state: State, cluster: Cluster, tmp_path: Path) -> None:
     kept = persisted_state(tmp_path)
     for _ in range(MAX_ENDED_QUERIES + 1):
         state.cancel(submit(state, cluster.id).id)

@@ -66,7 +66,7 @@ def s3(serve: Callable[..., Served]) -> Iterator[Any]:
         yield client
 
 
-def test_what_was_told_is_there_after_each_of_many_kills(restart: Restart) -> None:
+def test_acknowledged_changes_survive_each_of_many_kills(restart: Restart) -> None:
     told_objects: dict[str, bytes] = {}
     told_manifests: set[str] = set()
     told_clusters: set[str] = set()
@@ -117,7 +117,7 @@ def test_what_was_told_is_there_after_each_of_many_kills(restart: Restart) -> No
         assert s3.get_object(Bucket=BUCKET, Key=key)["Body"].read() == content
 
 
-def test_query_whose_end_was_told_does_not_run_again(
+def test_query_whose_end_was_reported_does_not_run_again(
     restart: Restart, run_client: Callable[..., str]
 ) -> None:
     served = restart()
@@ -145,7 +145,7 @@ assert query.await_result().n_rows_total == 2
         ({"polars_version": "1.44.2"}, "workers run Polars"),
     ],
 )
-def test_cluster_that_cannot_start_again_fails_and_the_others_go_on(
+def test_cluster_that_cannot_restart_fails_and_the_others_keep_running(
     restart: Restart, tmp_path: Path, changed: dict[str, Any], words: str
 ) -> None:
     served = restart()
@@ -179,7 +179,7 @@ def test_cluster_that_cannot_start_again_fails_and_the_others_go_on(
     assert words in told
 
 
-def test_object_of_any_key_is_kept(restart: Restart) -> None:
+def test_object_of_any_key_survives_a_restart(restart: Restart) -> None:
     served = restart()
     s3 = s3_client(served)
     for key in KEYS:
@@ -272,7 +272,7 @@ def test_clients_of_one_key_read_what_one_of_them_wrote(s3: Any) -> None:
         list(clients.map(write, contents))
 
 
-def test_write_that_the_disk_does_not_take_changes_no_object(restart: Restart) -> None:
+def test_write_to_a_full_disk_changes_no_object(restart: Restart) -> None:
     served = restart()
     s3 = s3_client(served)
     old, new, other = ({"Bucket": BUCKET, "Key": key} for key in ("old", "new", "other"))
@@ -300,7 +300,7 @@ def test_write_that_the_disk_does_not_take_changes_no_object(restart: Restart) -
     assert served.stop() == (0, "", "")
 
 
-def test_large_call_that_the_disk_does_not_take_is_refused(
+def test_large_call_on_a_full_disk_is_refused(
     restart: Restart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     temporary = tmp_path / "temporary"

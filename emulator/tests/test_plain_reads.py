@@ -93,7 +93,7 @@ def answers(
         ("GET", {"range": "bytes=95-200"}),
     ],
 )
-def test_plain_read_is_answered_as_moto_would(
+def test_plain_read_is_answered_like_moto(
     environment: dict[str, str], method: str, headers: dict[str, str], key: str
 ) -> None:
     own, motos, is_plain = answers(environment, method, f"/{BUCKET}/{quote(key)}", headers)
@@ -116,7 +116,7 @@ def test_plain_read_is_answered_as_moto_would(
         ("HEAD", "plain", {"range": "bytes=0-9"}),
     ],
 )
-def test_read_that_depends_on_more_is_motos(
+def test_conditional_read_is_left_to_moto(
     environment: dict[str, str], method: str, path: str, headers: dict[str, str]
 ) -> None:
     own, motos, is_plain = answers(environment, method, f"/{BUCKET}/{path}", headers)
@@ -125,7 +125,7 @@ def test_read_that_depends_on_more_is_motos(
 
 
 @pytest.mark.parametrize("prefix", ["", "rich/", "rich/a & <b>/=ü", "nothing/"])
-def test_listing_is_the_one_that_moto_would_give(environment: dict[str, str], prefix: str) -> None:
+def test_listing_equals_that_of_moto(environment: dict[str, str], prefix: str) -> None:
     path = f"/{BUCKET}?list-type=2&prefix={quote(prefix, safe='')}"
     own, motos, is_plain = answers(environment, "GET", path, {})
     assert is_plain

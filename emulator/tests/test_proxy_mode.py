@@ -54,7 +54,7 @@ def test_cancelled_query_is_returned_as_such(
     assert waiting.result().status is pc.QueryStatus.CANCELED
 
 
-def test_direct_query_is_picked_up_again_by_its_id(
+def test_direct_query_is_resumed_by_its_id(
     pc: ModuleType, start_cluster: StartCluster, blocking: BlockingQuery
 ) -> None:
     context = start_cluster()

@@ -72,7 +72,7 @@ def run_pytest(folder: Path, content: str) -> "subprocess.CompletedProcess[str]"
         pytest.param(BEFORE, "import it in your tests and functions", id="an import too early"),
     ],
 )
-def test_fixtures_serve_a_suite(tmp_path: Path, content: str, words: str) -> None:
+def test_fixtures_work_in_a_test_suite(tmp_path: Path, content: str, words: str) -> None:
     ran = run_pytest(tmp_path, content)
     assert words in ran.stdout, ran.stdout + ran.stderr
 

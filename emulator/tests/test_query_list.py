@@ -24,7 +24,7 @@ def listed(pc: ModuleType) -> list[Any]:
     return queries
 
 
-def test_submission_whose_answer_was_lost_is_found_by_where_it_writes(
+def test_submission_whose_response_was_lost_is_found_by_its_destination(
     emulator: RunningEmulator,
     pc: ModuleType,
     start_cluster: StartCluster,

@@ -29,7 +29,7 @@ def written(frame: pl.LazyFrame) -> pl.LazyFrame:
     return frame.sink_parquet(TARGET, lazy=True)
 
 
-def test_explained_plan_is_the_one_that_polars_tells(start_cluster: StartCluster) -> None:
+def test_explained_plan_equals_that_of_polars(start_cluster: StartCluster) -> None:
     frame, remote = large_sales(), large_sales().remote(start_cluster())
     assert remote.explain(plan_stage="ir") == written(frame).explain()
     unchanged = remote.single_node().explain(plan_stage="ir", optimizations=NO_OPTIMIZATION)
@@ -38,7 +38,7 @@ def test_explained_plan_is_the_one_that_polars_tells(start_cluster: StartCluster
     assert "FILTER" not in written(frame).explain()
 
 
-def test_plan_of_a_query_that_ran_is_the_one_that_polars_tells(
+def test_plan_of_a_query_that_ran_equals_that_of_polars(
     pc: Any, start_cluster: StartCluster
 ) -> None:
     context, frame = start_cluster(), large_sales()
@@ -59,7 +59,7 @@ def test_plan_of_a_query_that_ran_is_the_one_that_polars_tells(
     ],
     ids=["explain", "plan", "graph"],
 )
-def test_plan_of_stages_is_refused_in_words(
+def test_physical_plan_is_refused_with_a_clear_error(
     start_cluster: StartCluster, ask: Callable[[Any], Any]
 ) -> None:
     words = "no physical plan, because one worker runs the whole query; ask for the optimized plan"

@@ -52,7 +52,7 @@ def keys(emulator: RunningEmulator, bucket: str) -> list[str]:
 
 
 @pytest.mark.usefixtures("cluster_id")
-def test_a_cluster_takes_minutes_that_pass_in_a_moment(realistic: RunningEmulator) -> None:
+def test_a_cluster_starts_in_minutes_on_a_fast_clock(realistic: RunningEmulator) -> None:
     [cluster] = realistic.state()["clusters"]
     assert cluster["billed_seconds"] >= REALISTIC.startup.total_seconds()
 

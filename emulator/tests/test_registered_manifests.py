@@ -118,7 +118,7 @@ def test_unregistered_name_is_free_and_its_cluster_runs_on(
         ({"polars_version": "1.44.2"}, r"polars version.*1\.44\.2"),
     ],
 )
-def test_manifest_of_another_version_is_kept_and_refused_by_the_client(
+def test_manifest_of_another_version_is_stored_and_refused_by_the_client(
     pc: ModuleType, rest: httpx.Client, drift: dict[str, Any], words: str
 ) -> None:
     from polars_cloud.polars_cloud import ComputeClusterMisspecified

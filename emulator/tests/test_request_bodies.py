@@ -50,7 +50,7 @@ def usage_mb(emulator: RunningEmulator) -> Callable[[], dict[str, int]]:
         ("/nothing", "application/json", 501),
     ],
 )
-def test_large_body_of_a_call_without_a_login_is_kept_nowhere(
+def test_large_body_of_a_call_without_a_login_is_not_stored(
     emulator: RunningEmulator,
     usage_mb: Callable[[], dict[str, int]],
     path: str,
@@ -68,7 +68,7 @@ def test_large_body_of_a_call_without_a_login_is_kept_nowhere(
 
 
 @pytest.mark.parametrize("plane", [COMPUTE_PLANE, CONTROL_PLANE])
-def test_plan_of_a_call_without_a_login_is_kept_nowhere(
+def test_plan_of_a_call_without_a_login_is_not_stored(
     emulator: RunningEmulator, usage_mb: Callable[[], dict[str, int]], plane: str
 ) -> None:
     path, plan = f"{plane}/SubmitQuery", bytes(LARGE_MB * 1_000_000)

@@ -71,7 +71,7 @@ def test_requirements_of_pip_compile_and_uv_are_read(
         ("boto3 " + "1 " * 1000, "1 …' is not understood"),
     ],
 )
-def test_requirement_that_cannot_be_honored_is_refused_in_words(text: str, words: str) -> None:
+def test_unsupported_requirement_is_refused_with_a_clear_error(text: str, words: str) -> None:
     with pytest.raises(InvalidRequest, match=words) as refused:
         requirements_in(text)
     assert len(str(refused.value)) < 500

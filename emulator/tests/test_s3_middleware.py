@@ -98,7 +98,7 @@ def test_request_without_a_signature_is_refused(
     assert (answer.status, code_of(answer)) == (status, code)
 
 
-def test_signature_is_good_for_what_was_signed_alone(
+def test_signature_is_valid_only_for_what_was_signed(
     environment: dict[str, str], connection: http.client.HTTPConnection
 ) -> None:
     headers = signed(environment, "GET", OBJECT)
@@ -114,7 +114,7 @@ def test_signature_is_good_for_what_was_signed_alone(
 
 
 @pytest.mark.parametrize("value", ["", "other", "0" * 63])
-def test_request_that_does_not_say_what_its_body_is_is_refused(
+def test_request_with_a_malformed_body_hash_is_refused(
     environment: dict[str, str], connection: http.client.HTTPConnection, value: str
 ) -> None:
     headers = signed(environment, "PUT", OBJECT, payload=value)
@@ -130,7 +130,7 @@ def test_body_that_was_not_signed_is_refused(
     assert s3.get_object(Bucket=BUCKET, Key="x")["Body"].read() == b"mine"
 
 
-def test_presigned_url_is_good_for_its_request_until_it_expires(
+def test_presigned_url_is_valid_for_its_request_until_it_expires(
     s3: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = {"Bucket": BUCKET, "Key": "ä b/=1&c"}
@@ -246,7 +246,7 @@ def test_no_web_page_may_read_an_answer(
         (None, 411, "MissingContentLength"),
     ],
 )
-def test_body_that_s3_would_not_take_is_refused_before_it_comes(
+def test_body_that_is_too_large_for_s3_is_refused_before_it_is_sent(
     environment: dict[str, str],
     connection: http.client.HTTPConnection,
     length: int | None,
@@ -268,9 +268,7 @@ def test_body_that_s3_would_not_take_is_refused_before_it_comes(
 @pytest.mark.parametrize(
     "headers", ["content-length: 1\r\ncontent-length: 2", "content-length: -1"]
 )
-def test_request_whose_end_is_not_clear_is_refused(
-    environment: dict[str, str], headers: str
-) -> None:
+def test_request_of_ambiguous_length_is_refused(environment: dict[str, str], headers: str) -> None:
     address = urlsplit(environment["AWS_ENDPOINT_URL"])
     with socket.create_connection((address.hostname, address.port), timeout=60) as raw:
         raw.sendall(f"PUT {OBJECT} HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n\r\n".encode())
@@ -295,7 +293,7 @@ def test_request_whose_end_is_not_clear_is_refused(
         ("%ED%A0%80", 400),
     ],
 )
-def test_object_of_any_key_lies_in_the_state_directory_or_is_refused(
+def test_object_of_any_key_is_stored_in_the_state_directory_or_refused(
     emulator: RunningEmulator,
     connection: http.client.HTTPConnection,
     key: str,
@@ -313,7 +311,7 @@ def test_object_of_any_key_lies_in_the_state_directory_or_is_refused(
     assert [{*folder.iterdir()} for folder in around] == before
 
 
-def test_call_that_moto_cannot_answer_is_refused_in_words(
+def test_call_that_moto_does_not_support_is_refused_with_a_clear_error(
     environment: dict[str, str], connection: http.client.HTTPConnection
 ) -> None:
     for method, path in [("PATCH", OBJECT), ("GET", f"/{BUCKET}?list-type=2&max-keys=some")]:
@@ -338,7 +336,7 @@ def test_connection_serves_many_requests_also_after_a_refusal(
     assert connection.sock is opened
 
 
-def test_reset_gives_the_buckets_back_as_they_were(emulator: RunningEmulator, s3: Any) -> None:
+def test_reset_restores_the_buckets(emulator: RunningEmulator, s3: Any) -> None:
     s3.put_bucket_versioning(Bucket=BUCKET, VersioningConfiguration={"Status": "Enabled"})
     s3.create_bucket(Bucket="of-a-test")
     s3.put_object(Bucket="of-a-test", Key="x", Body=b"x")

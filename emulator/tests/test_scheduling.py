@@ -163,7 +163,7 @@ def test_client_refuses_numbers_of_workers_that_cannot_be(
     assert emulator.state()["queries"] == []
 
 
-def test_wait_is_one_call_that_is_held_until_the_end(
+def test_wait_is_one_request_until_the_end(
     emulator: RunningEmulator,
     start_cluster: StartCluster,
     blocking: BlockingQuery,
@@ -286,7 +286,7 @@ def test_worker_that_is_killed_fails_its_query_and_is_replaced(
     assert context.get_status() is pc.ComputeContextStatus.IDLE
 
 
-def test_worker_that_exits_by_itself_is_told_apart_from_a_killed_one(
+def test_worker_that_exits_is_distinguished_from_a_killed_one(
     start_cluster: StartCluster,
 ) -> None:
     def leave(df: pl.DataFrame) -> pl.DataFrame:

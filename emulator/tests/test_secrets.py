@@ -110,7 +110,7 @@ scan.remote(ctx).sink_parquet("s3://your-bucket/mine/")
     eventually(lambda: not holding_the_secret(tmp_path / "state"))
 
 
-def test_secret_of_a_refused_query_is_not_kept(
+def test_secret_of_a_refused_query_is_not_stored(
     emulator: RunningEmulator, start_cluster: StartCluster
 ) -> None:
     context = start_cluster()

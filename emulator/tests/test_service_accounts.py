@@ -38,7 +38,7 @@ def accounts(emulator: RunningEmulator, path: str) -> list[str | None]:
     return [entry["account"] for entry in emulator.journal() if entry["path"] == path]
 
 
-def test_rest_calls_of_two_accounts_are_told_apart(emulator: RunningEmulator) -> None:
+def test_rest_calls_of_two_accounts_are_distinguished(emulator: RunningEmulator) -> None:
     with (
         rest_client(emulator.environment) as first,
         rest_client(environment_of_second(emulator)) as second,
@@ -49,7 +49,9 @@ def test_rest_calls_of_two_accounts_are_told_apart(emulator: RunningEmulator) ->
 
 
 @pytest.mark.parametrize("plane", [COMPUTE_PLANE, CONTROL_PLANE])
-def test_grpc_calls_of_two_accounts_are_told_apart(emulator: RunningEmulator, plane: str) -> None:
+def test_grpc_calls_of_two_accounts_are_distinguished(
+    emulator: RunningEmulator, plane: str
+) -> None:
     first, second = (
         {"authorization": f"Bearer {access_token(environment)}", **VERSIONS}
         for environment in (emulator.environment, environment_of_second(emulator))
@@ -71,7 +73,7 @@ def test_the_client_runs_a_query_as_another_account(
     assert by_second[-2:] == [f"{COMPUTE_PLANE}/SubmitQuery", f"{COMPUTE_PLANE}/GetQueryResult"]
 
 
-def test_call_without_a_good_token_is_nobodys(emulator: RunningEmulator) -> None:
+def test_call_without_a_valid_token_has_no_account(emulator: RunningEmulator) -> None:
     environment = environment_of_second(emulator)
     with rest_client(environment) as second:
         second.get(ME)
@@ -112,7 +114,7 @@ def test_an_account_that_exists_is_refused(emulator: RunningEmulator) -> None:
 @pytest.mark.parametrize(
     "body", [{}, *({"name": name} for name in ("", "Second", "a b", "second\n", 2))]
 )
-def test_a_name_of_other_letters_is_refused(
+def test_name_with_other_characters_is_refused(
     emulator: RunningEmulator, body: dict[str, object]
 ) -> None:
     with admin_client(emulator.environment) as admin:
@@ -121,7 +123,7 @@ def test_a_name_of_other_letters_is_refused(
     assert "the body of /_emulator/service-accounts is not understood" in answer.json()["message"]
 
 
-def test_reset_forgets_added_accounts_and_their_tokens(emulator: RunningEmulator) -> None:
+def test_reset_removes_added_accounts_and_their_tokens(emulator: RunningEmulator) -> None:
     environment = environment_of_second(emulator)
     with rest_client(emulator.environment) as first, rest_client(environment) as second:
         emulator.reset()

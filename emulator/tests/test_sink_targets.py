@@ -70,7 +70,7 @@ SINKS: dict[str, Callable[[Any, str], Any]] = {
 
 
 @pytest.mark.parametrize("sink", SINKS.values(), ids=SINKS)
-def test_sink_that_would_leave_nothing_is_refused_in_words(
+def test_sink_whose_rows_would_be_lost_is_refused_with_a_clear_error(
     emulator: RunningEmulator, start_cluster: StartCluster, sink: Callable[[Any, str], Any]
 ) -> None:
     context = start_cluster()
@@ -123,7 +123,7 @@ def test_google_and_azure_are_refused_without_credentials(
 
 
 @pytest.mark.parametrize("uri", ELSEWHERE)
-def test_google_and_azure_are_let_pass_with_credentials(
+def test_google_and_azure_are_accepted_with_credentials(
     start_cluster: StartCluster, not_run: None, uri: str
 ) -> None:
     options = OPTIONS["gs" if uri.startswith("gs") else "az"]
@@ -142,7 +142,7 @@ def test_google_and_azure_are_let_pass_with_credentials(
 
 
 @pytest.mark.parametrize("collect", ["collect", "collect_batches"])
-def test_collect_is_refused_before_anything_runs(
+def test_collect_is_refused_at_submission(
     emulator: RunningEmulator,
     pc: ModuleType,
     start_cluster: StartCluster,

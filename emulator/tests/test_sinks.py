@@ -101,7 +101,7 @@ def test_sink_replaces_the_files_that_its_query_scans(context: Any) -> None:
         assert pl.read_parquet(result.location)["x"].to_list() == [2, 4, 6]
 
 
-def test_names_like_the_keys_of_a_plan_pass(context: Any) -> None:
+def test_names_like_the_keys_of_a_plan_are_allowed(context: Any) -> None:
     frame = pl.DataFrame({"dsl_plans": ["dataframes"], "root": ["dsl_plans"]})
     query = frame.lazy().select("root", pl.col("dsl_plans") + "dsl_plans")
     assert_frame_equal(query.remote(context).execute().head, query.collect())

@@ -63,7 +63,7 @@ from polars_cloud_emulator.model.state import State
         ({"polars_version": "2.0.1"}, "workers run Polars 2.0.0, not 2.0.1"),
     ],
 )
-def test_cluster_that_cannot_be_is_refused(
+def test_impossible_specification_is_refused(
     state: State, changed: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(InvalidRequest) as refusal:

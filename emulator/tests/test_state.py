@@ -117,7 +117,7 @@ def test_unknown_id_is_not_found(state: State) -> None:
             objects.find(uuid4())
 
 
-def test_oldest_ended_queries_and_stopped_clusters_are_forgotten(
+def test_oldest_ended_queries_and_stopped_clusters_are_dropped(
     state: State, clock: StoppedClock
 ) -> None:
     live = state.clusters.start(spec())
@@ -144,7 +144,7 @@ def test_oldest_ended_queries_and_stopped_clusters_are_forgotten(
     assert cluster.id in state.clusters.by_id
 
 
-def test_cluster_of_a_remembered_query_is_remembered(state: State) -> None:
+def test_cluster_of_a_stored_query_is_not_dropped(state: State) -> None:
     first = state.clusters.start(spec())
     query = submit(state, first.id)
     for cluster in [

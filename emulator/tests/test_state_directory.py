@@ -55,7 +55,7 @@ def test_second_emulator_in_a_state_directory_is_refused(serve: Serve, tmp_path:
         assert str(second.pid) in refusal("--state-dir", state_dir)
 
 
-def test_state_directory_that_cannot_be_used_is_refused_in_words(tmp_path: Path) -> None:
+def test_unusable_state_directory_is_refused_with_a_clear_error(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     others = tmp_path / "others"
@@ -78,7 +78,7 @@ def test_state_directory_that_cannot_be_used_is_refused_in_words(tmp_path: Path)
     assert others.stat().st_mode & stat.S_IROTH
 
 
-def test_start_on_a_full_disk_is_refused_in_words(tmp_path: Path) -> None:
+def test_start_on_a_full_disk_is_refused_with_a_clear_error(tmp_path: Path) -> None:
     def fill_disk() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
@@ -96,7 +96,7 @@ def test_start_on_a_full_disk_is_refused_in_words(tmp_path: Path) -> None:
         ("state.sqlite", b"no database" * 100),
     ],
 )
-def test_damaged_file_of_a_state_directory_is_named(
+def test_damaged_file_of_a_state_directory_is_reported(
     serve: Serve, tmp_path: Path, name: str, content: bytes
 ) -> None:
     state_dir = tmp_path / "state"

@@ -21,7 +21,7 @@ def tls_address(environment: dict[str, str]) -> Address:
     return host, int(port)
 
 
-def test_insecure_connection_is_refused_in_words(
+def test_insecure_connection_is_refused_with_a_clear_error(
     emulator: RunningEmulator, start_cluster: Callable[..., Any]
 ) -> None:
     context = start_cluster(insecure=True)
@@ -31,7 +31,7 @@ def test_insecure_connection_is_refused_in_words(
     assert emulator.state()["unmatched"] == []
 
 
-def test_call_without_tls_is_refused_in_words(emulator: RunningEmulator) -> None:
+def test_call_without_tls_is_refused_with_a_clear_error(emulator: RunningEmulator) -> None:
     host, port = tls_address(dict(emulator.environment))
     answer = httpx.post(f"http://{host}:{port}/realms/x", json={}, trust_env=False)
     assert answer.status_code == 400

@@ -178,7 +178,7 @@ def test_standard_input_of_a_users_function_is_empty(start_cluster: StartCluster
         ask_worker(context, lambda: input())
 
 
-def test_what_a_users_function_prints_goes_nowhere(
+def test_output_of_a_users_function_is_dropped(
     serve: Callable[..., Served], run_client: RunClient
 ) -> None:
     served = serve("--port-base", 0)  # nobody reads what it prints before it ends
@@ -247,7 +247,7 @@ def misdeeds() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("misdeed", "error", "words"), [*misdeeds()])
-def test_query_whose_process_ends_fails_in_words_and_the_cluster_goes_on(
+def test_query_whose_process_ends_fails_clearly_and_the_cluster_keeps_running(
     emulator: RunningEmulator,
     start_cluster: StartCluster,
     misdeed: Callable[[], object],
