@@ -1,4 +1,4 @@
-"""A query that runs until it is released: no test needs to guess how long a query takes."""
+"""A query that runs until the test releases it, so that no test depends on how long it takes."""
 
 import time
 from pathlib import Path
@@ -9,12 +9,12 @@ from polars_cloud_emulator.testing import eventually
 
 
 class BlockingQuery:
-    """A step of a query, and the two files through which test and worker talk.
+    """A query that blocks in a user's function, controlled through two files.
 
     Parameters
     ----------
     directory
-        Where the files go; one per blocking query.
+        Directory for the files, one per blocking query.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""The emulator as its command line starts it."""
+"""The emulator, started from its command line."""
 
 import signal
 import subprocess
@@ -8,12 +8,12 @@ from polars_cloud_emulator.testing import RunningEmulator
 
 
 class Served(RunningEmulator):
-    """An emulator that was started from the command line, once it is ready."""
+    """A ready emulator that was started from the command line."""
 
     process: "subprocess.Popen[str]"
 
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
-        """Exit code, and what came on standard output after the first line and on error."""
+        """Send a signal; return exit code, standard output after its first line, and stderr."""
         self.process.send_signal(number)
         output, errors = self.process.communicate(timeout=60)
         return self.process.returncode, output, errors

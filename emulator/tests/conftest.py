@@ -1,4 +1,4 @@
-"""What the emulator's tests share: the real client here, and the real client elsewhere."""
+"""Fixtures of the emulator's tests: the real client in this process and in others."""
 
 import contextlib
 import os
@@ -38,7 +38,7 @@ pc.authenticate(
 
 @pytest.fixture(autouse=True)
 def _bounded_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client would wait for a query for a year."""
+    """Set a timeout for waits of the client, which would wait for a year."""
     monkeypatch.setenv("POLARS_TIMEOUT_MS", "60000")
 
 
@@ -60,7 +60,7 @@ def cluster(state: State) -> Cluster:
 
 @pytest.fixture
 def start_cluster(pc: ModuleType) -> Callable[..., Any]:
-    """Start a cluster and give its ``ComputeContext``."""
+    """Start a cluster, and return its ``ComputeContext``."""
 
     def start(**specs: Any) -> Any:
         context = pc.ComputeContext(workspace="playground", cpus=2, memory=4, **specs)
@@ -81,7 +81,7 @@ def background(emulator: RunningEmulator) -> Iterator[Executor]:
     """Threads for calls that wait."""
     with ThreadPoolExecutor() as executor:
         yield executor
-        # Also ends what a failed test left waiting.
+        # Also ends the calls of a failed test that still wait.
         emulator.reset()
 
 
@@ -92,7 +92,7 @@ def blocking(tmp_path: Path) -> BlockingQuery:
 
 @pytest.fixture
 def emulator_here() -> Iterator[Callable[..., RunningEmulator]]:
-    """Start an emulator in this process, where the test holds its clock."""
+    """Start an emulator in this process, so that the test can set its clock."""
     emulators: list[Emulator] = []
 
     def start(**options: Any) -> RunningEmulator:
@@ -132,7 +132,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
 
 @pytest.fixture
 def run_client() -> Callable[[Mapping[str, str], str], str]:
-    """Run code after a login in a process of its own; what it printed."""
+    """Run code after a login in another process, and return its output."""
 
     def run(environment: Mapping[str, str], code: str) -> str:
         command = [sys.executable, "-c", LOG_IN + code]

@@ -1,4 +1,4 @@
-"""Disks on which there is no room."""
+"""Simulation of a full disk."""
 
 import contextlib
 import resource
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def full_disk(pid: int) -> Iterator[None]:
-    """Let a process write to no file, while the context is open."""
+    """Make all file writes of a process fail while the context is open."""
     _, most = resource.prlimit(pid, resource.RLIMIT_FSIZE)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, most))
     try:

@@ -1,4 +1,4 @@
-"""What the tests ask the operating system about processes."""
+"""Queries of the operating system about processes."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ import psutil
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process exists and is more than an entry that nobody has collected."""
+    """Return whether the process exists and is not a zombie."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

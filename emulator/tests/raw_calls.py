@@ -1,4 +1,4 @@
-"""Calls that the real client would never make: other versions, other tokens, other bodies."""
+"""Requests that the real client would never send: other versions, tokens and bodies."""
 
 import base64
 import platform
@@ -19,7 +19,7 @@ CLUSTER = {
     "python_version": {"major": MAJOR, "minor": MINOR, "patch": PATCH},
     "polars_version": pl.__version__,
 }
-"""The body of a start, or with a name of a registration, that the emulator accepts."""
+"""A valid body of a start request or, with a name, of a register request."""
 
 VERSIONS = {"x-client-version": "0.12.0", "x-polars-version": pl.__version__}
 WORKSPACE = "/api/v1/workspace/5e41ce00-0000-4000-8000-000000000002"
@@ -29,7 +29,7 @@ CONTROL_PLANE = "/polars_cloud.control_plane.client.v1.ClientService"
 
 
 def tls_client(environment: Mapping[str, str]) -> httpx.Client:
-    """A client of the TLS port that trusts the emulator's certificate authority."""
+    """Return a client of the TLS port that trusts the emulator's certificate authority."""
     [authority] = Path(environment["SSL_CERT_DIR"]).iterdir()
     return httpx.Client(
         base_url=f"https://{environment['POLARS_CLOUD_DOMAIN'].partition('@')[2]}",
@@ -51,7 +51,7 @@ def access_token(environment: Mapping[str, str]) -> str:
 
 
 def rest_client(environment: Mapping[str, str]) -> httpx.Client:
-    """A client of the REST port with everything that the emulator asks for."""
+    """Return a client of the REST port with all required headers."""
     return httpx.Client(
         base_url=environment["POLARS_CLOUD_API_ADDR"],
         headers={"authorization": f"Bearer {access_token(environment)}", **VERSIONS},
@@ -60,14 +60,14 @@ def rest_client(environment: Mapping[str, str]) -> httpx.Client:
 
 
 def basic(environment: Mapping[str, str]) -> str:
-    """The ``authorization`` header with the id and the secret of the service account."""
+    """Return the ``authorization`` header with the id and the secret of the service account."""
     names = ("POLARS_CLOUD_CLIENT_ID", "POLARS_CLOUD_CLIENT_SECRET")
     account = ":".join(environment[name] for name in names)
     return f"Basic {base64.b64encode(account.encode()).decode()}"
 
 
 def admin_client(environment: Mapping[str, str]) -> httpx.Client:
-    """A client of the admin API with everything that the emulator asks for."""
+    """Return a client of the admin API with all required headers."""
     return httpx.Client(
         base_url=f"{environment['POLARS_CLOUD_API_ADDR']}/_emulator/",
         headers={"authorization": basic(environment), "content-type": "application/json"},
@@ -82,7 +82,7 @@ def call_grpc(
     message: bytes = b"",
     host: str | None = None,
 ) -> tuple[grpc.StatusCode, str]:
-    """Status and text of the answer to a message sent to ``path`` on the plain port."""
+    """Send a message to ``path`` on the plain port, and return status and text of the response."""
     target = environment["POLARS_CLOUD_API_ADDR"].removeprefix("http://")
     options = [("grpc.enable_http_proxy", 0), ("grpc.default_authority", host or target)]
     with grpc.insecure_channel(target, options=options) as channel:

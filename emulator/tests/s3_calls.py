@@ -1,4 +1,4 @@
-"""Calls to the emulator's S3: with boto3, and request by request."""
+"""Calls to the emulator's S3, with boto3 and as raw requests."""
 
 import http.client
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ BUCKET = "your-bucket"
 
 
 def s3_client(environment: Mapping[str, str], **changes: str) -> Any:
-    """A client that tries once; ``changes`` are arguments of ``boto3.client``."""
+    """Return a client without retries; ``changes`` are arguments of ``boto3.client``."""
     arguments: dict[str, Any] = {
         "endpoint_url": environment["AWS_ENDPOINT_URL"],
         "aws_access_key_id": environment["AWS_ACCESS_KEY_ID"],
@@ -34,7 +34,7 @@ def s3_client(environment: Mapping[str, str], **changes: str) -> Any:
 class Answer(NamedTuple):
     status: int
     headers: dict[str, str]
-    """Their names in lower case."""
+    """Headers, with their names in lower case."""
     body: bytes
 
 
@@ -49,7 +49,7 @@ def call(
     headers: Mapping[str, str] | None = None,
     body: bytes | None = None,
 ) -> Answer:
-    """Send a request as it is, and read the answer."""
+    """Send a raw request, and read the response."""
     connection.request(method, path, body, dict(headers or {}))
     answer = connection.getresponse()
     names = {name.lower(): value for name, value in answer.getheaders()}
@@ -65,7 +65,7 @@ def signed(
     payload: str = "UNSIGNED-PAYLOAD",
     service: str = "s3",
 ) -> dict[str, str]:
-    """The headers of a request, and what signs them with the emulator's keys."""
+    """Return the headers of a request, signed with the emulator's keys."""
 
     class Signer(S3SigV4Auth):  # type: ignore[misc]
         def payload(self, request: AWSRequest) -> str:

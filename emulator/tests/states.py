@@ -1,4 +1,4 @@
-"""States without an emulator, at moments that the test chooses."""
+"""States without an emulator, with a clock that the test sets."""
 
 from datetime import datetime, timedelta
 from typing import Any
@@ -15,7 +15,7 @@ MINUTE = timedelta(minutes=1)
 
 
 class StoppedClock(Clock):
-    """Time that passes only when it is advanced."""
+    """A clock that advances only on request."""
 
     def __init__(self) -> None:
         super().__init__()

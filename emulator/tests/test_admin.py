@@ -1,4 +1,4 @@
-"""The admin API, and what becomes of calls that nobody understands."""
+"""The admin API, and the responses to unknown calls."""
 
 import json
 from collections.abc import Callable
@@ -46,8 +46,8 @@ def test_unknown_rest_call_is_refused_at_once_and_listed(
 ) -> None:
     answer = rest.request(method, path, json={"name": "x"} if method == "POST" else None)
     assert answer.status_code == 501
-    words = f"the emulator does not know {method} {path}"
-    assert answer.json() == {"message": words, "errors": {}}
+    message = f"the emulator does not support {method} {path}"
+    assert answer.json() == {"message": message, "errors": {}}
     [unmatched] = emulator.state()["unmatched"]
     assert (unmatched["method"], unmatched["path"], unmatched["status"]) == (method, path, 501)
 
@@ -55,7 +55,7 @@ def test_unknown_rest_call_is_refused_at_once_and_listed(
 def test_client_shows_why_a_rest_call_is_refused_without_retrying_it(
     emulator: RunningEmulator, pc: ModuleType
 ) -> None:
-    with pytest.raises(ValueError, match="the emulator keeps no settings of a user"):
+    with pytest.raises(ValueError, match="the emulator stores no user settings"):
         pc.Workspace("playground").set_default()
     assert [call["path"] for call in emulator.journal()].count("/api/v1/user") == 1
 
@@ -67,7 +67,7 @@ def test_unknown_grpc_call_leaves_the_channel_intact(
     query.await_result()
     method = "/arrow.flight.protocol.FlightService/PollFlightInfo"
     for _ in range(3):
-        with pytest.raises(RuntimeError, match=f"does not know POST {method}"):
+        with pytest.raises(RuntimeError, match=f"does not support POST {method}"):
             query._client.scan_flight(query._query_id)
         assert query.get_status().is_done()
     unmatched = emulator.state()["unmatched"]
@@ -79,7 +79,7 @@ def test_unknown_grpc_service_is_unimplemented(emulator: RunningEmulator) -> Non
     headers = {"authorization": f"Bearer {access_token(emulator.environment)}", **VERSIONS}
     status, text = call_grpc(emulator.environment, "/polars_cloud.v9.Service/Call", headers)
     assert status is grpc.StatusCode.UNIMPLEMENTED
-    assert text == "the emulator does not know POST /polars_cloud.v9.Service/Call"
+    assert text == "the emulator does not support POST /polars_cloud.v9.Service/Call"
 
 
 def test_journal_has_every_call_and_neither_it_nor_the_state_a_secret(
@@ -225,11 +225,11 @@ def test_every_change_needs_the_secret_of_a_service_account(
         basic(account | {"POLARS_CLOUD_CLIENT_ID": "somebody-else"}): "unknown client id",
     }
     with admin_client(account) as admin:
-        for authorization, words in wrong.items():
+        for authorization, expected in wrong.items():
             header = {"authorization": authorization.encode("latin-1")}
             answer = admin.request(method, path, json=body, headers=header)
             assert answer.status_code == 401
-            assert words in answer.json()["message"]
+            assert expected in answer.json()["message"]
         assert admin.request(method, path, json=body).status_code == 200
 
 

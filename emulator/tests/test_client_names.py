@@ -1,6 +1,6 @@
-"""Every public name of the client, and of its command `pc`, is answered or refused in words.
+"""Every public name of the client, and of its command `pc`, works or is refused with a clear error.
 
-A name that a newer client adds has no row in these tables, and fails the test of its owner.
+A name that a newer client adds has no row in these tables, so the test of its owner fails.
 """
 
 import asyncio
@@ -19,21 +19,21 @@ import pytest
 
 from polars_cloud_emulator.testing import RunningEmulator
 
-ONE_EACH = "one workspace in one organization: it makes and deletes none"
-NO_ACCOUNTS = "adds service accounts at POST /_emulator/service-accounts alone"
-NO_CLOUD = "runs on no cloud: there is none to connect"
-NO_DEFAULTS = "keeps no settings of a workspace: name the cluster's cpus and memory"
+ONE_EACH = "exactly one workspace in one organization, which cannot be changed"
+NO_ACCOUNTS = "use the emulator's POST /_emulator/service-accounts"
+NO_CLOUD = "does not run on AWS, so a workspace cannot be connected to it"
+NO_DEFAULTS = "stores no cluster defaults; set the cluster's cpus and memory instead"
 NO_FLIGHT = "only supported on `ClusterContext`"
-NO_MACHINES = "workers share one machine: there are no nodes to list"
+NO_MACHINES = "workers share one machine, so there are no nodes to list"
 NO_PHYSICAL_PLAN = "no physical plan, because one worker runs the whole query"
-NO_USER = "keeps no settings of a user: name the workspace"
+NO_USER = "stores no user settings; name the workspace instead"
 
 LINES = pl.LazyFrame({"x": [1, 2]})
 SINKS = "s3://your-bucket/names/"
 
 
 class Used(NamedTuple):
-    """What the names are tried on."""
+    """Objects of the client on which the names are called."""
 
     environment: Mapping[str, str]
     pc: Any
@@ -83,14 +83,14 @@ class Used(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """A call that raises an error with these words."""
+    """A call that raises an error with this text in its message."""
 
     call: Callable[[Used], Any]
-    words: str
+    text: str
 
 
 Calls = dict[str, Callable[[Used], Any] | Refused | None]
-"""The calls of one owner by their names; None asks nobody."""
+"""The calls of one owner by name; None for a name that is not called."""
 
 QUERIES: Calls = {
     "await_and_scan": lambda used: used.frame.await_and_scan().collect(),
@@ -190,7 +190,7 @@ NAMES: dict[str, Calls] = {
             lambda used: used.api.get_workspace_stack(used.workspace), NO_CLOUD
         ),
         "get_workspaces": lambda used: used.api.get_workspaces(),
-        "login": None,  # waits for a person: test_device_logins.py
+        "login": None,  # waits for a person; see test_device_logins.py
         "register_compute_cluster_manifest": lambda used: used.new_context().register("made"),
         "reload_config": None,
         "resolve_default_workspace_id": lambda used: used.api.resolve_default_workspace_id(),
@@ -305,7 +305,7 @@ NAMES: dict[str, Calls] = {
         "get_direct_query_result": lambda used: used.query.await_result(),
         "get_direct_query_status": lambda used: used.query.get_status(),
         "get_query_details": lambda used: used.scheduler.get_query_details(used.query._query_id),
-        "scan_flight": None,  # of a query that collects: test_query_results.py
+        "scan_flight": None,  # needs collect(), which is refused
         "without_default_auth": lambda used: used.cluster_context(),
     },
     "Workspace": {
@@ -342,7 +342,7 @@ FUNCTIONS: Calls = {
     "QueryCloudObserver": lambda used: monitor(used),
     "authenticate": lambda used: log_in(used, used.pc.authenticate),
     "cli_main": None,  # the command `pc`, below
-    "login": None,  # waits for a person: test_device_logins.py
+    "login": None,  # waits for a person; see test_device_logins.py
     "set_compute_context": None,
     "show_versions": lambda used: used.pc.show_versions(used.context),
     "spawn": lambda used: used.pc.spawn(LINES, dst=SINKS, context=used.context).await_result(),
@@ -363,14 +363,14 @@ LOCAL = {
     *("StageStatistics", "TLSOptions", "WorkspaceDefaultComputeSpecs", "WorkspaceStatus"),
     *("__version__", "exceptions"),
 }
-"""Public names of values and settings, which ask nobody."""
+"""Public names of values and settings, which send no requests."""
 COMMANDS: dict[str, tuple[int, str] | None] = {
     "authenticate": (0, "Successfully logged in"),
     "compute details -w playground --id {cluster}": (0, "{cluster}"),
     "compute list -w playground": (0, "Idle"),
     "compute start -w playground --cpus 2 --memory 4 --wait": (0, "is ready"),
     "compute stop -w playground --id {cluster}": (0, "{cluster}"),
-    "login": None,  # waits for a person: test_device_logins.py
+    "login": None,  # waits for a person; see test_device_logins.py
     "organization delete -n emulator": (1, ONE_EACH),
     "organization details -n emulator": (0, "emulator"),
     "organization list": (0, "emulator"),
@@ -385,7 +385,7 @@ COMMANDS: dict[str, tuple[int, str] | None] = {
     "workspace list": (0, "playground"),
     "workspace verify -w playground": (1, "has no AWS account connected"),
 }
-"""Exit code and words of each command of `pc`."""
+"""Exit code and output of each command of `pc`."""
 
 
 def append_to_own_catalog(frame: Any) -> Any:
@@ -417,7 +417,7 @@ def run_in_proxy_mode(used: Used) -> None:
 
 
 def monitor(used: Used) -> None:
-    """Tell Polars Cloud of a query that runs elsewhere; the client ignores all errors of this."""
+    """Report a local query to Polars Cloud; the client ignores all errors of this report."""
     observer = used.pc.QueryCloudObserver("playground")
     observer.on_query_started(uuid4())
     observer.on_query_planned(uuid4(), None, b"", None).close()
@@ -431,7 +431,7 @@ def problem_of(call: Callable[[Used], Any] | Refused, used: Used) -> str | None:
     try:
         call.call(used)
     except Exception as error:
-        return None if call.words in str(error) else f"other words: {error}"
+        return None if call.text in str(error) else f"another error: {error}"
     return "not refused"
 
 
@@ -517,7 +517,7 @@ def walk(*group):
 
 walk()
 """
-"""Prints each command that the help of `pc` and of its groups tells, from one process."""
+"""Prints each command in the help of `pc` and of its groups, from one process."""
 
 
 def test_every_command_has_a_row(emulator: RunningEmulator) -> None:
@@ -532,14 +532,14 @@ def test_every_command_has_a_row(emulator: RunningEmulator) -> None:
     assert rows == set(walked.stdout.splitlines()), walked.stderr
 
 
-@pytest.mark.parametrize("command", [command for command, told in COMMANDS.items() if told])
+@pytest.mark.parametrize("command", [command for command, outcome in COMMANDS.items() if outcome])
 def test_every_command_works_or_is_refused_with_a_clear_error(
     emulator: RunningEmulator, start_cluster: Callable[..., Any], command: str
 ) -> None:
     cluster = str(start_cluster()._compute_id)
     ran = run_pc(emulator, *command.format(cluster=cluster).split())
-    told = COMMANDS[command]
-    assert told is not None
-    assert ran.returncode == told[0], ran.stdout + ran.stderr
-    assert told[1].format(cluster=cluster) in ran.stdout + ran.stderr
+    outcome = COMMANDS[command]
+    assert outcome is not None
+    assert ran.returncode == outcome[0], ran.stdout + ran.stderr
+    assert outcome[1].format(cluster=cluster) in ran.stdout + ran.stderr
     assert emulator.state()["unmatched"] == []

@@ -1,4 +1,4 @@
-"""The time by which clusters are billed."""
+"""The emulator's clock."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -12,7 +12,7 @@ from polars_cloud_emulator.model.state import Snapshot
 
 
 class SystemClock:
-    """The system's clock as somebody sets it."""
+    """The system's clock, set by the test."""
 
     time = datetime(2026, 11, 23, tzinfo=UTC)
     min = datetime.min

@@ -1,4 +1,4 @@
-"""The life of a cluster, at moments that the test chooses."""
+"""The life cycle of a cluster, with a clock that the test sets."""
 
 from datetime import timedelta
 

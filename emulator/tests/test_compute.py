@@ -1,4 +1,4 @@
-"""Clusters: worker processes, statuses, idle timeout and start-up delay."""
+"""Clusters: worker processes, status, idle timeout and start-up delay."""
 
 import contextlib
 from collections.abc import Callable
@@ -69,7 +69,7 @@ def test_worker_that_has_read_from_s3_takes_no_cpu_while_it_waits(
     sales.select(pl.len()).remote(context).execute()
     [pid] = worker_pids(emulator, 1)
     worker = psutil.Process(pid)
-    eventually(lambda: worker.cpu_percent(interval=2) < 2, 20)  # it may have its query to clear up
+    eventually(lambda: worker.cpu_percent(interval=2) < 2, 20)  # after cleaning up the query
 
 
 def test_status_follows_the_cluster(
@@ -123,13 +123,13 @@ def test_stopped_cluster_refuses_queries_at_once(
     unaware = pc.ComputeContext.connect(context._compute_id, workspace="playground")
     pl.LazyFrame({"x": [1]}).remote(unaware).execute()
     context.stop()
-    with pytest.raises(RuntimeError, match="is Stopped: it takes no query"):
+    with pytest.raises(RuntimeError, match="is Stopped: it accepts no queries"):
         pl.LazyFrame({"x": [1]}).remote(unaware).execute()
     assert len(emulator.state()["queries"]) == 1
 
 
 @pytest.mark.parametrize(
-    ("changed", "words"),
+    ("changed", "expected"),
     [
         ({"cluster_size": 0}, "cluster_size must be at least 1, not 0"),
         ({"cluster_size": 10_000}, "cluster_size must be at most 100, not 10000: the emulator has"),
@@ -137,34 +137,34 @@ def test_stopped_cluster_refuses_queries_at_once(
         ({"specs": {"cpus": 100_000, "ram_gb": 4}}, "cpus must be at most 896, not 100000"),
         ({"storage": 0}, "storage must be at least 1, not 0"),
         ({"labels": ["x" * 10**6]}, "must have from 1 to 32 bytes"),
-        ({"mode": None}, "is not understood"),
+        ({"mode": None}, "cannot decode the body"),
     ],
 )
 @pytest.mark.parametrize("path", ["/compute/start", "/manifest"])
 def test_impossible_cluster_is_refused_with_a_clear_error(
-    emulator: RunningEmulator, rest: httpx.Client, path: str, changed: dict[str, Any], words: str
+    emulator: RunningEmulator, rest: httpx.Client, path: str, changed: dict[str, Any], expected: str
 ) -> None:
     answer = rest.post(f"{WORKSPACE}{path}", json=CLUSTER | {"name": "a"} | changed)
     assert answer.status_code == 400
     assert answer.json()["errors"] == {}
-    assert words in answer.json()["message"]
+    assert expected in answer.json()["message"]
     assert len(answer.json()["message"]) < 300
     assert emulator.state()["clusters"] == emulator.state()["manifests"] == []
 
 
 @pytest.mark.parametrize(
-    ("changed", "words"),
+    ("changed", "expected"),
     [
         ({"python_version": {"major": 3, "minor": 10, "patch": 4}}, "start the emulator with the"),
         ({"polars_version": "1.44.2"}, "workers run Polars"),
     ],
 )
 def test_cluster_of_another_version_is_refused_with_a_clear_error(
-    emulator: RunningEmulator, rest: httpx.Client, changed: dict[str, Any], words: str
+    emulator: RunningEmulator, rest: httpx.Client, changed: dict[str, Any], expected: str
 ) -> None:
     answer = rest.post(f"{WORKSPACE}/compute/start", json=CLUSTER | changed)
     assert answer.status_code == 400
-    assert words in answer.json()["message"]
+    assert expected in answer.json()["message"]
     assert emulator.state()["clusters"] == []
 
 
@@ -195,7 +195,7 @@ def test_workspace_that_the_account_does_not_have_is_not_found(
 def test_cluster_whose_workers_cannot_start_has_failed(
     emulator: RunningEmulator, start_cluster: StartCluster, broken: dict[str, str]
 ) -> None:
-    # The client may see the cluster before its workers have failed, or after.
+    # The client may see the cluster before or after its workers have failed.
     with contextlib.suppress(RuntimeError):
         start_cluster(env_vars=broken)
     eventually(lambda: emulator.state()["clusters"][0]["status"] == "Failed")
@@ -271,7 +271,7 @@ def test_query_submitted_while_the_cluster_starts_waits_for_it(
     emulator = emulator_here(clock=clock)
     emulator.add_fault("POST compute/start", "startup_takes", seconds=120)
     with rest_client(emulator.environment) as rest:
-        # By hand: the client looks at a starting cluster again after half a minute only.
+        # Without the client, which polls a starting cluster only every 30 s.
         cluster = rest.post(f"{WORKSPACE}/compute/start", json=CLUSTER).json()
         assert cluster["status"] == "Starting"
         submit = f"""

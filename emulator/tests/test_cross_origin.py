@@ -1,4 +1,4 @@
-"""No web page in a browser on this machine gets through to the emulator."""
+"""Cross-origin requests of web pages are refused."""
 
 import asyncio
 import re
@@ -41,9 +41,9 @@ SENT_BY_PAGES = [
     {"sec-fetch-site": "same-site", "sec-fetch-mode": "cors", "sec-fetch-dest": "empty"},
     {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "iframe"},
 ]
-"""What a browser says of another page, whose name may have been pointed at this machine."""
+"""Headers of a browser for a page of another origin, whose name may resolve to this machine."""
 SENT_UNASKED = ["text/plain", "text/plain; application/json", "multipart/form-data; boundary=x"]
-"""Content types that a browser lets every page send, beside that of a form."""
+"""Content types, besides that of a form, that any page can send without CORS."""
 
 Call = tuple[str, str]
 StartEmulator = Callable[..., RunningEmulator]
@@ -57,7 +57,7 @@ def takes_form(path: str) -> bool:
 def routed(
     emulator_here: StartEmulator, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[RunningEmulator, list[Call]]:
-    """An emulator, with method and path of a call to each of its routes."""
+    """Start an emulator; yield it with method and path of a call to each of its routes."""
     applications: list[Starlette] = []
 
     class Recorded(Starlette):
@@ -81,7 +81,7 @@ def routed(
 def ask(
     routed: tuple[RunningEmulator, list[Call]], request: pytest.FixtureRequest
 ) -> Iterator[Callable[..., httpx.Response]]:
-    """Call as a program with a login does, with other headers where a test says so."""
+    """Send a request like a program with a login, with headers that the test changes."""
     emulator, _ = routed
     admin, bearer = basic(emulator.environment), f"Bearer {access_token(emulator.environment)}"
     is_http2 = request.param == "HTTP/2"
@@ -120,7 +120,7 @@ def test_no_route_is_open_to_a_web_page(
         for headers in wrong:
             answer = ask(*call, headers)
             refused = answer.status_code == (415 if "content-type" in headers else 403)
-            # gRPC's own refusal has its status behind the answer; it is tested below.
+            # A gRPC error has its status in the trailers; another test checks it.
             if not refused and answer.headers.get("content-type") != GRPC:
                 let_in.append((call, headers, answer.status_code, answer.text))
     assert let_in == []
@@ -140,17 +140,19 @@ def test_every_route_is_open_to_a_program_with_a_login(
 def test_grpc_call_of_a_page_is_refused_in_its_own_form(emulator: RunningEmulator) -> None:
     headers = {**VERSIONS, "authorization": f"Bearer {access_token(emulator.environment)}"}
     path = f"{COMPUTE_PLANE}/GetQueryStatus"
-    status, words = call_grpc(emulator.environment, path, headers, host="evil.example")
+    status, message = call_grpc(emulator.environment, path, headers, host="evil.example")
     assert status is grpc.StatusCode.PERMISSION_DENIED
-    assert words.startswith("the host 'evil.example' is not this emulator: call it 127.0.0.1 or ")
+    assert message.startswith("the host 'evil.example' is not this emulator: use 127.0.0.1 or ")
     foreign = {**headers, "origin": "http://evil.example"}
-    status, words = call_grpc(emulator.environment, path, foreign)
+    status, message = call_grpc(emulator.environment, path, foreign)
     assert status is grpc.StatusCode.PERMISSION_DENIED
-    assert words.startswith("a page of 'http://evil.example' may not call the emulator")
+    assert message.startswith(
+        "a page of 'http://evil.example' may not send requests to the emulator"
+    )
 
 
 def answer_to(emulator: RunningEmulator, head: str, until: str = "") -> str:
-    """What is answered to a request that no library would send, up to the word in it."""
+    """Send a raw request, and return the response up to and including ``until``."""
     address = emulator.rest_url.removeprefix("http://")
     with socket.create_connection(address.split(":"), timeout=30) as connection:
         lines = head.format(address=address).splitlines()
@@ -196,8 +198,8 @@ def test_upgrade_to_http2_does_not_bypass_the_checks(emulator: RunningEmulator) 
     settings = "HTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA"
     upgrade = f"Upgrade: h2c\nConnection: Upgrade, HTTP2-Settings\n{settings}"
     answers = [
-        answer_to(emulator, f"GET {STATE} HTTP/1.1\nHost: {host}\n{upgrade}", until=words)
-        for host, words in (("{address}", '"clusters"'), ("evil.example", "not this emulator"))
+        answer_to(emulator, f"GET {STATE} HTTP/1.1\nHost: {host}\n{upgrade}", until=expected)
+        for host, expected in (("{address}", '"clusters"'), ("evil.example", "not this emulator"))
     ]
     assert all(answer.startswith("HTTP/1.1 101") for answer in answers)
     assert '"clusters"' not in answers[1]
@@ -224,7 +226,7 @@ def test_upgrade_to_http2_does_not_bypass_the_checks(emulator: RunningEmulator) 
 def test_emulator_has_the_names_under_which_it_was_started_and_reached(
     host: str, header: str, status: int
 ) -> None:
-    """As with Docker Compose, where it is `emulator`, reached at its container's address."""
+    """As in Docker Compose, where the host name is `emulator` and the address a container's."""
     statuses: list[int] = []
 
     async def send(message: Any) -> None:
@@ -284,7 +286,7 @@ def test_call_without_content_needs_a_content_type_or_a_token(
     emulator: RunningEmulator, rest: httpx.Client, browser: httpx.Client
 ) -> None:
     stop = f"{WORKSPACE}/compute/{ANY_ID}/stop"
-    assert rest.post(stop).status_code == 404  # as the client sends it: the cluster is unknown
+    assert rest.post(stop).status_code == 404  # accepted, but the cluster is unknown
     assert browser.post(stop).status_code == 415
     assert rest.post(stop, content=b"{}").status_code == 415
     account = {"authorization": basic(emulator.environment)}

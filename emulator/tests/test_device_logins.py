@@ -1,4 +1,4 @@
-"""People log in with a code from the terminal that they confirm on a page."""
+"""Device logins: a person confirms a code from the terminal on a page."""
 
 import os
 import re
@@ -58,7 +58,7 @@ def status_of_call(emulator: RunningEmulator, token: str) -> int:
 
 
 def run_pc(emulator: RunningEmulator, config: Path, *arguments: str) -> "subprocess.Popen[str]":
-    """Run the command of a person who has a terminal, no service account and no browser."""
+    """Run `pc` like a person with a terminal, but without a service account and a browser."""
     person = {**os.environ, **emulator.environment, "BROWSER": "true"}
     for name in ACCOUNT:
         del person[name]
@@ -75,13 +75,13 @@ def run_pc(emulator: RunningEmulator, config: Path, *arguments: str) -> "subproc
 def test_person_logs_in_with_a_code_that_a_page_confirms(
     emulator_here: StartEmulator, tmp_path: Path
 ) -> None:
-    # The client renews a token that is good for less than 10 s, before each call.
+    # The client renews a token that expires in less than 10 s before each call.
     emulator = emulator_here(token_lifetime=timedelta(seconds=8))
     with run_pc(emulator, tmp_path, "login") as login:
         assert login.stdout is not None
-        told = ""
-        while (match := re.search(r"^http\S+/portal/login/(\S+)$", told, re.M)) is None:
-            told += login.stdout.readline()
+        output = ""
+        while (match := re.search(r"^http\S+/portal/login/(\S+)$", output, re.M)) is None:
+            output += login.stdout.readline()
         assert f"Is <b>{match[1]}</b> the code" in httpx.get(match[0], trust_env=False).text
         assert "You are logged in" in confirm(emulator.environment, match[0]).text
         assert "Successfully logged in" in login.communicate(timeout=60)[0]
@@ -136,7 +136,7 @@ def test_person_acts_as_the_account_whose_secret_it_was(emulator: RunningEmulato
     assert emulator.journal()[-1]["account"] == client_id
     emulator.reset()
     refused = renew(emulator, tokens["refresh_token"])[1]["error_description"]
-    assert refused == f"service account '{client_id}' is forgotten"
+    assert refused == f"service account '{client_id}' was removed"
 
 
 def test_reset_ends_the_logins_that_were_begun(emulator: RunningEmulator) -> None:
@@ -163,7 +163,7 @@ def test_a_token_serves_one_purpose(emulator: RunningEmulator) -> None:
     tokens = log_in(emulator)
     assert status_of_call(emulator, tokens["refresh_token"]) == 401
     _, refused = renew(emulator, tokens["access_token"])
-    assert refused["error_description"] == "this refresh token was not issued here"
+    assert refused["error_description"] == "this refresh token was not issued by this emulator"
 
 
 def test_revoked_person_is_not_logged_in_again(emulator: RunningEmulator) -> None:

@@ -1,4 +1,4 @@
-"""What goes wrong on request, as the real client sees it."""
+"""Faults, as the real client sees them."""
 
 import socket
 import time
@@ -34,12 +34,12 @@ StartCluster = Callable[..., Any]
 
 @pytest.fixture
 def remote(start_cluster: StartCluster) -> Any:
-    """A query that is ready to run on a cluster of one worker."""
+    """Return a remote query on a cluster with one worker."""
     return pl.LazyFrame({"x": [1, 2]}).remote(start_cluster())
 
 
 def calls(emulator: RunningEmulator, name: str) -> list[int | None]:
-    """The journal's gRPC or HTTP statuses of the calls whose path ends so."""
+    """Return the gRPC or HTTP statuses of the journal's calls whose path ends with ``name``."""
     return [
         entry["status"] if entry["grpc_status"] is None else entry["grpc_status"]
         for entry in emulator.journal()
@@ -426,7 +426,7 @@ def test_one_fault_applies_to_a_call_and_the_first_posted_comes_first(
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"),
+    ("fault", "expected"),
     [
         ("nothing", "the kinds are http_error (status, message), grpc_error (code, message), "),
         ({"operation": "GetQueryStatus"}, "missing required field `kind`"),
@@ -441,20 +441,21 @@ def test_one_fault_applies_to_a_call_and_the_first_posted_comes_first(
         ({"operation": "SubmitQuery", "kind": "stall", "after": 1}, "unknown field `after`"),
         (
             {"operation": "SubmitQuery", "kind": "grpc_error", "code": "GONE", "message": ""},
-            "unknown code 'GONE', known are CANCELLED, ",
+            "unknown code 'GONE'; the codes are CANCELLED, ",
         ),
         (
             {"operation": "POST invoice", "kind": "startup_fails", "message": ""},
-            "startup_fails (message) needs an operation, not 'POST invoice'; "
-            "it fits POST compute/start, POST manifest/start",
+            "startup_fails (message) is for the unknown operation 'POST invoice'; "
+            "its operations are POST compute/start, POST manifest/start",
         ),
         (
             {"operation": "GetQueryStatus", "kind": "query_hangs"},
-            "query_hangs (no fields) does not fit 'GetQueryStatus'; it fits SubmitQuery",
+            "query_hangs (no fields) is incompatible with operation 'GetQueryStatus'; "
+            "its operations are SubmitQuery",
         ),
         (
             {"operation": "GET query", "kind": "grpc_error", "code": "INTERNAL", "message": ""},
-            "it fits CancelQuery, DeleteQueryResult, GetComputeVersions, GetQueryPlans, "
+            "its operations are CancelQuery, DeleteQueryResult, GetComputeVersions, GetQueryPlans, "
             "GetQueryResult, GetQueryStatus, SubmitQuery",
         ),
         (
@@ -468,12 +469,12 @@ def test_one_fault_applies_to_a_call_and_the_first_posted_comes_first(
     ],
 )
 def test_unknown_fault_is_refused_with_a_list_of_the_known_ones(
-    emulator: RunningEmulator, fault: object, words: str
+    emulator: RunningEmulator, fault: object, expected: str
 ) -> None:
     with admin_client(emulator.environment) as admin:
         answer = admin.post("faults", json=fault)
     assert answer.status_code == 400
-    assert words in answer.json()["message"]
+    assert expected in answer.json()["message"]
     assert emulator.state()["faults"] == []
 
 

@@ -1,4 +1,4 @@
-"""A disk without room: what a call changes is kept, or the call is refused and changes nothing."""
+"""A full disk: a call is either committed, or refused without changing anything."""
 
 import contextlib
 import re
@@ -27,11 +27,11 @@ CALL_ERRORS = (ValueError, RuntimeError)
 READS = re.compile("GET .*|Get.*")
 CHANGE_NO_STATE = {"DeleteQueryResult", "POST device", "POST token"}
 PASSING = {"billed_seconds", "seconds"}
-"""What differs from look to look."""
+"""Fields that change with time."""
 
 
 def seen(emulator: RunningEmulator) -> dict[str, Any]:
-    """The state, but for what time changes."""
+    """Return the state without the fields that change with time."""
     state = emulator.state()
     for kind in ("clusters", "queries"):
         state[kind] = [
@@ -45,7 +45,7 @@ def seen(emulator: RunningEmulator) -> dict[str, Any]:
 def calls(
     pc: ModuleType, emulator: RunningEmulator, start_cluster: StartCluster
 ) -> dict[str, Callable[[], object]]:
-    """Each call of a client that changes the state, and the one cluster on which a query runs."""
+    """Return each call of a client that changes the state; one cluster runs a query."""
     frame = pl.LazyFrame({"x": [1]})
     direct, proxy = start_cluster(), start_cluster(connection_mode="proxy")
     for name in ("registered", "unregistered"):
@@ -70,7 +70,7 @@ def calls(
 
 @contextlib.contextmanager
 def no_room_for_the_state(emulator: RunningEmulator) -> Iterator[None]:
-    """Let the emulator write any file but that of its state, while the context is open."""
+    """Make the emulator's writes of its state fail, but no others, while the context is open."""
     with contextlib.closing(sqlite3.connect(state_dir(emulator) / "state.sqlite")) as file:
         file.execute("BEGIN IMMEDIATE")
         yield
@@ -95,10 +95,10 @@ def test_call_that_cannot_be_written_to_disk_changes_nothing(
     before = seen(emulator), descendants(emulator.pid), {*plans.iterdir()}
     with no_room(emulator):
         for name, call in calls.items():
-            words = "the emulator cannot keep its state .*: make room for it, and ask again"
-            # Of a query that it cannot cancel, the client says nothing.
+            expected = "the emulator cannot write its state .*: free disk space, and try again"
+            # The client raises no error for a query that cannot be canceled.
             says = name != "CancelQuery"
-            with pytest.raises(CALL_ERRORS, match=words) if says else contextlib.nullcontext():
+            with pytest.raises(CALL_ERRORS, match=expected) if says else contextlib.nullcontext():
                 call()
             entry = emulator.journal()[-1]
             assert (entry["status"], entry["grpc_status"]) in {(500, None), (200, 13)}
@@ -115,9 +115,9 @@ def test_call_that_cannot_be_written_to_disk_changes_nothing(
 def test_every_call_that_changes_the_state_is_tried(
     emulator: RunningEmulator, calls: dict[str, Callable[[], object]]
 ) -> None:
-    with pytest.raises(ValueError, match="it fits") as refused:
+    with pytest.raises(ValueError, match="its operations are") as refused:
         emulator.add_fault("no such call", "tokens_expire")
-    known = set(str(refused.value).partition("it fits ")[2].split(", "))
+    known = set(str(refused.value).partition("its operations are ")[2].split(", "))
     changing = {call for call in known if not READS.fullmatch(call)} - CHANGE_NO_STATE
     assert changing == {call.partition(" of ")[0] for call in calls}
 
@@ -137,7 +137,7 @@ def test_refused_call_has_done_nothing_after_a_restart(
             ("POST", "manifest/start", {"name": "kept"}),
             ("POST", f"compute/{cluster}/stop", None),
         ):
-            with pytest.raises(ValueError, match="cannot keep its state"):
+            with pytest.raises(ValueError, match="cannot write its state"):
                 served.call(method, path, body)
         served.process.send_signal(signal.SIGKILL)
         served.process.wait(30)
@@ -160,16 +160,16 @@ def test_end_that_cannot_be_written_is_shown_and_reported_when_there_is_room(
         httpx.Client(base_url=emulator.rest_url, trust_env=False) as browser,
     ):
         emulator.advance_clock(timedelta(minutes=1))
-        # The result finds no room either.
+        # The result cannot be written either.
         eventually(lambda: seen(emulator)["queries"][0]["status"] == "Failed")
         page = browser.get("/")
         assert (page.status_code, "failed" in page.text) == (200, True)
-        with pytest.raises(ValueError, match="cannot keep its state"):
+        with pytest.raises(ValueError, match="cannot write its state"):
             emulator.call("GET", f"query/{query_id}")
-        with pytest.raises(RuntimeError, match="cannot keep its state"):
+        with pytest.raises(RuntimeError, match="cannot write its state"):
             query.get_status()
     assert emulator.call("GET", f"query/{query_id}")["status_code"] == "Failed"
-    with pytest.raises(OSError, match="cannot keep this object"):
+    with pytest.raises(OSError, match="cannot store this object"):
         query.await_result()
 
 
@@ -183,7 +183,7 @@ def test_emulator_that_ends_on_a_full_disk_says_what_is_lost(serve: Callable[...
         code, output, errors = served.stop()
     assert (code, output) == (0, "")
     [line] = errors.splitlines()
-    assert "cannot keep its state" in line
+    assert "cannot write its state" in line
 
 
 def test_reset_that_cannot_be_written_to_disk_changes_nothing(
@@ -193,7 +193,7 @@ def test_reset_that_cannot_be_written_to_disk_changes_nothing(
     eventually(lambda: len(seen(emulator)["clusters"][0]["worker_pids"]) == 1)
     before = seen(emulator)
     with full_disk(emulator.pid):
-        with pytest.raises(ValueError, match="cannot keep its state"):
+        with pytest.raises(ValueError, match="cannot write its state"):
             emulator.reset()
         assert seen(emulator) == before
     emulator.reset()

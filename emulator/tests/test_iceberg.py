@@ -1,4 +1,4 @@
-"""Iceberg tables: a worker writes the files, and commits them to the table's catalog."""
+"""Iceberg tables, whose files a worker writes and commits to the catalog."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ def rows(height: int) -> pl.LazyFrame:
 
 @pytest.fixture
 def storage(emulator: RunningEmulator) -> dict[str, str]:
-    """What pyiceberg needs to reach the emulator's S3."""
+    """Return pyiceberg's settings for the emulator's S3."""
     return {
         "s3.endpoint": emulator.environment["AWS_ENDPOINT_URL"],
         "s3.access-key-id": emulator.environment["AWS_ACCESS_KEY_ID"],
@@ -90,7 +90,7 @@ def test_iceberg_sink_is_refused_where_its_cluster_cannot_commit(
 ) -> None:
     context = start_cluster(requirements=requirements)
     table = make_table("s3://your-bucket/warehouse")
-    with pytest.raises(pl.exceptions.ComputeError, match=r"as in 'pyiceberg\[pyarrow\]'"):
+    with pytest.raises(pl.exceptions.ComputeError, match=r"add 'pyiceberg\[pyarrow\]' to the"):
         rows(2).remote(context).sink_iceberg(table, mode="append")
     assert emulator.state()["queries"] == []
 
@@ -101,7 +101,7 @@ def test_iceberg_table_on_a_disk_is_refused(
     context = start_cluster(requirements=REQUIREMENTS)
     table = make_table(f"file://{tmp_path}/warehouse")
     query = rows(2).remote(context).sink_iceberg(table, mode="append")
-    with pytest.raises(pl.exceptions.ComputeError, match="it is on the disk of a worker"):
+    with pytest.raises(pl.exceptions.ComputeError, match="a local path is on the disk of a worker"):
         query.await_result()
     assert height(table) == 0
     assert not [*tmp_path.rglob("*.parquet")]

@@ -1,4 +1,4 @@
-"""What the emulator and its workers see of the machine and of whoever started them: nothing."""
+"""The emulator and its workers are isolated from the machine and from their caller."""
 
 import ast
 import os
@@ -38,7 +38,7 @@ def test_script_named_like_a_standard_module_is_not_run_by_the_emulator(tmp_path
     script.write_text(STARTS_ONE.format(then=""))
     ran = subprocess.run(
         [sys.executable, "-P", str(script)],
-        # As a caller whose own folder stands on the path.
+        # Like a caller whose own folder is on the import path.
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         cwd=tmp_path,
         capture_output=True,
@@ -84,7 +84,7 @@ def test_emulator_and_its_workers_end_with_the_process_that_started_them(
     "module",
     [
         *("include", "airflow", "boto3", "moto", "numpy"),
-        # What runs the worker, and what is installed beside it.
+        # Packages of the emulator itself, and others in its environment.
         *("msgspec", "polars_cloud_emulator", "polars_cloud_emulator.model", "polars_cloud"),
         *("packaging", "pip", "google.protobuf"),
     ],
@@ -166,21 +166,21 @@ def test_user_function_imports_what_its_cluster_declares(start_cluster: StartClu
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "expected"),
     [
-        ("no-such-package==1", "'no-such-package==1' is not met: it is not installed here"),
+        ("no-such-package==1", "'no-such-package==1' is not met: it is not installed in the emu"),
         ("boto3<1", "'boto3<1' is not met: 1."),
-        ("-r more.txt", "'-r more.txt' names what a cluster does not have"),
-        ("httpx[brotli]", "is not met: it is not installed here"),
+        ("-r more.txt", "'-r more.txt' refers to something that a cluster does not have"),
+        ("httpx[brotli]", "is not met: it is not installed in the emulator's environment"),
     ],
 )
 def test_requirement_that_is_not_met_fails_the_cluster_with_a_clear_error(
-    rest: httpx.Client, line: str, words: str
+    rest: httpx.Client, line: str, expected: str
 ) -> None:
     started = rest.post(f"{WORKSPACE}/compute/start", json=CLUSTER | {"requirements_txt": line})
     cluster = rest.get(f"{WORKSPACE}/compute/{started.json()['id']}").json()
     assert cluster["status"] == "Failed"
-    assert words in cluster["termination"]["termination_message"]
+    assert expected in cluster["termination"]["termination_message"]
 
 
 def test_worker_has_the_variables_that_its_cluster_declares_and_none_of_the_callers(
@@ -217,7 +217,7 @@ def test_variables_of_a_cluster_make_neither_python_nor_the_loader_run_code(
     found = ask_worker(context, lambda: [sys.path, pl.thread_pool_size(), {**os.environ}])
     path, threads, environment = ast.literal_eval(found)
     assert str(tmp_path) not in path
-    assert threads == 1, "Polars does not heed its own"
+    assert threads == 1, "Polars ignores its variable"
     assert environment | variables == environment
     assert not ran.exists()
 

@@ -1,4 +1,4 @@
-"""How much the journal keeps."""
+"""Size of the journal."""
 
 from emulator.tests.states import StoppedClock
 from polars_cloud_emulator.protocol.journal import MAX_ENTRIES, Journal

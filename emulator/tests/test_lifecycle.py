@@ -1,4 +1,4 @@
-"""``python -m polars_cloud_emulator serve``: start, stop, and what is left behind."""
+"""``python -m polars_cloud_emulator serve``: start, stop and restart."""
 
 import contextlib
 import os
@@ -45,7 +45,7 @@ query = blocking.lazy_frame().remote(ctx).sink_parquet("s3://your-bucket/mine/")
 
 @pytest.fixture
 def port_base() -> int:
-    """The first of three free ports in a row, below those that the system gives out by itself."""
+    """Return the first of three consecutive free ports, below the ephemeral ports of the system."""
     while True:
         base = random.randrange(10_000, 32_000)
         with contextlib.ExitStack() as held, contextlib.suppress(OSError):
@@ -86,7 +86,7 @@ def test_open_connection_of_a_client_does_not_delay_the_end(
     with tls_client(served.environment) as tls, rest_client(served.environment) as rest:
         assert tls.get("/nothing").status_code == rest.get("/nothing").status_code == 501
         served.process.send_signal(signal.SIGTERM)
-        # An asyncio server would wait 30 s for a goodbye that does not come.
+        # An asyncio server would wait 30 s for a TLS shutdown that does not come.
         _, errors = served.process.communicate(timeout=15)
     assert errors == ""
 
@@ -175,7 +175,7 @@ def test_port_in_use_is_reported_in_one_sentence(port_base: int, taken: int) -> 
     assert len(ran.stderr.splitlines()) == 1
     assert "Address already in use" in ran.stderr
     assert str(port_base + taken) in ran.stderr
-    assert "is another emulator running? try --port-base" in ran.stderr
+    assert "is another emulator running? choose other ports with --port-base" in ran.stderr
 
 
 def test_wait_survives_a_restart_of_the_emulator(
@@ -250,7 +250,7 @@ def test_sample_data_covers_the_day_of_a_later_start_and_every_day_after_it(
             assert last_day_of_returns(emulator) == clock.now().date() + timedelta(days=1)
             clock.advance(timedelta(days=40))
             tomorrow = clock.now().date() + timedelta(days=1)
-            # Of the tables the last to be written; a file that is being replaced has no last day.
+            # `returns` is written last; a file that is being replaced has no last day.
             eventually(partial(object_exists, emulator, f"returns/{tomorrow:%Y-%m}.parquet"))
             assert last_day_of_returns(emulator) == tomorrow
 
@@ -268,7 +268,7 @@ def test_reset_comes_after_the_sample_data_of_another_day(
     def write_slowly(store: ObjectStore, last_day: date) -> None:
         if last_day == later:
             begun.set()
-            reset_was_faster.wait(1)  # as long as a loaded machine may take
+            reset_was_faster.wait(1)  # enough time on a busy machine
         write(store, last_day)
         written.append(last_day)
         reset_was_faster.set()

@@ -1,4 +1,4 @@
-"""Nothing leaves the machine: client, emulator and workers in a network without a way out."""
+"""Nothing leaves the machine: client, emulator and workers in a network with loopback alone."""
 
 import json
 import os
@@ -18,7 +18,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
     fcntl.ioctl(any_socket, SIOCSIFFLAGS, up)
 
 def attempts():
-    # The kernel counts what it was to send, or to connect to, without having a route for it.
+    # The kernel counts packets and connections for which it has no route.
     names, values = re.findall("^Ip: (.*)$", Path("/proc/net/snmp").read_text(), re.M)
     v4 = dict(zip(names.split(), map(int, values.split())))["OutNoRoutes"]
     [v6] = re.findall(r"^Ip6OutNoRoutes\\s+(\\d+)$", Path("/proc/net/snmp6").read_text(), re.M)
@@ -71,7 +71,7 @@ def run_without_a_way_out(code: str, tmp_path: Path) -> str:
     allowed = subprocess.run([*unshare, "true"], capture_output=True, text=True)
     if allowed.returncode != 0:
         pytest.skip(f"no network namespace on this machine: {allowed.stderr.strip()}")
-    # A name server on loopback would hide the questions that it passes on.
+    # A name server on loopback would hide the queries that it forwards.
     script = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'
     python = [sys.executable, "-c", NETWORK_OF_ITS_OWN + code]
     ran = subprocess.run(

@@ -1,4 +1,4 @@
-"""Calls that no client would make are refused in words, and leave nothing in the output."""
+"""Malformed calls are refused with a clear error, and are not logged."""
 
 import socket
 from collections.abc import Callable
@@ -32,7 +32,7 @@ HEADER = pl.LazyFrame().serialize()[:79]
 
 
 def field(number: int, content: bytes) -> bytes:
-    """A length-delimited field of a protobuf message, shorter than 16,384 bytes."""
+    """Return a length-delimited field of a protobuf message, shorter than 16,384 bytes."""
     return bytes([number << 3 | 2, len(content) & 127 | 128, len(content) >> 7]) + content
 
 
@@ -73,9 +73,9 @@ def test_malformed_reference_is_an_invalid_argument(
     emulator: RunningEmulator, headers: dict[str, str], method: str, message: bytes
 ) -> None:
     path = f"{COMPUTE_PLANE}/{method}"
-    status, words = call_grpc(emulator.environment, path, headers, message)
+    status, text = call_grpc(emulator.environment, path, headers, message)
     assert status is grpc.StatusCode.INVALID_ARGUMENT
-    assert words
+    assert text
 
 
 @pytest.mark.parametrize("message", SUBMISSIONS.values(), ids=SUBMISSIONS)
@@ -85,21 +85,21 @@ def test_malformed_submission_is_an_invalid_argument(
     cluster_id = start_cluster(connection_mode="proxy")._compute_id
     cluster = field(1, field(1, str(cluster_id).encode()))
     path = f"{CONTROL_PLANE}/SubmitQuery"
-    status, words = call_grpc(emulator.environment, path, headers, cluster + message)
+    status, text = call_grpc(emulator.environment, path, headers, cluster + message)
     assert status is grpc.StatusCode.INVALID_ARGUMENT
-    assert words
+    assert text
     assert emulator.state()["queries"] == []
 
 
 @pytest.mark.parametrize(
-    ("message", "words"),
+    ("message", "expected"),
     [
-        (field(2, b"\x58" + b"\xff" * 8 + b"\x01"), "priority has to fit into 32 bits"),
-        (field(2, b"\x38" + b"\xff" * 8 + b"\x01"), "optimization_flags have to fit into 32 bits"),
+        (field(2, b"\x58" + b"\xff" * 8 + b"\x01"), "priority must be a 32-bit integer"),
+        (field(2, b"\x38" + b"\xff" * 8 + b"\x01"), "optimization_flags must fit into 32 bits"),
         (field(2, field(9, b"\x08\x00")), "min_workers must be from 1 to 4294967295, not 0"),
         (field(2, field(9, b"\x10\x00")), "max_workers must be from 1 to 4294967295, not 0"),
         (field(2, field(9, b"\x08" + b"\xff" * 8 + b"\x01")), "min_workers must be from 1 to 429"),
-        (field(2, field(9, b"\x08\x03\x10\x02")), "must not be above max_workers: 3 is above 2"),
+        (field(2, field(9, b"\x08\x03\x10\x02")), "(3) must not be greater than max_workers (2)"),
         (field(4, field(1, b"")), "label '' must have from 1 to 32 bytes"),
         (field(4, field(1, field(1, b"x" * 33))), "must have from 1 to 32 bytes"),
         (field(4, field(1, field(1, b"a\n"))), "label 'a\\n' must not have control characters"),
@@ -112,14 +112,14 @@ def test_submission_that_the_client_would_not_make_is_refused_with_a_clear_error
     headers: dict[str, str],
     start_cluster: Any,
     message: bytes,
-    words: str,
+    expected: str,
 ) -> None:
     cluster_id = start_cluster(connection_mode="proxy")._compute_id
     cluster = field(1, field(1, str(cluster_id).encode()))
     path = f"{CONTROL_PLANE}/SubmitQuery"
     status, said = call_grpc(emulator.environment, path, headers, cluster + message)
     assert status is grpc.StatusCode.INVALID_ARGUMENT
-    assert words in said
+    assert expected in said
 
 
 @pytest.mark.parametrize("name", ["page", "limit"])
@@ -127,7 +127,7 @@ def test_submission_that_the_client_would_not_make_is_refused_with_a_clear_error
 def test_invalid_count_is_refused(rest: httpx.Client, name: str, value: str) -> None:
     answer = rest.get(f"{WORKSPACE}/query", params={name: value})
     assert answer.status_code == 400
-    assert answer.json()["message"].startswith(f"{name} is a whole number from 1, not '")
+    assert answer.json()["message"].startswith(f"{name} must be a whole number from 1, not '")
 
 
 @pytest.mark.parametrize(
@@ -137,12 +137,12 @@ def test_invalid_count_is_refused(rest: httpx.Client, name: str, value: str) -> 
 def test_body_that_is_not_json_is_refused(rest: httpx.Client, path: str, body: bytes) -> None:
     answer = rest.post(f"{WORKSPACE}{path}", content=body, headers=JSON)
     assert answer.status_code == 400
-    assert "is not understood" in answer.json()["message"]
+    assert "cannot decode the body" in answer.json()["message"]
 
 
 def test_error_message_cannot_end_the_status_line(emulator: RunningEmulator) -> None:
     answer = httpx.get(f"{emulator.rest_url}/x%0d%0aset-cookie:%20a=b%00\u00fc", trust_env=False)
-    assert answer.reason_phrase == "the emulator does not know GET /xset-cookie: a=b "
+    assert answer.reason_phrase == "the emulator does not support GET /xset-cookie: a=b "
     assert "set-cookie" not in answer.headers
 
 
@@ -185,5 +185,5 @@ def test_malformed_request_is_logged_in_one_line(
         connection.sendall(client.data_to_send())
         while connection.recv(10_000):
             pass
-    words = "A connection was closed, because hypercorn failed to read it (UnicodeDecodeError)\n"
-    assert served.stop() == (0, "", words)
+    output = "A connection was closed, because its data is not valid HTTP (UnicodeDecodeError)\n"
+    assert served.stop() == (0, "", output)

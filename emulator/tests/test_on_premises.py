@@ -1,4 +1,4 @@
-"""An emulator that is a cluster of a company's own: one cluster, and no control plane."""
+"""An on-premises emulator: one cluster, and no control plane."""
 
 import json
 from collections.abc import Iterator
@@ -60,7 +60,7 @@ def test_cluster_on_premises_is_there_again_after_a_reset(on_premises: RunningEm
 
 
 def test_emulator_on_premises_has_no_control_plane(on_premises: RunningEmulator) -> None:
-    with pytest.raises(ValueError, match="does not know"):
+    with pytest.raises(ValueError, match="does not support"):
         on_premises.call("GET", "compute")
     assert on_premises.state()["unmatched"]
 

@@ -1,4 +1,4 @@
-"""An S3 outside the emulator in place of its own: only when asked for, and only for queries."""
+"""An external S3 instead of the emulator's own: only with its option, and only for queries."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ CONNECT = 'ctx = pc.ComputeContext(workspace="playground", cpus=2, memory=4)\n'
 
 
 class OutsideS3:
-    """An S3 server with one bucket, to which this process's ``AWS_*`` variables lead."""
+    """An S3 server with one bucket, which this process's ``AWS_*`` variables configure."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.environment = environment
@@ -30,7 +30,7 @@ class OutsideS3:
         self._client.create_bucket(Bucket="my-bucket")
 
     def objects(self) -> list[str]:
-        """Every object of every bucket."""
+        """Return all objects of all buckets."""
         return [
             f"s3://{bucket['Name']}/{entry['Key']}"
             for bucket in self._client.list_buckets()["Buckets"]
@@ -156,7 +156,7 @@ pl.LazyFrame({"x": [1]}).remote(ctx).sink_parquet("s3://your-bucket/mine/").awai
         (
             "AWS_ENDPOINT_URL",
             "minio:9000",
-            "AWS_ENDPOINT_URL has to begin with http:// or https://: minio:9000",
+            "AWS_ENDPOINT_URL must begin with http:// or https://, not minio:9000",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Which ``Host`` headers name this machine."""
+"""Check of the ``Host`` header."""
 
 import pytest
 

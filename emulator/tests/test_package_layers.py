@@ -1,4 +1,4 @@
-"""The emulator's package has layers, and what a layer imports lies below it."""
+"""The emulator's package has layers: each imports only from itself and from lower layers."""
 
 import re
 from pathlib import Path
@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "polars_cloud_emulator"
 LAYERS = ["model", "protocol", "storage", "faults", "workers", "planes"]
-"""From the ground up."""
+"""Packages, lowest layer first."""
 SHARED = {"clock", "sample_data"}
-"""Modules beside the layers that every layer may import."""
+"""Modules that every layer may import."""
 
 
 def test_every_package_is_a_layer() -> None:

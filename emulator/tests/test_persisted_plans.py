@@ -1,4 +1,4 @@
-"""`persisted_plans.py`: a plan until its query has ended, and what is shown of it from then on."""
+"""`persisted_plans.py`: the plan until its query has ended, and the redacted plan after that."""
 
 from pathlib import Path
 from uuid import uuid4
@@ -42,7 +42,7 @@ def test_all_files_but_plans_of_known_queries_are_deleted(
 
 
 def test_plan_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    # A folder that is missing stands for a disk that is full.
+    # A missing folder stands for a full disk.
     plans = PersistedPlans(tmp_path / "missing")
-    with pytest.raises(CannotPersist, match=r"cannot keep its state \(.*: make room for it"):
+    with pytest.raises(CannotPersist, match=r"cannot write its state \(.*: free disk space"):
         plans.store(uuid4(), b"plan", redacted=None)

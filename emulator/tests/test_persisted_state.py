@@ -1,4 +1,4 @@
-"""What of the state is kept, and what a restart makes of it."""
+"""Persisted state, and its restoration after a restart."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a client was told, and what it wrote, is there again after SIGKILL at any moment."""
+"""Acknowledged changes and written objects survive SIGKILL at any time."""
 
 import contextlib
 import random
@@ -71,20 +71,20 @@ def test_acknowledged_changes_survive_each_of_many_kills(restart: Restart) -> No
     told_manifests: set[str] = set()
     told_clusters: set[str] = set()
 
-    def write_objects(served: Served, round_: int, told: threading.Event) -> None:
+    def write_objects(served: Served, round_: int, done: threading.Event) -> None:
         s3 = s3_client(served)
         for number in range(100_000):
             key, content = f"{round_}/{number % 7}", f"{round_} {number}".encode() * 1000
             try:
                 s3.put_object(Bucket=BUCKET, Key=key, Body=content)
             except (BotoCoreError, ClientError):
-                # The one in flight is there, or the one before it.
+                # Either the object in flight is there, or the previous one.
                 told_objects.pop(key, None)
                 return
             told_objects[key] = content
-            told.set()
+            done.set()
 
-    def register(served: Served, round_: int, told: threading.Event) -> None:
+    def register(served: Served, round_: int, done: threading.Event) -> None:
         with contextlib.suppress(httpx.HTTPError), rest_client(served.environment) as rest:
             started = rest.post(f"{WORKSPACE}/compute/start", json=CLUSTER)
             told_clusters.add(started.json()["id"])
@@ -92,17 +92,17 @@ def test_acknowledged_changes_survive_each_of_many_kills(restart: Restart) -> No
                 name = f"m-{round_}-{number}"
                 rest.post(f"{WORKSPACE}/manifest", json=CLUSTER | {"name": name})
                 told_manifests.add(name)
-                told.set()
+                done.set()
 
     moments = random.Random(1)
     for round_ in range(KILLS):
         served = restart()
-        told = [threading.Event(), threading.Event()]
+        done = [threading.Event(), threading.Event()]
         with ThreadPoolExecutor() as clients:
-            for client, event in zip((write_objects, register), told, strict=True):
+            for client, event in zip((write_objects, register), done, strict=True):
                 clients.submit(client, served, round_, event)
-            assert all(event.wait(60) for event in told)
-            # Any moment will do.
+            assert all(event.wait(60) for event in done)
+            # A random time.
             threading.Event().wait(moments.uniform(0, 0.5))
             kill(served)
 
@@ -138,7 +138,7 @@ assert query.await_result().n_rows_total == 2
 
 
 @pytest.mark.parametrize(
-    ("changed", "words"),
+    ("changed", "expected"),
     [
         ({"cluster_size": 10_000}, "cluster_size must be at most 100"),
         ({"requirements_txt": "nowhere-at-all"}, "requirement 'nowhere-at-all' is not met"),
@@ -146,7 +146,7 @@ assert query.await_result().n_rows_total == 2
     ],
 )
 def test_cluster_that_cannot_restart_fails_and_the_others_keep_running(
-    restart: Restart, tmp_path: Path, changed: dict[str, Any], words: str
+    restart: Restart, tmp_path: Path, changed: dict[str, Any], expected: str
 ) -> None:
     served = restart()
     with rest_client(served.environment) as rest:
@@ -169,14 +169,14 @@ def test_cluster_that_cannot_restart_fails_and_the_others_keep_running(
     assert statuses == {lost["id"]: "Failed", kept["id"]: "Idle"}
     with rest_client(served.environment) as rest:
         cluster = rest.get(f"{WORKSPACE}/compute/{lost['id']}").json()
-        assert words in cluster["termination"]["termination_message"]
+        assert expected in cluster["termination"]["termination_message"]
         assert rest.post(f"{WORKSPACE}/manifest/start", json={"name": "large"}).is_error == (
-            "requirements_txt" not in changed  # found to be missing when it starts
+            "requirements_txt" not in changed  # checked when the cluster starts
         )
-    code, _, told = served.stop()
+    code, _, errors = served.stop()
     assert code == 0
-    assert f"Cluster {lost['id']} failed at the restart: " in told
-    assert words in told
+    assert f"Cluster {lost['id']} failed to restart: " in errors
+    assert expected in errors
 
 
 def test_object_of_any_key_survives_a_restart(restart: Restart) -> None:
@@ -289,7 +289,7 @@ def test_write_to_a_full_disk_changes_no_object(restart: Restart) -> None:
     ]
     with full_disk(served.pid):
         for write in writes:
-            with pytest.raises(ClientError, match="The emulator cannot keep this object"):
+            with pytest.raises(ClientError, match="The emulator cannot store this object"):
                 write()
             got = s3.get_object(**old)
             assert (got["Body"].read(), got["Metadata"]) == (b"before", {"of": "mine"})
@@ -314,9 +314,9 @@ def test_large_call_on_a_full_disk_is_refused(
         return call_grpc(served.environment, path, headers, bytes(3_000_000))
 
     assert call()[0] is grpc.StatusCode.INVALID_ARGUMENT
-    # A folder that is missing stands for a disk that is full.
+    # A missing folder stands for a full disk.
     temporary.rmdir()
-    status, words = call()
+    status, text = call()
     assert status is grpc.StatusCode.INTERNAL
-    assert words.startswith("the emulator cannot keep its state (")
+    assert text.startswith("the emulator cannot write its state (")
     assert served.stop() == (0, "", "")

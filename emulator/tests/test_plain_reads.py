@@ -1,4 +1,4 @@
-"""Plain reads, which do not reach moto, are answered as moto answers them."""
+"""Plain reads, which moto does not handle, have the same responses as moto's."""
 
 import contextlib
 import socket
@@ -15,7 +15,7 @@ from polars_cloud_emulator.storage.object_store import ObjectStore
 
 CONTENT = bytes(range(100))
 TIMES_AND_IDS = {"date", "x-amzn-requestid", "x-amz-content-sha256"}
-"""Headers of an answer that differ each time, or that moto takes from the request before."""
+"""Headers that differ each time, or that moto copies from the writing request."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def _objects(s3: Any) -> None:
 def answers(
     environment: dict[str, str], method: str, path: str, headers: dict[str, str]
 ) -> tuple[Answer, Answer, bool]:
-    """The emulator's answer, moto's, and whether the former is not moto's, too."""
+    """Return the emulator's response, moto's, and whether the emulator answered without moto."""
     given: list[object] = []
     with contextlib.closing(connect(environment)) as connection, pytest.MonkeyPatch.context() as m:
 

@@ -1,4 +1,4 @@
-"""Queries through the control plane, and queries picked up again by their id."""
+"""Queries through the control plane, and queries resumed by their id."""
 
 from collections.abc import Callable
 from concurrent.futures import Executor

@@ -1,4 +1,4 @@
-"""The emulator in a stranger's test suite."""
+"""The emulator's fixtures in another test suite."""
 
 import os
 import subprocess
@@ -64,17 +64,17 @@ def run_pytest(folder: Path, content: str) -> "subprocess.CompletedProcess[str]"
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "expected"),
     [
         pytest.param(EXAMPLE.read_text(), "3 passed", id="the example"),
-        pytest.param(TWO_TESTS, "2 passed", id="each test begins anew"),
-        pytest.param(NONE, "1 passed", id="nothing is started unasked"),
-        pytest.param(BEFORE, "import it in your tests and functions", id="an import too early"),
+        pytest.param(TWO_TESTS, "2 passed", id="reset after each test"),
+        pytest.param(NONE, "1 passed", id="not started unless requested"),
+        pytest.param(BEFORE, "import it in your tests and functions", id="imported too early"),
     ],
 )
-def test_fixtures_work_in_a_test_suite(tmp_path: Path, content: str, words: str) -> None:
+def test_fixtures_work_in_a_test_suite(tmp_path: Path, content: str, expected: str) -> None:
     ran = run_pytest(tmp_path, content)
-    assert words in ran.stdout, ran.stdout + ran.stderr
+    assert expected in ran.stdout, ran.stdout + ran.stderr
 
 
 def test_readme_shows_the_example() -> None:

@@ -1,4 +1,4 @@
-"""The list of queries, in which a submission is found again whose answer was lost."""
+"""The list of queries, in which a submission whose response was lost can be found."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -17,7 +17,7 @@ LF = pl.LazyFrame({"x": [1, 2]})
 
 
 def listed(pc: ModuleType) -> list[Any]:
-    """What the client itself gives."""
+    """Return the client's own list."""
     from polars_cloud import constants
 
     queries: list[Any] = constants.API_CLIENT.get_queries(pc.Workspace("playground").id)
@@ -94,4 +94,4 @@ def test_list_is_ordered_and_paged_as_asked(
     assert page(order="request_time,desc", limit=2, page=2) == [ids[0]]
     refused = rest.get(f"{WORKSPACE}/query", params={"order": "colour,asc"})
     assert refused.status_code == 400
-    assert "order is a field of request_time, " in refused.json()["message"]
+    assert "order must be one of request_time, " in refused.json()["message"]

@@ -1,4 +1,4 @@
-"""The plan of a query: told as Polars tells it, with or without a run."""
+"""Explanations of a query's plan, with and without running the query."""
 
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -25,7 +25,7 @@ def large_sales() -> pl.LazyFrame:
 
 
 def written(frame: pl.LazyFrame) -> pl.LazyFrame:
-    """The plan that the client sends."""
+    """Return the plan that the client sends."""
     return frame.sink_parquet(TARGET, lazy=True)
 
 
@@ -62,8 +62,8 @@ def test_plan_of_a_query_that_ran_equals_that_of_polars(
 def test_physical_plan_is_refused_with_a_clear_error(
     start_cluster: StartCluster, ask: Callable[[Any], Any]
 ) -> None:
-    words = "no physical plan, because one worker runs the whole query; ask for the optimized plan"
-    with pytest.raises((pl.exceptions.ComputeError, RuntimeError), match=words):
+    expected = "no physical plan, because one worker runs the whole query; request the"
+    with pytest.raises((pl.exceptions.ComputeError, RuntimeError), match=expected):
         ask(start_cluster())
 
 
@@ -117,7 +117,7 @@ def test_large_frame_is_explained_and_forgotten(start_cluster: StartCluster) -> 
     context, frame = start_cluster(), pl.LazyFrame({"x": range(100_000)})
     assert 'DF ["x"]' in frame.remote(context).explain(plan_stage="ir")
     result = frame.remote(context).execute()
-    with pytest.raises(RuntimeError, match="The plan is not kept: it was large"):
+    with pytest.raises(RuntimeError, match="The plan was not stored: it is large"):
         result.graph("ir", raw_output=True, show=False)
 
 

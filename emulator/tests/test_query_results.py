@@ -1,4 +1,4 @@
-"""What a query reads, writes, answers and raises."""
+"""Input, output, results and errors of queries."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -214,7 +214,7 @@ def test_large_plan_and_result_pass(context: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("frame", "error", "words"),
+    ("frame", "error", "match"),
     [
         (pl.scan_parquet(SALES).select("nope"), pl.exceptions.ColumnNotFoundError, '"nope"'),
         (
@@ -237,10 +237,10 @@ def test_large_plan_and_result_pass(context: Any) -> None:
     ],
 )
 def test_failed_query_raises_the_exception_of_the_worker(
-    pc: ModuleType, context: Any, frame: pl.LazyFrame, error: type[Exception], words: str
+    pc: ModuleType, context: Any, frame: pl.LazyFrame, error: type[Exception], match: str
 ) -> None:
     query = frame.remote(context).sink_parquet("s3://your-bucket/never/")
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=match):
         query.await_result()
     assert query.get_status() is pc.QueryStatus.FAILED
     result = query.await_result(raise_on_failure=False)
@@ -253,7 +253,7 @@ def test_failed_query_raises_the_exception_of_the_worker(
         (ZeroDivisionError("division by zero"), ZeroDivisionError),
         (KeyError("region"), KeyError),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), ValueError),
-        (LookupError("words: with, punctuation\nand lines"), LookupError),
+        (LookupError("text: with, punctuation\nand lines"), LookupError),
     ],
 )
 def test_exception_of_a_user_function_keeps_its_type(
@@ -271,20 +271,20 @@ def test_exception_of_a_user_function_keeps_its_type(
 
 
 @pytest.mark.parametrize(
-    ("make_bucket", "error", "words"),
+    ("make_bucket", "error", "match"),
     [
         (create_bucket_of_others, PermissionError, "lacked the necessary privileges"),
         (create_bucket_elsewhere, OSError, "redirect .* incorrectly configured region"),
     ],
 )
 def test_bucket_refuses_queries_as_its_policy_and_its_region_say(
-    context: Any, make_bucket: Callable[[str], None], error: type[Exception], words: str
+    context: Any, make_bucket: Callable[[str], None], error: type[Exception], match: str
 ) -> None:
     bucket = f"of-query-results-{error.__name__.lower()}"
     make_bucket(bucket)
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=match):
         one_row().remote(context).sink_parquet(f"s3://{bucket}/x/").await_result()
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=match):
         pl.scan_parquet(f"s3://{bucket}/x.parquet").remote(context).execute()
 
 

@@ -1,4 +1,4 @@
-"""The realistic mode: as slow, and as forgetful, as a cloud."""
+"""The realistic mode: delays, expiry and file names."""
 
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -32,7 +32,7 @@ def realistic(running_realistic: RunningEmulator) -> RunningEmulator:
 
 @pytest.fixture
 def cluster_id(realistic: RunningEmulator) -> str:
-    """A cluster that has started; the client would look after 30 seconds only."""
+    """Start a cluster without the client, which polls only every 30 s."""
     cluster = realistic.call("POST", "compute/start", CLUSTER)
     assert cluster["status"] == "Starting"
     eventually(lambda: realistic.state()["clusters"][-1]["status"] == "Idle")

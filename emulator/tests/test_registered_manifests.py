@@ -1,4 +1,4 @@
-"""Named manifests: registered once, drift noticed, one live cluster each."""
+"""Manifests: registered once, drift detected, one live cluster each."""
 
 import platform
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def test_two_starts_of_a_manifest_give_one_live_cluster(
 
 def test_registering_a_name_twice_is_refused(register: Callable[..., Any]) -> None:
     register()
-    with pytest.raises(ValueError, match="exists; unregister it to register it anew"):
+    with pytest.raises(ValueError, match="exists; unregister it before you register it again"):
         register()
 
 
@@ -112,19 +112,19 @@ def test_unregistered_name_is_free_and_its_cluster_runs_on(
 
 
 @pytest.mark.parametrize(
-    ("drift", "words"),
+    ("drift", "expected"),
     [
         ({"python_version": {"major": 3, "minor": 10, "patch": 4}}, r"python version.*3\.10\.4"),
         ({"polars_version": "1.44.2"}, r"polars version.*1\.44\.2"),
     ],
 )
 def test_manifest_of_another_version_is_stored_and_refused_by_the_client(
-    pc: ModuleType, rest: httpx.Client, drift: dict[str, Any], words: str
+    pc: ModuleType, rest: httpx.Client, drift: dict[str, Any], expected: str
 ) -> None:
     from polars_cloud.polars_cloud import ComputeClusterMisspecified
 
     body = CLUSTER | {"name": NAME} | drift
     assert rest.post(f"{WORKSPACE}/manifest", json=body).status_code == 200
-    with pytest.raises(ComputeClusterMisspecified, match=words):
+    with pytest.raises(ComputeClusterMisspecified, match=expected):
         named(pc)
     assert rest.post(f"{WORKSPACE}/manifest/start", json=body).status_code == 400

@@ -1,4 +1,4 @@
-"""Large requests: how much of them is kept, and how they are answered."""
+"""Large requests: memory, disk and responses."""
 
 import re
 import socket
@@ -27,7 +27,7 @@ LARGE_MB = 50
 
 @pytest.fixture
 def usage_mb(emulator: RunningEmulator) -> Callable[[], dict[str, int]]:
-    """What the emulator has written to files and kept in memory at most since the start."""
+    """Return a function that measures written bytes and peak memory of the emulator, in MB."""
     process = Path(f"/proc/{emulator.pid}")
 
     def measure() -> dict[str, int]:
@@ -35,7 +35,7 @@ def usage_mb(emulator: RunningEmulator) -> Callable[[], dict[str, int]]:
         memory = re.findall(r"VmHWM:\s+(\d+)\d{3} kB", (process / "status").read_text())
         return {"written": sum(map(int, written)), "memory": sum(map(int, memory))}
 
-    (process / "clear_refs").write_text("5")  # the most memory counts from here on
+    (process / "clear_refs").write_text("5")  # resets the peak of the memory
     before = measure()
     return lambda: {name: after - before[name] for name, after in measure().items()}
 

@@ -1,4 +1,4 @@
-"""Which requirements files are read, and which are refused."""
+"""Requirements files that are accepted, and those that are refused."""
 
 from collections.abc import Callable
 from importlib.metadata import version
@@ -52,27 +52,27 @@ def test_requirements_of_pip_compile_and_uv_are_read(
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "expected"),
     [
-        ("-r other.txt", "'-r other.txt' names what a cluster does not have; write what it asks"),
-        ("--constraint=c.txt", "names what a cluster does not have"),
-        ("-e .", "names what a cluster does not have"),
-        ("./mine.whl", "names a file or an address; the emulator installs nothing"),
-        ("mine @ file:///mine.whl", "names a file or an address"),
-        ("git+https://name:secret@host/mine", r"'git\+https://\*\*\*@host/mine' names a file"),
+        ("-r other.txt", "'-r other.txt' refers to something that a cluster does not have; write"),
+        ("--constraint=c.txt", "refers to something that a cluster does not have"),
+        ("-e .", "refers to something that a cluster does not have"),
+        ("./mine.whl", "refers to a file or a URL; the emulator installs nothing"),
+        ("mine @ file:///mine.whl", "refers to a file or a URL"),
+        ("git+https://name:secret@host/mine", r"'git\+https://\*\*\*@host/mine' refers to a file"),
         ("mine @ https://secret@host/mine.whl", r"https://\*\*\*@host"),
-        ("two names", "'two names' is not understood; the emulator installs nothing"),
+        ("two names", "'two names' cannot be parsed; the emulator installs nothing"),
         ("--index-url", "expected one argument"),
-        ("--unknown", "is not understood: unrecognized arguments: --unknown"),
-        ("boto3==1 --hash=md5:0a", "has no SHA-256, SHA-384 or SHA-512 hash in 'md5:0a'"),
+        ("--unknown", "cannot be parsed: unrecognized arguments: --unknown"),
+        ("boto3==1 --hash=md5:0a", "needs a SHA-256, SHA-384 or SHA-512 hash, not 'md5:0a'"),
         (f"boto3==1 {HASH}\nrequests==2", "'requests==2' has no version after '==' or no hash"),
         (f"boto3==1 {HASH}\nrequests>2 {HASH}", "requests>2 .* has no version after '=='"),
         ("--require-hashes\nboto3==1", "'boto3==1' has no version after '==' or no hash"),
-        ("boto3 " + "1 " * 1000, "1 …' is not understood"),
+        ("boto3 " + "1 " * 1000, "1 …' cannot be parsed"),
     ],
 )
-def test_unsupported_requirement_is_refused_with_a_clear_error(text: str, words: str) -> None:
-    with pytest.raises(InvalidRequest, match=words) as refused:
+def test_unsupported_requirement_is_refused_with_a_clear_error(text: str, expected: str) -> None:
+    with pytest.raises(InvalidRequest, match=expected) as refused:
         requirements_in(text)
     assert len(str(refused.value)) < 500
 

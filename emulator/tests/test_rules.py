@@ -1,4 +1,4 @@
-"""Each rule in the README has a test of the name that stands there."""
+"""Each rule in the README names a test that exists."""
 
 import re
 from pathlib import Path

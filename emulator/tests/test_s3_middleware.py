@@ -1,4 +1,4 @@
-"""Who may use the emulator's S3, and what it refuses as S3 does."""
+"""Access to the emulator's S3, and its error responses."""
 
 import contextlib
 import http.client

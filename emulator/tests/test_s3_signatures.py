@@ -1,4 +1,4 @@
-"""Amazon's examples of the signatures of S3 requests.
+"""Amazon's examples of signatures of S3 requests.
 
 https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-authenticating-requests.html
 """

@@ -52,7 +52,7 @@ def test_every_day_of_the_window_has_sales_stock_and_returns(last_day: date) -> 
     tables = shop_tables(last_day)
     assert tables["sales"]["date"].unique(maintain_order=True).to_list() == window
     assert tables["inventory"]["date"].unique(maintain_order=True).to_list() == window
-    # The first day has no returns: what could come back was sold before the window.
+    # The first day has no returns, because their sales would be before the window.
     assert tables["returns"]["date"].unique(maintain_order=True).to_list() == window[1:]
 
 

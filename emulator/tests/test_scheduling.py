@@ -1,4 +1,4 @@
-"""Which query runs when, on which workers, and what ends it early."""
+"""Scheduling of queries: order, workers, cancels, stops and failures."""
 
 import itertools
 import os
@@ -172,7 +172,7 @@ def test_wait_is_one_request_until_the_end(
     query = submit(blocking.lazy_frame(), start_cluster())
     blocking.wait_for_start()
     waiting = background.submit(query.await_result)
-    # The journal is written when a call has been answered.
+    # The journal gets the status when the response is sent.
     query.get_status()
     assert not waiting.done()
     blocking.release()

@@ -1,4 +1,4 @@
-"""Secrets in storage options: on disk as long as their query needs them, and shown nowhere."""
+"""Secrets in storage options: on disk only until their query ends, and never shown."""
 
 import contextlib
 import signal
@@ -31,13 +31,13 @@ def holding_the_secret(folder: Path) -> list[Path]:
 
 
 def with_the_secret(environment: Mapping[str, str]) -> dict[str, str]:
-    """Storage options that the emulator's S3 takes, with one that it does not look at."""
+    """Return storage options for the emulator's S3, with a secret that the S3 ignores."""
     keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     return {**{name.lower(): environment[name] for name in keys}, "user_agent": SECRET}
 
 
 def frame(emulator: RunningEmulator, source: str, rows: int) -> tuple[pl.LazyFrame, dict[str, str]]:
-    """A frame that reads with the secret, and the options with which to write."""
+    """Return a frame that reads with the secret, and storage options for its sink."""
     options = {
         **with_the_secret(emulator.environment),
         "aws_endpoint_url": emulator.environment["AWS_ENDPOINT_URL"],
@@ -76,7 +76,7 @@ def test_secret_of_a_query_ends_with_it(
         page = browser.get(f"/portal/{WORKSPACE_ID}/{shown['cluster_id']}/queries/{shown['id']}")
     assert page.status_code == 200
     if size == "large":
-        assert "The plan is not kept: it was large" in page.text
+        assert "The plan was not stored: it is large" in page.text
     elif end == "failure":
         assert "Polars cannot explain the plan here" in page.text
     else:
@@ -117,6 +117,6 @@ def test_secret_of_a_refused_query_is_not_stored(
     lf, _ = frame(emulator, "returns/", 1)
     lf.remote(context).execute()
     emulator.call("POST", f"compute/{context._compute_id}/stop")
-    with pytest.raises(RuntimeError, match="takes no query"):
+    with pytest.raises(RuntimeError, match="accepts no queries"):
         lf.remote(context).execute()
     assert not holding_the_secret(state_dir(emulator))

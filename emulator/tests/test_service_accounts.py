@@ -1,4 +1,4 @@
-"""Several service accounts: each logs in by itself, and the journal tells whose call was whose."""
+"""Several service accounts: separate logins, and the account of each call in the journal."""
 
 import json
 from collections.abc import Callable
@@ -27,14 +27,14 @@ ME = "/api/v1/user/me"
 
 
 def environment_of_second(emulator: RunningEmulator) -> dict[str, str]:
-    """What a client needs that logs in as an account that was added just now."""
+    """Add an account, and return the environment of a client that uses it."""
     client_id, secret = emulator.add_service_account("second")
     account = {"POLARS_CLOUD_CLIENT_ID": client_id, "POLARS_CLOUD_CLIENT_SECRET": secret}
     return emulator.environment | account
 
 
 def accounts(emulator: RunningEmulator, path: str) -> list[str | None]:
-    """Who made the calls of this path, oldest first."""
+    """Return the accounts of the calls with this path, oldest first."""
     return [entry["account"] for entry in emulator.journal() if entry["path"] == path]
 
 
@@ -80,7 +80,7 @@ def test_call_without_a_valid_token_has_no_account(emulator: RunningEmulator) ->
         emulator.add_fault("GET user/me", "tokens_expire")
         assert [second.get(ME).status_code for _ in range(2)] == [401, 401]
     httpx.get(f"{emulator.rest_url}{ME}", headers=VERSIONS, trust_env=False)
-    # The token was still good when the call came with which it expired.
+    # The token was still valid when the call came in that made it expire.
     assert accounts(emulator, ME) == [SECOND, SECOND, None, None]
     assert accounts(emulator, "/realms/Polars/protocol/openid-connect/token") == [None]
 
@@ -120,7 +120,7 @@ def test_name_with_other_characters_is_refused(
     with admin_client(emulator.environment) as admin:
         answer = admin.post("service-accounts", json=body)
     assert answer.status_code == 400
-    assert "the body of /_emulator/service-accounts is not understood" in answer.json()["message"]
+    assert "cannot decode the body of /_emulator/service-accounts" in answer.json()["message"]
 
 
 def test_reset_removes_added_accounts_and_their_tokens(emulator: RunningEmulator) -> None:
@@ -131,7 +131,7 @@ def test_reset_removes_added_accounts_and_their_tokens(emulator: RunningEmulator
         refused = second.get(ME)
     assert (refused.status_code, refused.json()["message"]) == (
         401,
-        f"service account '{SECOND}' is forgotten",
+        f"service account '{SECOND}' was removed",
     )
     assert accounts(emulator, ME) == [FIRST, None]
     with pytest.raises(httpx.HTTPStatusError, match="401"):

@@ -1,4 +1,4 @@
-"""Sinks that would leave nothing behind, or fail on a cluster, are refused at submission."""
+"""Sinks whose rows would be lost, or that would fail, are refused at submission."""
 
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -13,11 +13,11 @@ from polars_cloud_emulator.testing import RunningEmulator
 
 StartCluster = Callable[..., Any]
 
-DISK = "it is on the disk of a worker"
+DISK = "a local path is on the disk of a worker"
 SCHEME = "Polars writes to s3://, gs:// and az://, not to"
-BUCKET = "S3 has no bucket"
-NAME = "below the bucket it has no name, or one with a part that is empty"
-PATTERN = "a scan of it would take"
+BUCKET = "is not a bucket name of S3"
+NAME = "the path in the bucket is empty, or has a part that is empty"
+PATTERN = "a scan would treat"
 
 REFUSED = {
     "": DISK,
@@ -101,7 +101,7 @@ OPTIONS = {"gs": {"skip_signature": "true"}, "az": {"account_name": "me", "accou
 
 @pytest.fixture
 def not_run(emulator: RunningEmulator) -> Iterator[None]:
-    """No query of the test goes farther than its submission."""
+    """Make each query of the test fail after its submission."""
     emulator.add_fault("SubmitQuery", "query_fails", times=1000, error="ValueError: not run")
     yield
     emulator.clear_faults()
@@ -158,6 +158,6 @@ def test_collect_is_refused_at_submission(
         extra_headers={"authorization": rest.headers["authorization"]},
     )
     assert frame().remote(context).execute().n_rows_total == 3
-    with pytest.raises(pl.exceptions.ComputeError, match="the emulator sends no rows to its cli"):
+    with pytest.raises(pl.exceptions.ComputeError, match="the emulator does not send rows to the"):
         getattr(frame().remote(context), collect)()
     assert len(emulator.state()["queries"]) == 1

@@ -1,4 +1,4 @@
-"""What a sink writes, byte for byte, and how many rows the query says it wrote."""
+"""Files that a sink writes, and the number of rows that the query reports."""
 
 import io
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a cluster may be."""
+"""Cluster specifications."""
 
 from typing import Any
 
@@ -17,11 +17,11 @@ from polars_cloud_emulator.model.state import State
 
 
 @pytest.mark.parametrize(
-    ("changed", "words"),
+    ("changed", "expected"),
     [
         ({"cluster_size": 0}, "cluster_size must be at least 1, not 0"),
         ({"cluster_size": 101}, "cluster_size must be at most 100, not 101: the emulator has no"),
-        ({"cluster_size": 10_000}, "no more machines, ask for fewer"),
+        ({"cluster_size": 10_000}, "not 10000: the emulator has no more machines"),
         ({"cluster_size": 10**30}, "cluster_size must be at most 100"),
         ({"idle_timeout_mins": 9}, "idle_timeout_mins must be at least 10"),
         ({"idle_timeout_mins": -(10**30)}, "idle_timeout_mins must be at least 10"),
@@ -33,7 +33,7 @@ from polars_cloud_emulator.model.state import State
         ({"specs": Specs(2, 32_769)}, "memory must be at most 32768, not 32769"),
         (
             {"specs": Specs(2, 4_000, ["Arm64"])},
-            "memory must be at most 3072, not 4000: no instance of AWS has more",
+            "memory must be at most 3072, not 4000: no instance type of AWS has more",
         ),
         (
             {"specs": Specs(2, 4, ["SPARC"])},
@@ -64,11 +64,11 @@ from polars_cloud_emulator.model.state import State
     ],
 )
 def test_impossible_specification_is_refused(
-    state: State, changed: dict[str, Any], words: str
+    state: State, changed: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         state.clusters.start(spec(**changed))
-    assert words in str(refusal.value)
+    assert expected in str(refusal.value)
     assert len(str(refusal.value)) < 300
     assert state.clusters.by_id == {}
 

@@ -1,4 +1,4 @@
-"""The rules between manifests, clusters and queries, at moments that the test chooses."""
+"""The rules between manifests, clusters and queries, with a clock that the test sets."""
 
 from datetime import timedelta
 from uuid import uuid4
@@ -90,7 +90,7 @@ def test_stop_fails_what_has_not_ended_and_ends_the_bill(
     assert state.clusters.billed_seconds(cluster) == 60
     assert ended.status is QueryStatus.SUCCESS
     assert running.error == queued.error == "RuntimeError: cluster was stopped"
-    with pytest.raises(WrongState, match="it takes no query"):
+    with pytest.raises(WrongState, match="it accepts no queries"):
         submit(state, cluster.id)
 
 

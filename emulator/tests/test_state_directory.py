@@ -1,4 +1,4 @@
-"""The state directory and the env file: whose they are, and what becomes of wrong ones."""
+"""The state directory and the env file: permissions, locking and damage."""
 
 import os
 import resource
@@ -26,7 +26,7 @@ NOBODY = 65534
 
 
 def refusal(*options: object, **settings: object) -> str:
-    """The one line in which a start is refused."""
+    """Return the one line with which a start is refused."""
     ran = subprocess.run(
         command("--port-base", 0, *options),
         capture_output=True,
@@ -43,10 +43,10 @@ def test_second_emulator_in_a_state_directory_is_refused(serve: Serve, tmp_path:
     state_dir, link = tmp_path / "state", tmp_path / "link"
     link.symlink_to(state_dir)
     first = serve("--port-base", 0, "--state-dir", state_dir)
-    words = f"the state directory {state_dir} is in use by the emulator in process {first.pid} on "
-    assert words in refusal("--state-dir", state_dir)
-    assert words in refusal("--state-dir", link)
-    with pytest.raises(RuntimeError, match=words), running_emulator(state_dir=link):
+    expected = f"the state directory {state_dir} is in use by the emulator in process {first.pid} "
+    assert expected in refusal("--state-dir", state_dir)
+    assert expected in refusal("--state-dir", link)
+    with pytest.raises(RuntimeError, match=expected), running_emulator(state_dir=link):
         pass
     assert first.state()["clusters"] == []
     first.process.send_signal(signal.SIGKILL)
@@ -64,16 +64,16 @@ def test_unusable_state_directory_is_refused_with_a_clear_error(tmp_path: Path) 
         os.chown(others, NOBODY, -1)
     else:
         others = Path("/")
-    for state_dir, words in {
+    for state_dir, expected in {
         file: "File exists",
         file / "below": "Not a directory",
         others: "belongs to another user",
-        tmp_path / "a:b": "has a ':'",
-        tmp_path / "a\nb": "has a character that cannot be printed",
+        tmp_path / "a:b": "contains a ':'",
+        tmp_path / "a\nb": "contains a character that is not printable",
         tmp_path.joinpath(*["x" * 100] * 5): "is longer than 480 bytes",
     }.items():
         line = refusal("--state-dir", state_dir)
-        assert words in line
+        assert expected in line
         assert ascii(str(state_dir))[1:-1] in line
     assert others.stat().st_mode & stat.S_IROTH
 

@@ -1,4 +1,4 @@
-"""The TLS port takes calls with TLS alone, and says so to others."""
+"""The TLS port refuses calls without TLS with a clear error."""
 
 import contextlib
 import socket
@@ -25,7 +25,7 @@ def test_insecure_connection_is_refused_with_a_clear_error(
     emulator: RunningEmulator, start_cluster: Callable[..., Any]
 ) -> None:
     context = start_cluster(insecure=True)
-    with pytest.raises(RuntimeError, match="this port speaks TLS alone; leave out insecure=True"):
+    with pytest.raises(RuntimeError, match="this port needs TLS; leave out insecure=True"):
         pl.LazyFrame({"x": [1]}).remote(context).execute()
     assert emulator.state()["queries"] == []
     assert emulator.state()["unmatched"] == []
@@ -35,7 +35,7 @@ def test_call_without_tls_is_refused_with_a_clear_error(emulator: RunningEmulato
     host, port = tls_address(dict(emulator.environment))
     answer = httpx.post(f"http://{host}:{port}/realms/x", json={}, trust_env=False)
     assert answer.status_code == 400
-    assert answer.json()["message"].startswith("this port speaks TLS alone")
+    assert answer.json()["message"].startswith("this port needs TLS")
 
 
 def test_broken_connections_disturb_nobody(serve: Callable[..., Served]) -> None:
@@ -47,5 +47,5 @@ def test_broken_connections_disturb_nobody(serve: Callable[..., Served]) -> None
             connection.sendall(first_bytes)
         with tls_client(served.environment) as client:
             assert client.get("/_emulator/health").status_code == 200
-        # They are still open when the emulator ends.
+        # These connections are still open when the emulator ends.
         assert served.stop() == (0, "", "")

@@ -1,4 +1,4 @@
-"""How many worker processes there are, whatever clusters ask for."""
+"""The limit of worker processes."""
 
 import asyncio
 from collections.abc import Callable
@@ -17,7 +17,7 @@ GIB = 2**30
 
 
 class NoProcess:
-    """Stands for a worker, and starts nothing."""
+    """A worker without a process."""
 
     def __init__(self, started: list[UUID], cluster_id: UUID) -> None:
         started.append(cluster_id)
@@ -122,4 +122,4 @@ for number in range(4):
     for each in blocking:
         each.release()
     eventually(lambda: statuses() == ["Failed", "Success", "Success", "Success"])
-    assert capfd.readouterr().err.count("All 2 worker processes that fit") == 1
+    assert capfd.readouterr().err.count("All 2 worker processes, the maximum") == 1

@@ -1,4 +1,4 @@
-"""A worker is a machine: what a query does there harms neither the next one nor the emulator."""
+"""Isolation of queries: a query cannot affect later queries or the emulator."""
 
 import ast
 import contextlib
@@ -32,10 +32,10 @@ RunClient = Callable[..., str]
 
 
 def starting(pids: Path, *, then: Callable[[], object] = int) -> Callable[[], object]:
-    """A user's function that starts processes of each kind, and tells which."""
+    """Return a user's function that starts processes of each kind, and records their ids."""
 
     def start_daemon() -> int:
-        """One that has left its parent, its group and its session."""
+        """Start a process that has left its parent, its group and its session."""
         reader, writer = os.pipe()
         if os.fork() == 0:
             os.setsid()
@@ -152,7 +152,7 @@ def test_workers_leave_no_dead_process_behind(
     context = start_cluster()
     for number in range(3):
         ask_worker(context, starting(tmp_path / str(number)))
-        # Longer than the query's process, which the next one waits for.
+        # Runs longer than the query's process; the next query waits for its end.
         ask_worker(context, lambda: "next")
     children = psutil.Process(emulator.pid).children(recursive=True)
     assert psutil.STATUS_ZOMBIE not in {child.status() for child in children}
@@ -181,7 +181,7 @@ def test_standard_input_of_a_users_function_is_empty(start_cluster: StartCluster
 def test_output_of_a_users_function_is_dropped(
     serve: Callable[..., Served], run_client: RunClient
 ) -> None:
-    served = serve("--port-base", 0)  # nobody reads what it prints before it ends
+    served = serve("--port-base", 0)  # its output is not read until it ends
     code = """
 import os, sys
 from emulator.tests.user_functions import ask_worker
@@ -203,7 +203,7 @@ print(ask_worker(ctx, say))
 
 
 def misdeeds() -> Iterator[Any]:
-    """What a user's function does to its process, and with what its query fails."""
+    """Yield what a user's function does to its process, and the error of its query."""
 
     def recurse() -> object:
         return recurse()
@@ -226,8 +226,8 @@ def misdeeds() -> Iterator[Any]:
         return time.sleep(600)
 
     died = "worker process died with"
-    no_answer = "worker process wrote what is no answer"
-    for name, misdeed, error, words in (
+    no_answer = "worker process wrote an invalid reply"
+    for name, misdeed, error, expected in (
         ("_exit", lambda: os._exit(3), RuntimeError, f"{died} exit code 3"),
         ("exit", lambda: sys.exit(3), RuntimeError, "SystemExit: 3"),
         ("segfault", lambda: ctypes.string_at(0), RuntimeError, f"{died} SIGSEGV"),
@@ -243,19 +243,19 @@ def misdeeds() -> Iterator[Any]:
         ("write", lambda: write_to_descriptors(b"\0\0\0\5hello"), RuntimeError, no_answer),
         ("begin", lambda: write_to_descriptors(b"\xff\0\0\0hello"), RuntimeError, no_answer),
     ):
-        yield pytest.param(misdeed, error, words, id=name)
+        yield pytest.param(misdeed, error, expected, id=name)
 
 
-@pytest.mark.parametrize(("misdeed", "error", "words"), [*misdeeds()])
+@pytest.mark.parametrize(("misdeed", "error", "expected"), [*misdeeds()])
 def test_query_whose_process_ends_fails_clearly_and_the_cluster_keeps_running(
     emulator: RunningEmulator,
     start_cluster: StartCluster,
     misdeed: Callable[[], object],
     error: type[Exception],
-    words: str,
+    expected: str,
 ) -> None:
     context = start_cluster()
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=expected):
         ask_worker(context, misdeed)
     assert ask_worker(context, lambda: "next") == "next"
     assert emulator.state()["clusters"][0]["status"] == "Idle"

@@ -1,4 +1,7 @@
-"""Functions that run on a worker. Nested ones and lambdas go there; a worker imports no test."""
+"""Queries that run a function on a worker.
+
+Only nested functions and lambdas are pickled by value; a worker cannot import tests.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +10,7 @@ import polars as pl
 
 
 def asking(answer: Callable[[], object]) -> pl.LazyFrame:
-    """A query whose one value is what a function finds on a worker, as text."""
+    """Return a query whose only value is the result of a function on a worker, as text."""
 
     def find(_: pl.DataFrame) -> pl.DataFrame:
         return pl.DataFrame({"answer": [str(answer())]})
@@ -16,5 +19,5 @@ def asking(answer: Callable[[], object]) -> pl.LazyFrame:
 
 
 def ask_worker(context: Any, answer: Callable[[], object]) -> str:
-    """What a user's function finds on a worker, as text."""
+    """Run a function on a worker, and return its result as text."""
     return str(asking(answer).remote(context).execute().head["answer"].item())

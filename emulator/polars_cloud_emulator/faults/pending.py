@@ -47,11 +47,9 @@ class Faults:
         }
         fitting = sorted(o for o in operations if re.fullmatch(fault.operations, o))
         if fault.operation not in fitting:
-            problem = (
-                "is incompatible with" if fault.operation in operations else "names the unknown"
-            )
+            problem = "incompatible with" if fault.operation in operations else "for the unknown"
             raise InvalidRequest(
-                f"{_describe(type(fault))} {problem} '{fault.operation}'; "
+                f"{_describe(type(fault))} is {problem} operation '{fault.operation}'; "
                 f"its operations are {', '.join(fitting)}"
             )
         self.pending.append(fault)

@@ -146,7 +146,7 @@ class OutsideObjectStore:
         for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
             url = self.environment.get(name, "https://")
             if not url.startswith(("http://", "https://")):
-                raise UnusableEnvironment(f"{name} has to begin with http:// or https://: {url}")
+                raise UnusableEnvironment(f"{name} must begin with http:// or https://, not {url}")
         self.temporary_uri = str(results)
         self._results = results
 
