@@ -10,7 +10,7 @@ from polars_cloud_emulator.testing import RunningEmulator
 
 
 def start_cluster() -> Any:
-    import polars_cloud as pc  # reads where to go when it is imported
+    import polars_cloud as pc  # reads its addresses on import
 
     context = pc.ComputeContext(workspace="playground", cpus=2, memory=4, idle_timeout_mins=10)
     context.start()
