@@ -1,19 +1,20 @@
 """
 ### The daily report: sales, inventory, returns
 
-All patterns together. The manifest is registered from code, and its cluster is started once. Three
-transformations run in parallel, each on a single node, and pass their locations to the report. The
-cluster is stopped whatever happens, and a failed query fails the run. No task holds a worker slot
-while its query runs or the cluster starts.
+All patterns in one DAG. `start_cluster` registers the manifest and starts the cluster. Three
+transformations run in parallel, each on a single node, and pass the locations of their results to
+`build_report`. A failed query fails the run.
 
-There is one report file per day. A scheduled run reports the day that has just ended, a run by hand
-reports today. Running a day again replaces only that day's report. The Asset `daily_report`
-announces the report to other DAGs, with date, rows and location. `stop_cluster` logs and returns
-what the cluster cost, and announces it as the Asset `daily_report_cost`.
+There is one report file per day. A scheduled run reports on the day that has just ended, a manual
+run on today. Running a day again replaces only that day's report. An event of the Asset
+`daily_report` gives other DAGs the report's date, rows and location. `stop_cluster` logs and
+returns what the cluster cost, and emits an event of the Asset `daily_report_cost`.
 
-Simultaneous runs, such as a backfill, share the cluster. The last of them stops it.
+**What it costs:** three nodes from `start_cluster` to `stop_cluster`. No worker slot while a query
+runs or the cluster starts.
 
-**What it costs:** three nodes from `start_cluster` to `stop_cluster`.
+**Who stops the cluster:** `stop_cluster`, after success and after a failure. Simultaneous runs,
+such as a backfill, share the cluster, and the last of them stops it.
 
 **Copy along:** the folders `include/` and `plugins/polars_remote/`.
 """
@@ -31,7 +32,7 @@ from polars_remote import Query, clean_up, query_task, shared_cluster, use_clust
 REPORTS = f"{DATA}/reports/daily"
 REPORT = Asset("daily_report", uri=REPORTS)
 COST = Asset("daily_report_cost")
-# A run that is triggered by hand may have no logical date; every run has a `run_after`.
+# A manual run may have no logical date. Every run has a `run_after`.
 DAY = "{{ (dag_run.logical_date or dag_run.run_after) | ds }}"
 CLUSTER = {
     "name": "airflow-complete-pipeline",
@@ -57,7 +58,7 @@ def complete_pipeline() -> None:
     @query_task(execution_timeout=timedelta(minutes=30))
     @authenticate
     def transform_sales(day: str) -> Query:
-        # Not at the top: Airflow parses the file every few seconds, and importing Polars is slow.
+        # Not at the top: Airflow parses this file every few seconds, and importing Polars is slow.
         import polars as pl
 
         sold = (
@@ -127,9 +128,9 @@ def complete_pipeline() -> None:
             .sort("category", "product")
         )
         uri = f"{REPORTS}/{day}.parquet"
-        outlet_events[REPORT].extra = {"date": day}  # rows and location are added at the end
+        outlet_events[REPORT].extra = {"date": day}  # the library adds rows and location
         with use_cluster(CLUSTER) as ctx:
-            # A distributed query writes a directory of files unless it is told to write one.
+            # Without sink_to_single_file, a distributed query writes a directory of files.
             return report.remote(ctx).sink_parquet(uri, sink_to_single_file=True)
 
     with shared_cluster(CLUSTER, check=check_data_location, cost=COST):

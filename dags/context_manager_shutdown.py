@@ -1,16 +1,18 @@
 """
-### A cluster for the length of one task
+### A cluster for one task
 
-The first query starts the cluster. The end of the `with` body stops it, however the body ends:
-after success, a failed query, a time-out, a user's click. Use it when all queries fit in one task,
-one after the other or at once.
+The first query starts the cluster, and the end of the `with` block stops it. Use it when all
+queries fit in one task, one after the other or at the same time.
 
-`use_cluster` replaces `with ctx:`, which raises its own error if the cluster has already stopped,
-and so hides the error of the body. Simultaneous runs share the cluster. The last of them stops it.
+`use_cluster` replaces `with ctx:` of Polars Cloud. If the cluster has already stopped, `with ctx:`
+raises an error of its own, which hides the error of the block.
 
-**What it costs:** the cluster and a worker slot, while the body runs. In return the cluster stops
-at once. A `@query_task` is resumed some seconds after its query has ended, and its cluster runs
-until then.
+**What it costs:** the cluster and a worker slot while the block runs. The cluster stops as soon as
+the query has ended. With a `@query_task` it would run for some seconds more, until Airflow resumes
+the task.
+
+**Who stops the cluster:** the task, at the end of the block, whether the block succeeds, fails,
+times out or is ended by a user. Simultaneous runs share the cluster, and the last of them stops it.
 
 **Copy along:** the folders `include/` and `plugins/polars_remote/`.
 """
@@ -46,7 +48,7 @@ def context_manager_shutdown() -> None:
     @task(execution_timeout=timedelta(minutes=30))
     @authenticate
     def value_stock() -> list[str]:
-        # Not at the top: Airflow parses the file every few seconds, and importing Polars is slow.
+        # Not at the top: Airflow parses this file every few seconds, and importing Polars is slow.
         import polars as pl
 
         stock = (
@@ -59,7 +61,7 @@ def context_manager_shutdown() -> None:
             .sort("date", "category")
         )
         with use_cluster(CLUSTER) as ctx:
-            # A distributed query writes a directory of files unless it is told to write one.
+            # Without sink_to_single_file, a distributed query writes a directory of files.
             query = stock.remote(ctx).sink_parquet(RESULT, sink_to_single_file=True)
             return query.await_result().location
 

@@ -1,12 +1,13 @@
 """
 ### End orphans
 
-A task ends its own queries and clusters. A task that is killed at its last try leaves orphans. A
-callback, the triggerer or the next user of the same cluster ends them. Unpause this DAG if you run
-no triggerer, or if DAGs lack `on_failure_callback=clean_up` and `on_success_callback=clean_up`.
+A task ends its own queries and clusters. A task that is killed at its last try leaves them behind
+as orphans. A callback, the triggerer or the next user of the same cluster then ends them. Unpause
+this DAG if you run no triggerer, or if DAGs lack `on_failure_callback=clean_up` and
+`on_success_callback=clean_up`.
 
 **What it costs:** a task of one second every 15 minutes, and no call to Polars Cloud if there is no
-orphan. This DAG needs Airflow 3.3, which lists Variables.
+orphan. This DAG needs Airflow 3.3. On older versions, a task cannot list Variables.
 
 **Copy along:** the folder `plugins/polars_remote/`.
 """
@@ -27,12 +28,12 @@ from polars_remote import clean_up
     doc_md=__doc__,
 )
 def end_orphans() -> None:
-    # Without @authenticate: each entry on record names its own Connection.
+    # Without @authenticate: each orphan's record names its own Connection.
     @task(execution_timeout=timedelta(minutes=10))
-    def end_what_is_left() -> None:
+    def clean_up_orphans() -> None:
         clean_up()
 
-    end_what_is_left()
+    clean_up_orphans()
 
 
 end_orphans()

@@ -1,16 +1,18 @@
 """
-### One cluster for all who know its name
+### One cluster for many DAGs, found by its name
 
-A manifest describes a cluster under a name. The first query starts the cluster. Queries that follow
-within ten minutes find it running and start at once, from any DAG, run or notebook. Use it for many
-short queries spread over the day.
+A manifest describes a cluster under a name. The first query starts the cluster. For ten minutes
+after each query, the next query finds it running and starts at once, from any DAG, run or notebook.
+Use it for many short queries spread over the day.
 
 This DAG registers the manifest, so the cluster's size is reviewed and rolled back like other code.
-A changed size is logged, and applied at the next start. The manifest pins the worker's Polars and
-Python versions, and is registered anew after an upgrade.
+A changed size is logged, and applied at the next start. A manifest is tied to the worker's versions
+of Polars and Python: after an upgrade, the task registers it again.
 
-**What it costs:** the cluster from the first query until ten minutes after the last. No task stops
-it, because another may be using it. No worker slot while the cluster starts or the query runs.
+**What it costs:** the cluster from the first query until ten minutes after the last. No worker slot
+while the cluster starts or the query runs.
+
+**Who stops the cluster:** its idle timeout. No task stops it, because another one may be using it.
 
 **Copy along:** the folders `include/` and `plugins/polars_remote/`.
 """
@@ -46,7 +48,7 @@ def manifest_reuse() -> None:
     @query_task(execution_timeout=timedelta(minutes=30))
     @authenticate
     def sum_refunds() -> Query:
-        # Not at the top: Airflow parses the file every few seconds, and importing Polars is slow.
+        # Not at the top: Airflow parses this file every few seconds, and importing Polars is slow.
         import polars as pl
 
         refunds = (
@@ -56,7 +58,7 @@ def manifest_reuse() -> None:
             .sort("refund", descending=True)
         )
         with use_cluster(CLUSTER, stop=False) as ctx:
-            # A distributed query writes a directory of files unless it is told to write one.
+            # Without sink_to_single_file, a distributed query writes a directory of files.
             return refunds.remote(ctx).sink_parquet(RESULT, sink_to_single_file=True)
 
     register_manifest() >> sum_refunds()

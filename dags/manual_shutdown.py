@@ -1,19 +1,20 @@
 """
-### A cluster for some of a run's tasks
+### One cluster for several tasks of a run
 
 One task starts the cluster, others query it at the same time, one stops it. Use it when several
-tasks share a cluster that is needed for this run alone.
+tasks of a run need the same cluster, and nothing needs it afterwards.
 
-`shared_cluster` makes a setup `start_cluster` and a teardown `stop_cluster`. The teardown begins
-when all tasks between them have ended, retries included. A failed task still fails the run. (With a
-last task of `TriggerRule.ALL_DONE` instead, the run would succeed.) A run that exceeds its
-`dagrun_timeout` skips the teardown; `clean_up` then stops the cluster.
+`shared_cluster` adds a setup task `start_cluster` and a teardown task `stop_cluster`. Airflow runs
+the teardown when all tasks between them have ended, retries included. A failed task still fails the
+run. (With `TriggerRule.ALL_DONE` on a last task instead, the run would succeed.)
 
-The tasks find the cluster by its name. Simultaneous runs share it, and the last of them stops it.
-Tasks that are cleared later start it again, and the last of them stops it.
+**What it costs:** the cluster from `start_cluster` to `stop_cluster`. No worker slot while queries
+run.
 
-**What it costs:** the cluster from `start_cluster` to `stop_cluster`. If nobody stops it, its idle
-timeout does after ten minutes. No worker slot while queries run.
+**Who stops the cluster:** `stop_cluster`. Simultaneous runs share the cluster, and the last of them
+stops it. Tasks that are cleared later start it again, and the last of them stops it. If a run
+exceeds its `dagrun_timeout`, Airflow skips the teardown, and `clean_up` stops the cluster. If that
+fails, too, the idle timeout stops it after ten minutes.
 
 **Copy along:** the folders `include/` and `plugins/polars_remote/`.
 """
@@ -46,7 +47,7 @@ def manual_shutdown() -> None:
     @query_task(execution_timeout=timedelta(minutes=30))
     @authenticate
     def find_best_customers() -> Query:
-        # Not at the top: Airflow parses the file every few seconds, and importing Polars is slow.
+        # Not at the top: Airflow parses this file every few seconds, and importing Polars is slow.
         import polars as pl
 
         best = (
@@ -59,7 +60,7 @@ def manual_shutdown() -> None:
         )
         # Starts the cluster if it has stopped, for example if only this task was cleared.
         with use_cluster(CLUSTER) as ctx:
-            # A distributed query writes a directory of files unless it is told to write one.
+            # Without sink_to_single_file, a distributed query writes a directory of files.
             return best.remote(ctx).sink_parquet(BEST_CUSTOMERS, sink_to_single_file=True)
 
     @query_task(execution_timeout=timedelta(minutes=30))

@@ -3,14 +3,15 @@
 
 Each stage returns the location of its result, and the next stage scans that location. Only the URIs
 pass through Airflow, never the data. Use it when a stage is worth checking or retrying on its own:
-a stage that fails is retried from the result of the one before it.
+a stage that fails is retried from the result of the previous stage.
 
 Results between stages are temporary: `execute` writes them to Polars Cloud's own storage, which
-deletes them later. Only the last stage has a destination of its own. A stage that is cleared after
-its input was deleted fails, and names the other task to clear.
+deletes them later. Only the last stage writes to a destination of its own. If a stage is cleared
+after its input was deleted, it fails, and its error names the task to clear first.
 
-**What it costs:** the cluster from the first stage to the last, which share it as in
-`manual_shutdown`. No worker slot while a stage runs.
+**What it costs:** the cluster from the first stage to the last. No worker slot while a stage runs.
+
+**Who stops the cluster:** `stop_cluster`, as in `manual_shutdown`.
 
 **Copy along:** the folders `include/` and `plugins/polars_remote/`.
 """
@@ -48,7 +49,7 @@ def multi_stage() -> None:
     @query_task(execution_timeout=timedelta(minutes=30))
     @authenticate
     def clean_sales() -> Query:
-        # Not at the top: Airflow parses the file every few seconds, and importing Polars is slow.
+        # Not at the top: Airflow parses this file every few seconds, and importing Polars is slow.
         import polars as pl
 
         sales = (
@@ -95,7 +96,7 @@ def multi_stage() -> None:
             .sort("region", maintain_order=True)
         )
         with use_cluster(CLUSTER) as ctx:
-            # A distributed query writes a directory of files unless it is told to write one.
+            # Without sink_to_single_file, a distributed query writes a directory of files.
             return best.remote(ctx).sink_parquet(RESULT, sink_to_single_file=True)
 
     with shared_cluster(CLUSTER, check=check_data_location):

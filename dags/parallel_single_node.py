@@ -1,17 +1,17 @@
 """
 ### Many small queries, one node each
 
-One mapped task per region, each with a query that runs on a single node. Each node runs one query
-at a time; the other queries wait in the cluster's queue. Use it when each query fits on one
-machine: no data moves between machines, and more nodes run more queries at a time.
+One mapped task per region submits a query that runs on a single node. Each node runs one query at a
+time; the other queries wait in the cluster's queue. Use it when each query fits on one machine: no
+data moves between machines, and more nodes run more queries at a time.
 
-The cluster is started once, before the queries, and stopped after the last of them, as in
-`manual_shutdown`.
+Each task returns the query that it has submitted, and Airflow defers the task until the query has
+ended. Hundreds of tasks can wait at the same time, however few worker slots there are.
 
-Each task returns the query that it has submitted, and holds no worker slot while the query runs:
-hundreds of them wait at the same time, whatever the number of slots.
+**What it costs:** three nodes from `start_cluster` to `stop_cluster`. No worker slot while queries
+run.
 
-**What it costs:** three nodes from `start_cluster` to `stop_cluster`.
+**Who stops the cluster:** `stop_cluster`, after the last query, as in `manual_shutdown`.
 
 **Copy along:** the folders `include/` and `plugins/polars_remote/`.
 """
@@ -52,7 +52,7 @@ def parallel_single_node() -> None:
     )
     @authenticate
     def rank_products(region: str) -> Query:
-        # Not at the top: Airflow parses the file every few seconds, and importing Polars is slow.
+        # Not at the top: Airflow parses this file every few seconds, and importing Polars is slow.
         import polars as pl
 
         revenue = (pl.col("quantity") * pl.col("unit_price")).sum()

@@ -10,8 +10,10 @@ With the parameter `spend`, a billed check follows: it starts a cluster, writes 
 `results/preflight.parquet` at the data location, reads it back, checks the tables' types, and stops
 the cluster.
 
-**What it costs:** nothing. With `spend`, one small node for some minutes. If the task times out,
-the cluster is stopped. If the worker is killed, the cluster is left to its idle timeout.
+**What it costs:** nothing. With `spend`, one small node for a few minutes.
+
+**Who stops the cluster:** the task, also if it fails or times out. If its worker is killed, the
+idle timeout stops the cluster.
 
 **Copy along:** the folders `include/` and `plugins/polars_remote/`.
 """

@@ -1,18 +1,21 @@
 """
 ### Submit a query and detach
 
-The task ends as soon as the cluster has accepted the query. Use it for work that nobody waits for:
-refreshing a cache, a report that is read tomorrow.
+The task ends as soon as the cluster has accepted the query. Use it for work that nobody waits for,
+such as refreshing a cache.
 
-A lost reply or a killed worker does not cause a second query. `detach` lets the query run on
-without the task.
+`detach` lets the query run on after the task has ended. The query is submitted only once, even if
+the reply is lost or the worker is killed.
 
-**What is not known then:** whether the query succeeds. The task is green once the query was
-submitted; a query that fails later fails no task and no run. Look at its page in Polars Cloud, or
+**What you do not learn:** whether the query succeeds. The task is green once the query was
+submitted. A query that fails later fails no task and no run. Look at its page in Polars Cloud, or
 use `status_check`.
 
-**What it costs:** nobody stops the cluster. Its idle timeout stops it ten minutes after the query
-has ended, the minimum that Polars Cloud allows. These minutes are billed.
+**What it costs:** the cluster until ten minutes after the query has ended. Ten minutes are the
+shortest idle timeout that Polars Cloud allows, and they are billed. No worker slot while the query
+runs.
+
+**Who stops the cluster:** its idle timeout. No task stops it.
 
 **Copy along:** the folders `include/` and `plugins/polars_remote/`.
 """
@@ -41,7 +44,7 @@ def single_query() -> None:
     @task
     @authenticate
     def submit_best_sellers() -> str:
-        # Not at the top: Airflow parses the file every few seconds, and importing Polars is slow.
+        # Not at the top: Airflow parses this file every few seconds, and importing Polars is slow.
         import polars as pl
 
         best_sellers = (
@@ -57,7 +60,7 @@ def single_query() -> None:
             .sort("revenue", descending=True)
         )
         with use_cluster(CLUSTER, stop=False) as ctx:
-            # A distributed query writes a directory of files unless it is told to write one.
+            # Without sink_to_single_file, a distributed query writes a directory of files.
             query = best_sellers.remote(ctx).sink_parquet(RESULT, sink_to_single_file=True)
             return detach(query)
 

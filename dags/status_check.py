@@ -4,14 +4,16 @@
 The task is green only if the query has written its result. Use it when the next task or an alert
 depends on that result.
 
-`await_result` waits in Python. A time-out, or a user who marks the task failed, reaches the task,
-which then cancels the query. A query that failed raises its own exception, for example
-`ColumnNotFoundError`. A query that was canceled, or has no location, fails the task, too. If the
-worker dies, the next try resumes the query.
+`await_result` waits in the worker. If the task times out, or a user marks it failed, the task
+cancels its query. A query that failed raises its own exception, for example `ColumnNotFoundError`.
+A query that was canceled, or that reports no location, fails the task, too. If the worker is
+killed, the next try resumes the query.
 
 **What it costs:** a worker slot while the query runs, and the cluster until ten minutes after the
-query has ended. `context_manager_shutdown` saves these ten minutes. With the slot, the same task
-can go on with the result. If a task only waits, use `@query_task`, as in `manifest_reuse`.
+query has ended. If the task only waits, use `@query_task`, as in `manifest_reuse`: it holds no
+worker slot.
+
+**Who stops the cluster:** its idle timeout. `context_manager_shutdown` stops it at once instead.
 
 **Copy along:** the folders `include/` and `plugins/polars_remote/`.
 """
@@ -42,7 +44,7 @@ def status_check() -> None:
     @task(execution_timeout=timedelta(minutes=30))
     @authenticate
     def count_order_statuses() -> list[str]:
-        # Not at the top: Airflow parses the file every few seconds, and importing Polars is slow.
+        # Not at the top: Airflow parses this file every few seconds, and importing Polars is slow.
         import polars as pl
 
         statuses = (
@@ -52,7 +54,7 @@ def status_check() -> None:
             .sort("date", "status")
         )
         with use_cluster(CLUSTER, stop=False) as ctx:
-            # A distributed query writes a directory of files unless it is told to write one.
+            # Without sink_to_single_file, a distributed query writes a directory of files.
             query = statuses.remote(ctx).sink_parquet(RESULT, sink_to_single_file=True)
             return query.await_result().location
 

@@ -5,8 +5,8 @@
     def run() -> list[str]: ...
 
 The Connection is `polars_cloud`, or the one named by `@authenticate(conn_id="...")`: type HTTP,
-login = client ID and password = client secret of a service account. No query of the task outlives
-the task.
+login = client ID and password = client secret of a service account. No query outlives its task
+unless the task detaches it.
 """
 
 import asyncio
@@ -45,27 +45,27 @@ def authenticate(
     Raises
     ------
     TypeError
-        While the DAG file is parsed: `function` is no function, or is a generator function.
+        While the DAG file is parsed: `function` is not a function, or is a generator function.
     LoginRefusedError
         At run time, not retried: the Connection is missing, incomplete or refused, or the task is
         logged in with another Connection.
     ConnectionError
         At run time, retried: Polars Cloud cannot be reached.
     ValueError
-        At run time, retried: Polars Cloud gave another answer, which the message quotes.
+        At run time, retried: Polars Cloud gave an unexpected answer, which the message quotes.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         if not inspect.isfunction(function):
             raise TypeError(
-                "@authenticate decorates a function: put it below @task, "
-                'and name another Connection as @authenticate(conn_id="...")'
+                "@authenticate must decorate a function. Put it below @task; to use another "
+                'Connection, write @authenticate(conn_id="...")'
             )
 
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError(
                 f"@authenticate decorates {function.__name__}, which is a generator: none of its "
-                "code would run in the task. Let it return a list"
+                "code would run in the task. Return a list instead"
             )
 
         if inspect.iscoroutinefunction(function):

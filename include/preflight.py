@@ -1,6 +1,6 @@
-"""Check the setup before the first DAG runs.
+"""Steps that check the setup before the first DAG runs.
 
-Each step logs one line with its result or with advice. No step logs a secret.
+Each step logs one line, with its result or with advice. No step logs a secret.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ CONN_ID = "polars_cloud"
 
 OLDEST_PYTHON = "3.11"
 
-NEWEST_TRIED = {"Airflow": "3.3", "polars-cloud": "0.12"}
-"""Newest releases that were tried. Newer ones may work."""
+NEWEST_TESTED = {"Airflow": "3.3", "polars-cloud": "0.12"}
+"""Newest tested releases. Newer ones may work."""
 
 FILES_PER_QUERY = 100
-"""Maximum files whose types one query finds."""
+"""Maximum number of files whose types one query reads."""
 
 STOP_SECONDS = 300.0
-"""Maximum seconds for a cluster to stop."""
+"""Maximum seconds to wait for a cluster to stop."""
 
 
 def check_setup() -> None:
-    """Check what needs no cluster, from the installation to the manifest.
+    """Check everything that needs no cluster, from the installation to the manifest.
 
     Raises
     ------
@@ -86,7 +86,7 @@ def check_cluster(cluster: Cluster, limit: timedelta) -> None:
     Parameters
     ----------
     cluster
-        As `use_cluster` takes it.
+        Specification of the cluster, as for `use_cluster`.
     limit
         The task's `execution_timeout`.
 
@@ -113,7 +113,7 @@ def check_cluster(cluster: Cluster, limit: timedelta) -> None:
         with _step("Read"):
             read = execute(pl.scan_parquet(uri), ctx)
             if not read.equals(row.collect()):
-                raise RuntimeError(f"{uri} does not hold what was just written there: {read}")
+                raise RuntimeError(f"{uri} does not contain the row that was just written: {read}")
             logger.info("Read: ok: the same row")
         with _step("Tables"):
             logger.info("Tables: ok: %s", check_types(lambda query: execute(query, ctx)))
@@ -127,7 +127,7 @@ def describe_cost(cluster: Cluster, limit: timedelta) -> str:
     """Return what is billed and for how long, idle timeout included."""
     node = cluster.get("instance_type") or f"{cluster['cpus']} CPUs and {cluster['memory']} GB"
     minutes = limit.total_seconds() / 60 + cluster["idle_timeout_mins"]
-    return f"one node ({node}) is billed, for some minutes and for {minutes:.0f} at most"
+    return f"one node ({node}) is billed for a few minutes, at most {minutes:.0f}"
 
 
 def check_airflow() -> str:
@@ -181,7 +181,7 @@ def check_data() -> str:
 
 
 def check_tables() -> str:
-    """Check the tables' types if this machine can read the files: it needs no right to do so."""
+    """Check the tables' types if this machine may read the files. No task needs that right."""
     try:
         return check_types(lambda query: query.collect())
     except OSError as error:
@@ -201,7 +201,7 @@ def check_types(run: Callable[[pl.LazyFrame], pl.DataFrame]) -> str:
     Raises
     ------
     AirflowFailException
-        Not retried: a table without files, or files of other types, which the message names.
+        Not retried: a table has no files, or files have other types, which the message names.
     """
     checked = []
     for table, schema in get_schemas().items():
@@ -222,15 +222,15 @@ def check_types(run: Callable[[pl.LazyFrame], pl.DataFrame]) -> str:
                         f"{first_found[column]} of {first}, the first file"
                     ].append(file)
         if problems:
-            told = "; ".join(
+            listed = "; ".join(
                 f"{file}{f' and {len(others)} more' if others else ''}: {problem}"
                 for problem, (file, *others) in problems.items()
             )
             raise AirflowFailException(
-                f"Table {table}: {told}. Write these files anew, or change the schema in "
+                f"Table {table}: {listed}. Rewrite these files, or change the schema in "
                 "include/shop.py"
             )
-        run(scan(table).head(1))  # a file without rows may be the first
+        run(scan(table).head(1))  # the first file may have no rows
         checked.append(f"{table} ({len(types)} files)")
     return f"{', '.join(checked)} have the types of their schemas"
 
@@ -259,30 +259,30 @@ def check_manifest(session: CloudSession) -> str:
     try:
         found = find_manifest(session, MANIFEST)
     except misspecified_error() as error:
-        return f"{MANIFEST} will be registered anew by the next task that uses it: {error}"
+        return f"the next task that uses {MANIFEST} registers it again: {error}"
     if found is None:
         return f"{MANIFEST} does not exist yet: the first task that uses it registers it"
     polars, python = version("polars"), platform.python_version()
-    return f"{MANIFEST} is for polars {polars} and Python {python}, as this worker has them"
+    return f"{MANIFEST} fits this worker: polars {polars}, Python {python}"
 
 
 def execute(query: pl.LazyFrame, ctx: ComputeContext) -> pl.DataFrame:
     """Return the first rows of the query's result."""
     head = query.remote(ctx).single_node().execute().head
     if head is None:
-        raise RuntimeError("The query has succeeded, but its reply has no rows")
+        raise RuntimeError("The query succeeded, but its reply has no rows")
     return head
 
 
 def _find_types(
     table: str, run: Callable[[pl.LazyFrame], pl.DataFrame]
 ) -> dict[str, dict[str, pl.DataType]]:
-    """Return the types in each file with rows, by column; the files in the order of a scan."""
+    """Return the column types of each file that has rows, in the order of a scan."""
     import polars as pl
     from polars.exceptions import ComputeError
 
     uri = f"{DATA}/{table}/"
-    # No column is read, so no type matters.
+    # Reads no column, so it works with any types.
     rows = pl.scan_parquet(uri, include_file_paths="file", extra_columns="ignore")
     try:
         files = run(rows.select(pl.col("file").unique().sort().implode())).item().to_list()
@@ -294,7 +294,7 @@ def _find_types(
         ) from None
     types: dict[str, dict[str, pl.DataType]] = {file: {} for file in files}
     for start in range(0, len(files), FILES_PER_QUERY):
-        # One row of nulls, with the types.
+        # One row of nulls from each file, for its types.
         heads = [
             pl.scan_parquet(file, hive_partitioning=True)
             .head(0)
@@ -308,7 +308,7 @@ def _find_types(
 
 
 def fits(kinds: list[pl.DataType], wanted: pl.DataType | type[pl.DataType]) -> bool:
-    """Return whether a scan accepts files of these types, the first of which is the first file."""
+    """Return whether a scan accepts files with these types, in this order."""
     import polars as pl
     from polars.exceptions import PolarsError
 
@@ -330,16 +330,16 @@ def _step(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         add_advice(error)
-        words = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         advice = " ".join(getattr(error, "__notes__", ()))
-        logger.error("%s: FAILED: %s", name, f"{advice} ({words})" if advice else words)
+        logger.error("%s: FAILED: %s", name, f"{advice} ({message})" if advice else message)
         raise
 
 
 def _name_release(name: str, installed: str) -> str:
-    tried = NEWEST_TRIED[name]
-    is_newer = Version(installed).release[:2] > Version(tried).release
-    return f"{name} {installed}" + (f" (tried up to {tried})" if is_newer else "")
+    tested = NEWEST_TESTED[name]
+    is_newer = Version(installed).release[:2] > Version(tested).release
+    return f"{name} {installed}" + (f" (tested up to {tested})" if is_newer else "")
 
 
 def _wait_until_stopped(cluster_id: str) -> None:

@@ -21,7 +21,7 @@ PLACEHOLDER = "s3://your-bucket"
 """Default data location: a bucket of the emulator."""
 
 DATA = os.environ.get("POLARS_CLOUD_DATA", PLACEHOLDER).rstrip("/")
-"""URI below which `sales/`, `inventory/` and `returns/` are read and results are written."""
+"""URI of the folder with the tables `sales/`, `inventory/` and `returns/`, and with the results."""
 
 MANIFEST = os.environ.get("POLARS_CLOUD_MANIFEST", "airflow-production")
 """Name of the manifest that `manifest_reuse` registers."""
@@ -68,30 +68,31 @@ def scan(table: str) -> pl.LazyFrame:
     Raises
     ------
     AirflowFailException
-        As `check_data_location`.
+        See `check_data_location`.
     """
     check_data_location()
     return scan_files(f"{DATA}/{table}/", get_schemas()[table])
 
 
 def scan_files(source: Any, schema: Schema) -> pl.LazyFrame:
-    """Scan files of any types that become those of the schema without loss.
+    """Scan Parquet files, and cast their columns to the types of a schema.
 
-    Integers and floats are widened, categories become strings, and a Datetime becomes the Date that
-    it shows in its own time zone. The query fails for any other type, and for a missing column.
-    Further columns are ignored. The first file sets the types of the others, but for narrower ones.
+    Integers and floats are widened, categories become strings, and a Datetime becomes the Date in
+    its own time zone. The query fails if a column has any other type or is missing. Columns that
+    the schema lacks are ignored. The other files must have the first file's types, or narrower
+    ones.
 
     Parameters
     ----------
     source
-        As `polars.scan_parquet` takes it.
+        Source, as for `polars.scan_parquet`.
     """
     import polars as pl
     import polars.selectors as cs
 
     days = [name for name, kind in schema.items() if kind == pl.Date]
     return (
-        # Without `schema=`: with it, a folder without files would be a table without rows.
+        # Not `schema=`: with it, an empty folder would be read as a table without rows.
         pl.scan_parquet(
             source,
             extra_columns="ignore",
@@ -102,7 +103,7 @@ def scan_files(source: Any, schema: Schema) -> pl.LazyFrame:
                 categorical_to_string="allow",
             ),
         )
-        # A Date is left as it is, so that a filter on it skips row groups.
+        # A Date is not cast, so that a filter on it skips row groups.
         .with_columns(
             (cs.by_name(days, require_all=False) - cs.date()).dt.date(),
             (cs.categorical() | cs.enum()).cast(pl.String),
@@ -124,10 +125,10 @@ def check_data_location() -> None:
     if not url.scheme or not url.netloc:
         problem = f"is '{DATA}', which has no {'bucket' if url.scheme else 'scheme'}"
     elif DATA == PLACEHOLDER and not talks_to_emulator():
-        problem = f"is not set, and its default {PLACEHOLDER} is the emulator's"
+        problem = f"is not set, and its default {PLACEHOLDER} exists only in the emulator"
     else:
         return
     raise AirflowFailException(
-        f"POLARS_CLOUD_DATA {problem}. Set it to the URI below which your tables lie, such as "
-        "s3://my-bucket/shop"
+        f"POLARS_CLOUD_DATA {problem}. Set it to the URI of the folder with your tables, "
+        "such as s3://my-bucket/shop"
     )

@@ -35,7 +35,7 @@ from tests.tries import StartTry
 FOLDER = ROOT / "plugins" / "polars_remote"
 CLUSTER = {"name": "airflow-preflight", "cpus": 2, "memory": 4, "idle_timeout_mins": 10}
 LIMIT = timedelta(minutes=20)
-BILLED = "one node (2 CPUs and 4 GB) is billed, for some minutes and for 30 at most"
+BILLED = "one node (2 CPUs and 4 GB) is billed for a few minutes, at most 30"
 SHOP = "s3://my-bucket/shop"
 FILE = "s3://your-bucket/results/preflight.parquet"
 
@@ -173,11 +173,11 @@ def test_two_copies_of_the_library_are_refused_with_both_paths_and_versions(
 def test_releases_that_nobody_has_tried_are_named_and_let_pass(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "NEWEST_TRIED", {"Airflow": "3.0", "polars-cloud": "0.11"})
+    monkeypatch.setattr(preflight, "NEWEST_TESTED", {"Airflow": "3.0", "polars-cloud": "0.11"})
     preflight.check_setup()
     airflow, client, *_ = lines(caplog)
-    assert "(tried up to 3.0)" in airflow
-    assert "(tried up to 0.11)" in client
+    assert "(tested up to 3.0)" in airflow
+    assert "(tested up to 0.11)" in client
 
 
 @pytest.mark.usefixtures("in_task")
@@ -253,8 +253,8 @@ def test_a_data_location_that_is_no_bucket_is_refused(
     with pytest.raises(AirflowFailException):
         preflight.check_setup()
     assert failure(caplog) == (
-        f"Data: FAILED: POLARS_CLOUD_DATA {BAD_DATA[data]}. Set it to the URI below which your "
-        f"tables lie, such as {SHOP}"
+        f"Data: FAILED: POLARS_CLOUD_DATA {BAD_DATA[data]}. Set it to the URI of the folder "
+        f"with your tables, such as {SHOP}"
     )
 
 
@@ -362,15 +362,15 @@ def test_a_manifest_is_told_with_its_versions(
 ) -> None:
     ensure_manifest({**CLUSTER, "name": "airflow-production"})
     preflight.check_setup()
-    versions = f"polars {pl.__version__} and Python {platform.python_version()}"
-    expected = f"Manifest: ok: airflow-production is for {versions}, as this worker has them"
+    versions = f"polars {pl.__version__}, Python {platform.python_version()}"
+    expected = f"Manifest: ok: airflow-production fits this worker: {versions}"
     assert lines(caplog)[-1] == expected
 
     old = {**MANIFEST_BODY, "name": "airflow-production", "polars_version": "1.44.2"}
     emulator.call("DELETE", "manifest?name=airflow-production")
     emulator.call("POST", "manifest", old)
     preflight.check_setup()
-    assert "Manifest: ok: airflow-production will be registered anew" in lines(caplog)[-1]
+    assert "uses airflow-production registers it again: " in lines(caplog)[-1]
     assert "specified in manifest (1.44.2)" in lines(caplog)[-1]
 
 
@@ -477,7 +477,7 @@ def test_another_row_than_the_one_that_was_written_fails(
         with pytest.raises(RuntimeError):
             preflight.check_cluster(CLUSTER, LIMIT)
         overwritten.result()
-    assert f"Read: FAILED: {FILE} does not hold what was just written" in failure(caplog)
+    assert f"Read: FAILED: {FILE} does not contain the row that was just written" in failure(caplog)
     assert cluster_statuses(emulator) == ["Stopped"]
 
 

@@ -319,7 +319,7 @@ def test_files_are_told_once_for_each_problem(
         preflight.check_tables()
     assert str(refused.value) == (
         f"Table sales: {FIRST} and 1 more: date is String, and must be Date. "
-        "Write these files anew, or change the schema in include/shop.py"
+        "Rewrite these files, or change the schema in include/shop.py"
     )
 
 

@@ -7,7 +7,7 @@ from importlib.metadata import version
 import polars
 import pytest
 
-from include.preflight import NEWEST_TRIED, OLDEST_PYTHON
+from include.preflight import NEWEST_TESTED, OLDEST_PYTHON
 from left_to_do import OLDEST_AIRFLOW
 from local_airflow import ROOT
 from outdated import package, read_lock, read_pins
@@ -107,5 +107,5 @@ def test_what_copies_a_dag_knows_the_oldest_airflow() -> None:
 
 
 def test_preflight_knows_the_versions_that_are_tested() -> None:
-    assert {"Airflow": minor(AIRFLOW), "polars-cloud": minor(CLIENT)} == NEWEST_TRIED
+    assert {"Airflow": minor(AIRFLOW), "polars-cloud": minor(CLIENT)} == NEWEST_TESTED
     assert pythons()[-1] == OLDEST_PYTHON
