@@ -1,18 +1,18 @@
 # The Pythons that the pinned Airflow supports, newest first.
 PYTHON_VERSIONS := 3.14 3.13 3.12 3.11
-# The older Airflows that the DAGs run on, too.
+# Older Airflows that the DAGs also run on.
 OLDER_AIRFLOWS := 3-2 3-1
 PYTHON ?= $(firstword $(foreach version,$(PYTHON_VERSIONS),\
 	$(shell python$(version) -c 'print("python$(version)")' 2>/dev/null)) python3)
 
-# The commands talk to the emulator alone, wherever the calling shell points: all but `preflight`.
+# All commands except `preflight` use only the emulator, whatever account the shell's variables name.
 ifneq ($(MAKECMDGOALS),preflight)
 unexport $(filter AIRFLOW_% AWS_% POLARS_CLOUD_%,$(.VARIABLES))
 endif
 export AIRFLOW_HOME := $(CURDIR)/.airflow
 export PYTHONPATH := $(CURDIR):$(CURDIR)/emulator:$(CURDIR)/plugins
 export UV_CACHE_DIR := $(CURDIR)/.venv/cache
-# Compiled once, at the installation: Python starts Airflow in half the time then.
+# Compile once, at installation: Airflow then starts in half the time.
 export UV_COMPILE_BYTECODE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -55,7 +55,7 @@ check-run:
 
 ##@ Use your own Airflow and account
 
-# With the Connection and the variables of the calling shell, which make hands on as they are.
+# Uses the shell's Connection and variables, unchanged.
 preflight: .venv/installed ## Check your account; SPEND=1 starts a cluster, too; EMULATOR=1 checks the emulator instead
 	.venv/bin/python scripts/preflight.py $(if $(EMULATOR),--emulator) $(if $(SPEND),--spend)
 
@@ -64,8 +64,8 @@ copy: .venv/installed ## Copy or upgrade a DAG in another Airflow: DAG=complete_
 
 ##@ Test
 
-# Three at a time on two cores: a test waits for part of its time. What a file's tests share is made
-# quickly, so that they need not stay together: who has nothing left takes from the others.
+# Three processes on two cores, because tests wait part of the time. Work-stealing, because the
+# fixtures that the tests of a file share are made quickly.
 test: .venv/installed ## Test the DAGs, include/ and the library
 	.venv/bin/python -m pytest --numprocesses=3 --dist=worksteal
 
@@ -75,7 +75,7 @@ test-template: .venv/installed ## Test the emulator, the pages, the scripts and 
 test-failures: .venv/installed ## Inject failures under a real scheduler; ALL=1 does so for each DAG
 	.venv/bin/python -m pytest tests/failures --dist=worksteal $(if $(ALL),,-m 'not further')
 
-# Another release, such as one that has just come out, is installed without a lock.
+# Another release, such as the newest, is installed without a lock.
 ifdef AIRFLOW
 test-versions: .venv/installed
 	.venv/bin/uv venv --quiet --clear --python .venv/bin/python .venv/airflow-$(AIRFLOW)
@@ -122,15 +122,15 @@ wheel: .venv/installed ## Build the wheels of the library and the emulator, and 
 	cd .venv/wheel && env --unset PYTHONPATH venv/bin/python -m pytest -q -c /dev/null --rootdir . \
 		--confcutdir . -W error test_queries.py
 
-# Keeps what still fits; without the file, everything moves to its newest release.
+# Keeps versions that still fit. Delete the lock files to get the newest version of everything.
 lock: LOCK = .venv/bin/uv pip compile --quiet --no-build --universal --generate-hashes \
 	--custom-compile-command 'make lock' --python-version $(lastword $(PYTHON_VERSIONS))
 lock: .venv/bin/uv ## Update the lock files after a change of versions
 	$(LOCK) --output-file requirements-dev.lock requirements.txt --group dev
-	# What the image adds to Airflow's own.
+	# The packages that the image adds to Airflow's own.
 	sed -n '/^polars-cloud/p' requirements.txt | $(LOCK) --no-emit-package \
 		typing-extensions --constraint requirements-dev.lock --output-file requirements.lock -
-	# The FastAPI of Airflow 3.1 takes an older Starlette than the emulator asks for.
+	# FastAPI of Airflow 3.1 needs an older Starlette than the emulator.
 	for version in $(OLDER_AIRFLOWS); do \
 		if [ $$version = 3-1 ]; then echo 'starlette<0.49'; fi | $(LOCK) --overrides /dev/stdin \
 			--output-file .ci/airflow-$$version.lock requirements.txt \
@@ -166,7 +166,7 @@ clean: ## Delete everything that these commands created
 	rm -rf .venv .airflow .emulator .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -r {} +
 
-# The constraint stops an installation whose lock is older than requirements.txt.
+# The constraint makes the installation fail if the lock is older than requirements.txt.
 .venv/installed: requirements.txt requirements-dev.lock | .venv/bin/uv
 	@echo 'Installing into .venv, and compiling what was installed: half a minute or so, once'
 	.venv/bin/uv pip sync --python .venv --no-build --constraint requirements.txt \

@@ -1,8 +1,8 @@
-"""Seconds billed beyond the queries' own, and what they are spent on, beside the published.
+"""Compare the seconds billed beyond the queries, for these DAGs and for the published wiring.
 
-Runs each DAG that stops its cluster, and its counterpart of `published_wiring/`, with queries of
-1, 30 and 300 s. These pass on the emulator's clock, which is moved on while queries run and at no
-other time: what is billed beyond the queries are real seconds.
+Run each DAG that stops its cluster, and its counterpart in `published_wiring/`, with queries of
+1, 30 and 300 s. The emulator's clock is advanced while queries run, and only then. All other billed
+seconds are real.
 """
 
 import contextlib
@@ -38,48 +38,48 @@ STOPPING = (
 )
 """The DAGs that stop their cluster themselves."""
 LENGTHS_S = (1, 30, 300)
-"""Of each query, on the emulator's clock."""
+"""Duration of each query on the emulator's clock, in seconds."""
 IN_REAL_TIME = "context_manager_shutdown", 30
-"""The DAG that is run once more without moving the clock, and the length of its query in seconds.
+"""DAG to run again without advancing the clock, and the duration of its query in seconds.
 
-One DAG: all of them would take a quarter of an hour.
+Only one DAG, because all of them would take a quarter of an hour.
 """
 GOAL_S = 2.0
 MORE_THAN_ANY_DAG_SUBMITS = 100
 
 LOOK_S = 0.2
-"""Between two looks at the queries, in real seconds."""
+"""Poll interval for the queries, in real seconds."""
 SETTLED_S = 1.5
-"""Real seconds without news of any query, after which none is to come before one has ended."""
+"""Real seconds without a change of any query, after which no new one is expected."""
 LAST_S = 0.5
-"""What is left of a query when the clock was moved, for this process to log in anew."""
+"""Seconds that a query still runs after the clock was advanced, so that this process can log in."""
 
 NOTE = """
-Billed are the seconds from a cluster's request to its stop, however many its nodes; beyond the
-queries, those in which none ran. Until the first: from the request, with which a cluster of the
-emulator takes queries at once, to the start of the first query. Between: gaps in which no query
-ran. After the last: from its end to the cluster's stop, the notice of the end included. "Idle" is
-the idle timeout, which passed on the emulator's clock. All else are real seconds of this machine.
+A cluster is billed from its request to its stop. "Beyond" counts the billed seconds in which no
+query ran, whatever the number of nodes. "First": from the request to the start of the first query;
+a cluster of the emulator accepts queries at once. "Between": gaps between two queries. "After":
+from the end of the last query to the cluster's stop, including the time until the end is noticed.
+"Idle": the idle timeout, which passed on the emulator's clock. All other seconds were measured.
 
-Between two tasks are the seconds of `dag.test()`, which runs one task after the other in this
-process, with the libraries loaded. A scheduler adds what it takes to start the next task: its own
-loop, a process and the imports. It also runs tasks side by side: the gaps between the tasks of
-parallel_single_node, of manual_shutdown and between the transformations of complete_pipeline are
-those of `dag.test()` alone. Published tasks that submit and leave have no such gaps even here.
+`dag.test()` runs one task after the other in this process, with the libraries loaded. A scheduler
+needs more time to start the next task: for its loop, a process and the imports. But it runs tasks
+in parallel, so the gaps in parallel_single_node, in manual_shutdown and between the transformations
+of complete_pipeline exist only under `dag.test()`. Published tasks that do not wait for their query
+have no such gaps even here.
 """
 
 
 class Beyond(NamedTuple):
-    """What a run was billed beyond its queries, in seconds."""
+    """Seconds that a run was billed while none of its queries ran."""
 
     first: float = 0.0
-    """From the request of a cluster to the start of its first query."""
+    """From a cluster's request to the start of its first query."""
     between: float = 0.0
-    """Of gaps between two queries."""
+    """Gaps between two queries."""
     after: float = 0.0
-    """From the last query's end to the stop, but for the idle timeout."""
+    """From the end of the last query to the stop, without the idle timeout."""
     idle: float = 0.0
-    """Of the idle timeout."""
+    """Idle timeout."""
 
     @property
     def busy(self) -> float:
@@ -96,7 +96,7 @@ class Beyond(NamedTuple):
 
 
 def beyond_queries(run: Run) -> Beyond:
-    """Add up, over the clusters of a run, the time in which no query ran."""
+    """Return the time without a query, summed over the clusters of a run."""
     parts = []
     for cluster in run.clusters:
         own = [query for query in run.queries if query["cluster_id"] == cluster["id"]]
@@ -130,10 +130,15 @@ def _beyond_queries_of(cluster: dict[str, Any], queries: list[dict[str, Any]]) -
 
 
 def move_clock(emulator: RunningEmulator, seconds: float, stop: threading.Event) -> None:
-    """Pass over what running queries of so many seconds have left, until told to stop.
+    """Advance the clock to the end of running queries, again and again, until `stop` is set.
 
-    The clock moves when nothing new was heard of any query for a while: queries that would run
-    side by side have all been submitted then.
+    Wait first until no query has changed for a while: by then, all queries that would run in
+    parallel have been submitted.
+
+    Parameters
+    ----------
+    seconds
+        Duration of each query.
     """
     news: set[tuple[str, str | None]] = set()
     heard_at = time.monotonic()
@@ -147,13 +152,13 @@ def move_clock(emulator: RunningEmulator, seconds: float, stop: threading.Event)
         )
         if left > LAST_S and time.monotonic() - heard_at > SETTLED_S:
             emulator.advance_clock(timedelta(seconds=left - LAST_S))
-            # The client renews a token in time by the system's clock, and this one has moved.
+            # The client renews its token by the system's clock, which was not advanced.
             log_in(emulator)
 
 
 @contextlib.contextmanager
 def moving_clock(emulator: RunningEmulator, seconds: float) -> Iterator[None]:
-    """Run `move_clock` beside the body."""
+    """Run `move_clock` in a thread while the context is open."""
     stop = threading.Event()
     with ThreadPoolExecutor(1) as thread:
         moving = thread.submit(move_clock, emulator, seconds, stop)
@@ -167,12 +172,12 @@ def moving_clock(emulator: RunningEmulator, seconds: float) -> Iterator[None]:
 def measure(
     emulator: RunningEmulator, dag: "DAG", seconds: float, *, in_real_time: bool = False
 ) -> Beyond:
-    """Run the DAG on an emulator as new, with queries of so many seconds.
+    """Reset the emulator and run the DAG, with queries that take `seconds`.
 
     Parameters
     ----------
     in_real_time
-        Whether to wait for the queries in place of moving the clock.
+        Whether to wait for the queries instead of advancing the clock.
     """
     make_ready(emulator, dag)
     emulator.add_fault(

@@ -1,7 +1,7 @@
-"""What each pattern costs: vCPU-hours billed beside query-seconds, and beside the published.
+"""Compare the cost of each pattern with the published wiring: vCPU-hours and query seconds.
 
-Runs each of the eight DAGs and its counterpart of `published_wiring/`, which asks the same queries,
-once with every query succeeding and once with the last one failing and no retries.
+Run each of the eight DAGs and its counterpart in `published_wiring/`, which has the same queries:
+once with every query succeeding, and once with the last one failing and no retries.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,30 +15,30 @@ from polars_cloud_emulator.testing import RunningEmulator
 if TYPE_CHECKING:
     from airflow.sdk import DAG
 
-FAILURE = "ComputeError: this query was to fail"
+FAILURE = "ComputeError: this query fails on purpose"
 
 NOTE = """
-Billed are the vCPU-hours of all nodes from a cluster's request to its stop. Those marked "idle" are
-of its idle timeout, which passed on the emulator's clock: the same in each run. All others, and the
-seconds of the queries, were measured with small queries and one task at a time: they vary from run
-to run, and much of what is billed is Airflow between two tasks. Where neither idles, published /
-ours therefore says little. Worker processes that start count as the first query's seconds, unless
-the cluster was started before. Queries that ran side by side count each. Ratio: seconds of the
-clusters, whatever their size, over those of the queries. Published / ours: of what is billed.
+"Billed": vCPU-hours of all nodes, from a cluster's request to its stop. "Idle": the part of the
+idle timeout, which passed on the emulator's clock and is the same in each run. All other figures
+were measured with small queries and one task at a time. They vary from run to run, and contain much
+of Airflow's time between two tasks, so "published / ours" says little where no cluster idles.
+"Queries": seconds of all queries, also of those that ran at the same time. The start of the worker
+processes counts for the first query, unless the cluster was started before. "Ratio": seconds of the
+clusters, whatever their size, over seconds of the queries. "Published / ours": ratio of "billed".
 """
 
 
 class Cost(NamedTuple):
-    """Of one run of a DAG."""
+    """Cost of one run of a DAG."""
 
     busy: float
-    """vCPU-hours, but for the idle timeout."""
+    """vCPU-hours without the idle timeout."""
     idle: float
-    """vCPU-hours of waiting until the idle timeout."""
+    """vCPU-hours of the idle timeout."""
     seconds: float
-    """Seconds of the clusters."""
+    """Billed seconds of the clusters."""
     queries: list[float]
-    """Seconds."""
+    """Seconds of each query."""
 
     @property
     def billed(self) -> float:
@@ -51,7 +51,7 @@ class Cost(NamedTuple):
 
 
 def measure(emulator: RunningEmulator, dag: "DAG", failing: int | None = None) -> Cost:
-    """Run the DAG on an emulator as new; `failing` counts the queries to the one that fails."""
+    """Reset the emulator and run the DAG; query number `failing`, if given, fails."""
     make_ready(emulator, dag)
     if failing:
         emulator.add_fault("SubmitQuery", "query_fails", nth=failing, error=FAILURE)

@@ -1,7 +1,7 @@
-"""What the emulator costs: its start, its memory, and what waiting for a query adds.
+"""Measure the emulator's start, its memory, and the delay of waiting for a query.
 
-Each figure stands beside another of the same run: start and memory beside those of a bare
-interpreter that imports the same libraries, waiting beside a client that polls. Linux only.
+Each figure is compared with one of the same run: start and memory with a bare interpreter that
+imports the same libraries, waiting with a client that polls. Linux only.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ BARE_INTERPRETER = [sys.executable, "-c", BARE]
 
 
 class Memory(NamedTuple):
-    """Of a process and its descendants, in MB (10**6 bytes)."""
+    """Memory of a process and its descendants, in MB (10**6 bytes)."""
 
     pss: float
     rss: float
@@ -53,7 +53,7 @@ class Memory(NamedTuple):
 
 @contextlib.contextmanager
 def process(command: list[str]) -> Iterator[tuple[int, float]]:
-    """Start a process; its id, and the seconds until its first line."""
+    """Start a process; yield its id and the seconds until its first line."""
     started = time.perf_counter()
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as popen:
         try:
@@ -72,7 +72,7 @@ def memory(pid: int) -> Memory:
 
 
 def settled_memory(pid: int) -> Memory:
-    """The memory once its RSS has kept within 1 MB for 3 s."""
+    """Return the memory once its RSS has stayed within 1 MB for 3 s."""
     readings = deque([memory(pid)], maxlen=7)
     deadline = time.monotonic() + SETTLE_TIMEOUT_S
     while time.monotonic() < deadline:
@@ -95,7 +95,7 @@ def measure_idle(command: list[str]) -> Memory:
 
 
 def measure_workers(emulator: RunningEmulator, clusters: Iterable["ComputeContext"]) -> Memory:
-    """What each cluster adds, with the one worker process that it starts with."""
+    """Return the memory that each cluster adds, with its first worker process."""
     before = settled_memory(emulator.pid)
     for cluster in clusters:
         cluster.start()
@@ -109,7 +109,7 @@ def measure_wait(
     query_seconds: float,
     wait: Callable[["Query"], object],
 ) -> float:
-    """Milliseconds from the end of a query until ``wait`` has returned."""
+    """Return the milliseconds from the end of a query until `wait` returns."""
     import polars as pl
 
     def take_time(df: pl.DataFrame) -> pl.DataFrame:
@@ -176,7 +176,7 @@ def report_workers_and_waiting() -> None:
         )
 
         measure_wait(emulator, ctx, 0, hold)  # the first query opens the connection
-        # Ends spread over one interval fall anywhere between two polls.
+        # Spread the ends evenly over one poll interval.
         seconds = [SHORTEST_QUERY_S + POLL_INTERVAL_S * n / QUERIES for n in range(QUERIES)]
         waits = [
             (measure_wait(emulator, ctx, s, hold), measure_wait(emulator, ctx, s, poll))
@@ -186,13 +186,13 @@ def report_workers_and_waiting() -> None:
     print(
         f"await_result adds, of {QUERIES} queries: median {median(held):.1f} ms,",
         f"max {max(held):.1f} ms, {against(MAX_WAIT_MS, 'ms', max(held))};\n "
-        f"polling each {POLL_INTERVAL_S:g} s adds {median(polled) / median(held):.0f} times",
+        f"polling every {POLL_INTERVAL_S:g} s adds {median(polled) / median(held):.0f} times",
         f"as much (median {median(polled):.0f} ms, max {max(polled):.0f} ms)",
     )
 
 
 def report_part_reads() -> None:
-    """Read a small part of a small and of a large object, in turns."""
+    """Compare reading a small part of a small and of a large object, alternately."""
     with running_emulator() as emulator:
         s3 = boto3.client(
             "s3",

@@ -1,6 +1,6 @@
-"""How the emulator bears load: a large input, a large file, and thousands of queries in a row.
+"""Load the emulator with a large input, a large file, and thousands of queries in a row.
 
-Each figure stands beside what it is measured against in the same run, and its target. Linux only.
+Each figure is printed with a reference from the same run and its target. Linux only.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ PAUSE_S = 0.02
 
 
 def used_mb(emulator_pid: int) -> float:
-    """What the emulator and its workers use."""
+    """Return the memory of the emulator and its workers, in MB."""
     emulator = psutil.Process(emulator_pid)
     used = 0
     for each in (emulator, *emulator.children(recursive=True)):
@@ -38,7 +38,7 @@ def used_mb(emulator_pid: int) -> float:
 
 
 def watch(emulator: RunningEmulator, over: Any, most: Any) -> None:
-    """Note the most MB that the emulator comes to use, and the most ms that a call takes."""
+    """Send the emulator's peak memory increase in MB and its slowest call in ms to `most`."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     most_mb, most_ms, before = 0.0, 0.0, used_mb(emulator.pid)
     most.put(None)
@@ -55,14 +55,14 @@ def verdict(value: float, target: float, unit: str = "") -> str:
 
 
 def report_large_input(emulator: RunningEmulator, ctx: Any) -> None:
-    """Send a frame of numbers that do not compress."""
+    """Send a frame of numbers that cannot be compressed."""
     import polars as pl
 
     rows = INPUT_MB * 10**6 // 8
     frame = pl.select(x=pl.int_range(rows).hash(seed=1))
     single = pl.LazyFrame({"x": [1]}).remote(ctx).single_node()
     single.execute()
-    # In a process of its own: the client keeps this one's interpreter to itself for long.
+    # In another process: the client blocks this process's interpreter for long.
     spawn = multiprocessing.get_context("spawn")
     over, most = spawn.Event(), spawn.SimpleQueue()
     watching = spawn.Process(target=watch, args=(emulator, over, most))
@@ -80,13 +80,13 @@ def report_large_input(emulator: RunningEmulator, ctx: Any) -> None:
     print(
         f"an input of {INPUT_MB} MB in memory: {seconds:.1f} s;",
         f"{memory:.1f} times its size in memory, {verdict(memory, MAX_INPUT_RATIO)};",
-        f"another call meanwhile at most {other:.0f} ms,",
+        f"slowest other call {other:.0f} ms,",
         verdict(other, MAX_OTHER_CALL_MS, " ms"),
     )
 
 
 def report_scan(ctx: Any) -> None:
-    """Summarize a file as a report does, from the emulator's S3 and from disk, in turns."""
+    """Compare a report on a file in the emulator's S3 and on disk, alternately."""
     import polars as pl
 
     uri = f"s3://{DATA_BUCKET}/benchmark/large.parquet"
@@ -133,7 +133,7 @@ def report_scan(ctx: Any) -> None:
 
 
 def report_small_query(ctx: Any) -> None:
-    """Count a small file in the emulator's S3, and the same rows sent with the plan, in turns."""
+    """Compare counting a small file in S3 and the same rows sent with the plan, alternately."""
     import polars as pl
 
     uri = f"s3://{DATA_BUCKET}/benchmark/small.parquet"
@@ -153,13 +153,13 @@ def report_small_query(ctx: Any) -> None:
     more = with_s3 - without
     print(
         f"a small query of a file in the emulator's S3, median of {SMALL_QUERIES}:",
-        f"{with_s3:.0f} ms, {more:.0f} ms more than of rows in the plan ({without:.0f} ms),",
+        f"{with_s3:.0f} ms, {more:.0f} ms more than with the rows in the plan ({without:.0f} ms),",
         verdict(more, MAX_S3_MS, " ms"),
     )
 
 
 def report_latency(ctx: Any) -> None:
-    """Run query after query; the last compared with the first."""
+    """Run many queries in a row; compare the last ones with the first."""
     import polars as pl
 
     query = pl.LazyFrame({"x": [1]}).remote(ctx).single_node()

@@ -1,4 +1,4 @@
-"""Run the DAGs and their counterparts of `published_wiring/`, each on an emulator as new."""
+"""Run the DAGs and their counterparts in `published_wiring/`, each on a fresh emulator."""
 
 import contextlib
 import json
@@ -26,16 +26,16 @@ STOP_TIMEOUT_S = 60.0
 
 
 class Patterns(NamedTuple):
-    """What a benchmark works with."""
+    """Running emulator, console and DAGs for a benchmark."""
 
     emulator: RunningEmulator
     console: Console
     pairs: dict[str, tuple["DAG", "DAG"]]
-    """Each DAG and its counterpart, by the DAG's id."""
+    """Each DAG and its published counterpart, by the id of the DAG."""
 
 
 class Run(NamedTuple):
-    """What the emulator's state says after a run: each query has ended, each cluster stopped."""
+    """Clusters and queries of the emulator after a run, when all of them have ended."""
 
     clusters: list[dict[str, Any]]
     queries: list[dict[str, Any]]
@@ -43,13 +43,13 @@ class Run(NamedTuple):
 
 @contextlib.contextmanager
 def patterns() -> Iterator[Patterns]:
-    """Start an emulator, and load the DAGs so that each task has one try."""
+    """Start an emulator, and load the DAGs without retries."""
     with running_emulator() as emulator, airflow_output_in(LOG) as console:
-        use_airflow(AIRFLOW_HOME / "cluster_cost")  # whose DAGs are not those of the others
+        use_airflow(AIRFLOW_HOME / "cluster_cost")  # a home of its own, as it has other DAGs
         os.environ["AIRFLOW__DAG_PROCESSOR__DAG_BUNDLE_CONFIG_LIST"] = bundles(DAGS)
         use_emulator(emulator.environment)
         subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], check=True)
-        console.print(f"Airflow's log in {LOG.relative_to(ROOT)}")
+        console.print(f"Airflow's log: {LOG.relative_to(ROOT)}")
 
         from airflow.dag_processing.dagbag import DagBag
 
@@ -63,7 +63,7 @@ def patterns() -> Iterator[Patterns]:
 
 
 def log_in(emulator: RunningEmulator) -> None:
-    """Log this process in, which is the one that runs the tasks."""
+    """Log this process in. It runs the tasks."""
     import polars_cloud as pc
 
     pc.authenticate(
@@ -74,7 +74,7 @@ def log_in(emulator: RunningEmulator) -> None:
 
 
 def make_ready(emulator: RunningEmulator, dag: "DAG") -> None:
-    """Reset the emulator to what the DAG expects; faults are added after this."""
+    """Reset the emulator, and register the manifest that a published DAG expects."""
     emulator.reset()
     if dag.dag_id.startswith(PUBLISHED):
         _register_manifest()
@@ -83,23 +83,23 @@ def make_ready(emulator: RunningEmulator, dag: "DAG") -> None:
 def run_to_its_end(emulator: RunningEmulator, dag: "DAG", failure: str | None = None) -> Run:
     """Run the DAG, and wait until its queries have ended and its clusters have stopped.
 
-    The clock is moved to each idle timeout, so that what is left running is billed to its end.
+    The emulator's clock is advanced to the idle timeout of each cluster that still runs.
 
     Parameters
     ----------
     failure
-        Error of the one query that is to fail; None if all are to succeed.
+        Expected error of the one query that fails; None if all succeed.
     """
     run = dag.test()
     queries = ended_queries(emulator, set())
     failed = [query["error"] for query in queries if query["status"] != "Success"]
     if failed != ([failure] if failure else []) or not (failure or run.state == "success"):
-        raise RuntimeError(f"{dag.dag_id}: {run.state}, with queries that failed: {failed}")
+        raise RuntimeError(f"{dag.dag_id}: {run.state}, failed queries: {failed}")
     return Run(_stopped_clusters(emulator), queries)
 
 
 def idle_seconds(cluster: dict[str, Any]) -> float:
-    """Seconds that the cluster was billed for waiting until its idle timeout."""
+    """Return the billed seconds of the cluster's idle timeout."""
     if cluster["termination_reason"] != "StoppedInactive":
         return 0.0
     minutes: float = cluster["idle_timeout_mins"]
@@ -107,7 +107,7 @@ def idle_seconds(cluster: dict[str, Any]) -> float:
 
 
 def bundles(folders: Iterable[Path]) -> str:
-    """Return folders as Airflow's configuration takes them: `dag.test()` looks nowhere else."""
+    """Return the setting for Airflow's DAG bundles, where `dag.test()` looks for DAG files."""
     local = "airflow.dag_processing.bundles.local.LocalDagBundle"
     return json.dumps(
         [
@@ -118,7 +118,7 @@ def bundles(folders: Iterable[Path]) -> str:
 
 
 def _register_manifest() -> None:
-    """Do what the published wiring leaves to somebody, once, outside the DAGs."""
+    """Register the manifest, which the published DAGs expect to exist."""
     import polars_cloud as pc
 
     from include.shop import MANIFEST
@@ -134,7 +134,7 @@ def _idle_until(cluster: dict[str, Any], queries: list[dict[str, Any]]) -> datet
 
 
 def _stopped_clusters(emulator: RunningEmulator) -> list[dict[str, Any]]:
-    """All clusters, once the clock was moved to the idle timeout of those that were running."""
+    """Advance the clock to the idle timeouts; return all clusters once they have stopped."""
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while time.monotonic() < deadline:
         state = emulator.state()
@@ -145,7 +145,7 @@ def _stopped_clusters(emulator: RunningEmulator) -> list[dict[str, Any]]:
         if idle:
             now = emulator.advance_clock(timedelta(0))
             first = min(_idle_until(cluster, state["queries"]) for cluster in idle)
-            # No further: what is billed ends when the emulator looks, not when it was due.
+            # Exactly to the timeout: the emulator bills until it checks, not until the timeout.
             emulator.advance_clock(max(first - now, timedelta(0)))
         time.sleep(0.1)
-    raise TimeoutError(f"clusters are running after {STOP_TIMEOUT_S:.0f} s: {clusters}")
+    raise TimeoutError(f"Clusters still run after {STOP_TIMEOUT_S:.0f} s: {clusters}")

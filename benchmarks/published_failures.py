@@ -1,8 +1,8 @@
-"""How the published wiring comes out of the failures that the DAGs are tested with.
+"""Run the published wiring through the failures that the DAGs are tested with.
 
-Puts the DAGs of `published_wiring/` through the scenarios of `tests/failures/`, under Airflow's
-scheduler, and prints for each what was broken of three promises: the run tells the truth, no query
-was submitted twice or left running, and no cluster was left running but those that idle by design.
+Run the DAGs of `published_wiring/` through the scenarios of `tests/failures/`, under Airflow's
+scheduler. For each, print which of three promises was broken: the run has the right state, no query
+was submitted twice or left running, and no cluster was left running unless its pattern does so.
 """
 
 import multiprocessing
@@ -25,20 +25,20 @@ from tests.failures.scenarios import SCENARIOS, Expected  # noqa: E402
 from tests.manifest_body import MANIFEST_BODY  # noqa: E402
 
 PATIENCE = 60.0
-"""Seconds after which a run, or its query, counts as one that does not end."""
+"""Seconds after which a run or its query counts as never ending."""
 PROCESSES = 2
 OURS = {*VARIANTS, *PATTERNS}
 CASES = [
     (what, dag_id)
     for what, scenario in SCENARIOS.items()
     for dag_id in scenario.expected
-    if dag_id in OURS  # the others show how the helpers combine, which it has none of
+    if dag_id in OURS  # the others combine helpers, which the published wiring lacks
 ]
 WIDTH = 150
 
 
 def published_dags() -> dict[str, str]:
-    """Sources of the published DAGs, and of those variants of them that the scenarios use."""
+    """Return the sources of the published DAGs and of the variants that the scenarios use."""
     folder = ROOT / "benchmarks" / "published_wiring"
     dags = {path.stem: path.read_text() for path in folder.glob("*.py")}
     for variant, (dag_id, changes) in VARIANTS.items():
@@ -54,7 +54,7 @@ def published_dags() -> dict[str, str]:
 
 
 def verdict(airflow: Deployment, what: str, dag_id: str) -> str:
-    """Act the scenario out with the published DAG; what was broken, or nothing."""
+    """Run the scenario with the published DAG; return what was broken, or an empty string."""
     scenario = SCENARIOS[what]
     expected = scenario.expected[dag_id]
     airflow.end_runs()
@@ -62,10 +62,10 @@ def verdict(airflow: Deployment, what: str, dag_id: str) -> str:
         register_manifest(airflow)
     try:
         run = scenario.act(airflow, f"published_{dag_id}")
-        # The published wiring logs nothing of what ours does: there is no line to wait for.
+        # The published wiring does not log the line that our DAGs log.
         return broken_promise(observe(airflow, run, replace(expected, cause="")), expected)
-    except (AssertionError, ValueError):  # a deadline, or what the scenario itself insists on
-        return "the run, or its query, does not end"
+    except (AssertionError, ValueError):  # a deadline, or an assertion of the scenario
+        return "the run or its query does not end"
 
 
 def broken_promise(outcome: Outcome, expected: Expected) -> str:
@@ -81,13 +81,13 @@ def broken_promise(outcome: Outcome, expected: Expected) -> str:
 
 
 def register_manifest(airflow: Deployment) -> None:
-    """The published DAGs take it for granted."""
+    """Register the manifest that the published DAGs expect."""
     manifest = {**MANIFEST_BODY, "name": "airflow-production", "cluster_size": 3}
     airflow.emulator.api.call("POST", "manifest", manifest)
 
 
 def verdicts(share: int) -> list[tuple[str, str, str]]:
-    """Put every n-th case through an Airflow and an emulator of its own; what came of each."""
+    """Run every n-th case on an Airflow and an emulator of its own; return the verdicts."""
     found = []
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -102,7 +102,7 @@ def verdicts(share: int) -> list[tuple[str, str, str]]:
 
 
 def main() -> None:
-    # Not forked: each has an Airflow home of its own, from this module's import.
+    # Spawned, because each process makes its own Airflow home when it imports this module.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(PROCESSES, mp_context=spawn) as pool:
         found = [case for share in pool.map(verdicts, range(PROCESSES)) for case in share]

@@ -1,8 +1,8 @@
-"""Count what a task costs beside its query: calls to Polars Cloud and to Airflow, and seconds.
+"""Count a task's calls to Polars Cloud and to Airflow, and measure its overhead in seconds.
 
-Each row is a run of a small DAG in this process, on an emulator as new. *Airflow* counts what the
-record asks of Airflow: Variables and the states of tasks. *Seconds* are those of the run beyond its
-queries, and beyond those of a run whose task does nothing.
+Each row is a run of a small DAG in this process, on a fresh emulator. *Airflow* counts the record's
+requests to Airflow: Variables and the states of tasks. *Seconds* are those of the run, minus those
+of its queries, and minus those of a run whose task does nothing.
 """
 
 import os
@@ -23,7 +23,7 @@ from polars_cloud_emulator.testing import RunningEmulator, eventually, running_e
 
 FOLDERS = [ROOT / "benchmarks" / name for name in ("measured_tasks", "published_wiring")]
 RECORD = {"GetVariable", "PutVariable", "DeleteVariable", "GetVariableKeys", "GetTaskStates"}
-"""Messages to Airflow that the record sends."""
+"""Messages that the record sends to Airflow."""
 MAPPED = (5, 50, 200)
 QUERIES = 100
 
@@ -63,7 +63,7 @@ def main() -> None:
         add("plain, warm", dags["left_running"])
         emulator.reset()
         deferral.IN_WORKER_SECONDS = 0.0
-        deferral.SHORTEST_RESUME_DELAY = 0.0  # no scheduler sees the worker exit
+        deferral.SHORTEST_RESUME_DELAY = 0.0  # there is no scheduler that must see the worker exit
         emulator.add_fault("SubmitQuery", "query_takes", seconds=3)
         add("deferred, cold", dags["deferred"])
         deferral.IN_WORKER_SECONDS = 3.0
@@ -88,7 +88,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def count_airflow_calls() -> Counter[str]:
-    """Count the messages that the tasks of this process send to Airflow, from now on."""
+    """Return a counter of the messages that tasks of this process send to Airflow from now on."""
     from airflow.sdk.execution_time.supervisor import InProcessSupervisorComms
 
     calls: Counter[str] = Counter()
@@ -105,7 +105,7 @@ def count_airflow_calls() -> Counter[str]:
 def measure(
     emulator: RunningEmulator, calls: Counter[str], dag: Any
 ) -> tuple[int, int, int, float]:
-    """Run the DAG; return queries, calls to Polars Cloud and Airflow, and further seconds."""
+    """Run the DAG; return queries, calls to Polars Cloud and to Airflow, and idle seconds."""
     calls.clear()
     cloud_before, known = len(emulator.journal()), len(emulator.state()["queries"])
     began = time.monotonic()
@@ -121,7 +121,7 @@ def measure(
 
 
 def busy_seconds(queries: list[dict[str, Any]]) -> float:
-    """Seconds in which one of the queries or more ran."""
+    """Return the seconds in which at least one query ran."""
     from datetime import datetime
 
     spans = sorted(

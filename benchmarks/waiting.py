@@ -1,7 +1,7 @@
-"""What it costs to wait: many held queries, waited for by plain tasks and by deferred ones.
+"""Compare the cost of waiting for many queries, in plain and in deferred tasks.
 
 Each task submits one query to a shared cluster and waits until it ends, under Airflow's scheduler
-with 4 slots. A `@task` waits in its worker, a `@query_task` gives its slot back.
+with 4 slots. A `@task` waits in its worker; a `@query_task` is deferred.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from tests.failures.deployment import TRIGGERER, Deployment, Run, running_deploy
 
 SLOTS = 4
 WARM_UP = 2
-"""Queries of a first run, after which everything is loaded that is loaded once."""
+"""Number of queries of a first run, which is not reported and loads all modules."""
 
 SAMPLE_SECONDS = 3.0
 PLAIN, DEFERRED = "plain", "deferred"
@@ -81,18 +81,19 @@ WAYS = {
 }
 
 NOTE = """
-Held at once: the most queries that ran at the same time; what follows was seen while they did.
-Slots: of the 4, with no task process at all while every query was held where it says 0. Task
-processes: the most at any time, each with a supervisor beside it. MB a query: memory (PSS) beyond
-what Airflow had taken before the run, of the triggerer alone where no task process ran. Polls:
-looks at each query's status. Noticed, ended: from a query's end until its trigger fired, and until
-its task had ended; the queries end at about the same time, and their tasks take turns in the slots.
+Held at once: maximum number of queries that ran at the same time. The next columns were measured
+then. Slots while held: of 4; 0 if at some time all queries were held and no task process ran. Task
+processes: maximum at any time; each has a supervisor process besides. MB a query: increase of
+Airflow's memory (PSS) since before the run; only of the triggerer if no task process ran. Polls a
+minute: status requests for each query. Noticed after, ended after: seconds from a query's end until
+its trigger fired, and until its task ended. The queries end at about the same time, and their tasks
+take turns in the slots.
 """
 
 
 @dataclass
 class Watch:
-    """What was seen of Airflow's processes during a run."""
+    """Measurements of Airflow's processes during a run."""
 
     processes: int = 0
     most_held: int = 0
@@ -120,7 +121,7 @@ def dags() -> dict[str, str]:
 
 
 def pss(processes: Iterable[psutil.Process]) -> float:
-    """Megabytes of these processes and of all that they have started."""
+    """Return the memory of these processes and their descendants, in MB."""
     used = 0.0
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -136,7 +137,7 @@ def cpu_seconds(process: psutil.Process) -> float:
 
 
 def sample(airflow: Deployment, watch: Watch, over: threading.Event) -> None:
-    """Look at Airflow's processes until it is over."""
+    """Measure Airflow's processes every `SAMPLE_SECONDS`, until `over` is set."""
     triggerer = airflow.processes[TRIGGERER]
     cpu = cpu_seconds(triggerer)
     while not over.wait(SAMPLE_SECONDS):
@@ -158,7 +159,7 @@ def sample(airflow: Deployment, watch: Watch, over: threading.Event) -> None:
 
 
 def noticed_at(run: Run) -> dict[int, datetime]:
-    """When each mapped task's trigger had news of its query."""
+    """Return when the trigger of each mapped task noticed the end of its query."""
     noticed = {}
     for path in run.logs("ask"):
         for line in path.read_text().splitlines():
@@ -169,7 +170,7 @@ def noticed_at(run: Run) -> dict[int, datetime]:
 
 
 def measure(airflow: Deployment, way: str, count: int, seconds: float) -> tuple[str, ...]:
-    """Run one case; a row of the table."""
+    """Run one case; return its row of the table."""
     airflow.end_runs()
     airflow.emulator.api.add_fault("SubmitQuery", "query_waits", seconds=seconds, times=count)
     base, base_of_triggerer = pss(airflow.processes.values()), pss([airflow.processes[TRIGGERER]])
@@ -215,7 +216,7 @@ def measure(airflow: Deployment, way: str, count: int, seconds: float) -> tuple[
 
 
 def main(at_most: int) -> None:
-    """Measure each case with at most so many queries, and print the table."""
+    """Measure each case with at most `at_most` queries, and print the table."""
     table = Table(
         "tasks",
         *(
@@ -259,5 +260,5 @@ def main(at_most: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--at-most", type=int, default=200, help="queries of the largest case")
+    parser.add_argument("--at-most", type=int, default=200, help="maximum queries of a case")
     main(**vars(parser.parse_args()))

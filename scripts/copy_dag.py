@@ -1,7 +1,7 @@
-"""Copy a DAG, with what it imports, into another Airflow, or upgrade what was copied there.
+"""Copy a DAG and its imports into another Airflow, or upgrade an earlier copy.
 
-The folder is an AIRFLOW_HOME or a project, with `dags/` in it, or else it is itself a DAGs folder
-or the root of a DAG bundle. Files that were changed there are kept and named.
+FOLDER is an AIRFLOW_HOME or a project that contains `dags/`. Otherwise it is taken for a DAGs
+folder or the root of a DAG bundle. Files that were changed there are kept, and listed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from local_airflow import ROOT
 LIBRARY = "polars_remote"
 PACKAGE = ROOT / "plugins" / LIBRARY
 NOTES = "copied.json"
-"""File in the copied library: the version, and the hash of each file as it was copied."""
+"""File in the copied library with its version and the hash of each copied file."""
 
 
 def find_places(to: Path) -> Places:
@@ -34,17 +34,17 @@ def find_places(to: Path) -> Places:
     Raises
     ------
     SystemExit
-        Airflow may import another `include/` than the one beside the DAG.
+        Airflow may import another `include/` instead of the one beside the DAG.
     """
     if not (to / "dags").is_dir():
         for other in (to.parent / "include", to.parent / "plugins" / "include"):
             if to.name == "dags" and other.is_dir():
                 sys.exit(
                     f"Nothing was copied: Airflow may import {other} in place of {to / 'include'}. "
-                    f"Name the folder above: TO={to.parent}"
+                    f"Name the parent folder instead: TO={to.parent}"
                 )
         return Places(to, to, to)
-    # Every component of Airflow imports from plugins/, and from the project only if it is told to.
+    # Every component of Airflow imports from plugins/. The project must be on the PYTHONPATH first.
     has_plugins = (to / "plugins").is_dir() or (to / "airflow.cfg").is_file()
     default = to / "plugins" if has_plugins else to
 
@@ -56,7 +56,7 @@ def find_places(to: Path) -> Places:
 
 
 def find_modules(dag_file: Path) -> dict[Path, set[str]]:
-    """Return the modules in `include/` that a DAG needs, with the names that are imported."""
+    """Return the modules in `include/` that a DAG needs, with the names that they provide."""
     modules: dict[Path, set[str]] = {}
     left = [dag_file]
     while left:
@@ -74,7 +74,7 @@ def find_modules(dag_file: Path) -> dict[Path, set[str]]:
 
 @dataclass
 class Plan:
-    """What a copy does to a deployment; each place with its file of this repository."""
+    """Files of a deployment to write or keep, with their sources here, and files to delete."""
 
     write: dict[Path, Path] = field(default_factory=dict)
     keep: dict[Path, Path] = field(default_factory=dict)
@@ -82,15 +82,15 @@ class Plan:
 
 
 class Copied:
-    """What was copied into a deployment before, by the notes in the library's folder.
+    """Files that were copied into a deployment before, read from the notes in the library's folder.
 
-    A file without a hash in the notes is unchanged if Git has it: some commit of this repository
-    had that content.
+    A file without a hash in the notes counts as unchanged if a commit of this repository has the
+    same content.
 
     Attributes
     ----------
     has_library
-        Whether the deployment has a library already, that of an early release included.
+        Whether the deployment has a library already, where early releases put it included.
     """
 
     def __init__(self, places: Places) -> None:
@@ -105,33 +105,33 @@ class Copied:
         except ValueError as error:
             sys.exit(
                 f"Nothing was copied: {self.notes} is damaged ({error}). Restore it, or delete it: "
-                "files that no commit of this repository has are then kept"
+                "then every file that no commit of this repository has is kept"
             )
         self.version: str | None = notes.get("version")
         self._hashes: dict[str, str] = notes.get("sha256", {})
 
     def has(self, place: Path) -> bool:
-        """Return whether the file was copied, as far as the notes tell."""
+        """Return whether the file was copied, as far as the notes show."""
         return self.is_noted(place) if self._has_notes else self.has_library
 
     def is_noted(self, place: Path) -> bool:
         return self._name(place) in self._hashes
 
     def is_unchanged(self, place: Path) -> bool:
-        """Return whether the file is as it was copied."""
+        """Return whether the file is unchanged since it was copied."""
         noted = self._hashes.get(self._name(place))
         return get_hash(place) == noted if noted else is_known_to_git(place)
 
     def list_places(self) -> list[Path]:
-        """Return the places with a note, and those in the library's folder without one."""
+        """Return the files in the notes, and all others in the library's folder."""
         noted = [Path(os.path.normpath(self._folder / name)) for name in self._hashes]
         return sorted({*noted, *list_files(self._folder / LIBRARY)} - {self.notes})
 
     def get_notes(self, plan: Plan) -> bytes:
-        """Return the notes as they are once the plan is carried out."""
+        """Return the content of the notes after the plan is carried out."""
         gone = {self._name(place) for place in plan.delete}
         hashes = {name: each for name, each in self._hashes.items() if name not in gone}
-        # Changed before there were notes: from now on it is known as a copy, without a hash.
+        # A file that was changed before there were notes is from now on a copy without a hash.
         hashes = {self._name(place): "" for place in plan.keep} | hashes
         hashes |= {self._name(place): get_hash(file) for place, file in plan.write.items()}
         notes = {"version": get_version(), "sha256": dict(sorted(hashes.items()))}
@@ -142,17 +142,17 @@ class Copied:
 
 
 def plan_copy(dag_file: Path, places: Places, copied: Copied) -> Plan:
-    """Return what to write: what the DAG needs, and what was copied before and is unchanged.
+    """Return the plan: write what the DAG needs and unchanged copies, keep what was changed.
 
     Raises
     ------
     SystemExit
-        A file of the user's own has the place of one that the DAG needs, or lacks what it imports;
-        or a folder has that place.
+        A file of the user's own is in the way of one that the DAG needs, or lacks a name that the
+        DAG imports; or a folder is in the way.
     """
     include = ROOT / "include"
     needed = [dag_file, *find_modules(dag_file), *list_files(PACKAGE)]
-    # Those of an `include/` that is the user's own are left alone.
+    # In an `include/` of the user's own, these two are left alone.
     is_new = not (places.include / "include").exists()
     for file in (include / "__init__.py", include / ".airflowignore"):
         if is_new or copied.is_noted(places.get_place(file)):
@@ -167,11 +167,11 @@ def plan_copy(dag_file: Path, places: Places, copied: Copied) -> Plan:
         elif place.is_dir():
             if file in needed or copied.has(place):
                 sys.exit(
-                    f"Nothing was copied: {place} is a folder, and {file.relative_to(ROOT)} goes "
-                    "there. Rename the folder, and copy again"
+                    f"Nothing was copied: {place} is a folder, but {file.relative_to(ROOT)} must "
+                    "be copied there. Rename the folder, and copy again"
                 )
         elif place.samefile(file):
-            sys.exit(f"Nothing was copied: {place} is this repository's own file. Name another TO")
+            sys.exit(f"Nothing was copied: {place} is this repository's own file. Change TO")
         elif is_same(place, file) or copied.is_unchanged(place):
             plan.write[place] = file
         elif file in needed or copied.has(place):
@@ -194,12 +194,12 @@ def plan_copy(dag_file: Path, places: Places, copied: Copied) -> Plan:
 
 
 def check_imports(file: Path, places: Places, plan: Plan) -> None:
-    """Check that the modules that stay as they are have what a file imports.
+    """Check that the kept modules define the names that a file imports.
 
     Raises
     ------
     SystemExit
-        With the names that are missing.
+        Names are missing; the message lists them.
     """
     for module, names in find_modules(file).items():
         place = places.get_place(module)
@@ -215,7 +215,7 @@ def check_imports(file: Path, places: Places, plan: Plan) -> None:
 
 
 def get_version() -> str:
-    """Return the library's version, without an import of it and of Airflow."""
+    """Return the library's version without importing the library, which would import Airflow."""
     [version] = re.findall(r'^__version__ = "(.+)"', (PACKAGE / "__init__.py").read_text(), re.M)
     return str(version)
 
@@ -226,7 +226,7 @@ def list_files(folder: Path) -> list[Path]:
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a file that may have another encoding than this repository's."""
+    """Return the text of a file, which may not be UTF-8."""
     return file.read_text(encoding="utf-8", errors="replace")
 
 
@@ -235,7 +235,7 @@ def get_hash(file: Path) -> str:
 
 
 def is_known_to_git(file: Path) -> bool:
-    """Return whether a commit of this repository has a file of the same content."""
+    """Return whether a commit of this repository has a file with the same content."""
 
     def git(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True)
@@ -245,20 +245,20 @@ def is_known_to_git(file: Path) -> bool:
 
 
 def carry_out(plan: Plan, copied: Copied) -> None:
-    """Write all files beside their places, then move them there, and note what was done.
+    """Write each file under a temporary name, rename all of them, and write the notes.
 
     Raises
     ------
     SystemExit
-        A file cannot be written there. What was made is taken back, unless files were moved.
+        A file cannot be written. New files and folders are removed unless files were renamed.
     """
     contents = {place: file.read_bytes() for place, file in plan.write.items()}
     contents[copied.notes] = copied.get_notes(plan)
-    # A link stays a link: the file that it points to is replaced.
+    # Keep symbolic links: replace the file that a link points to.
     contents = {Path(os.path.realpath(place)): each for place, each in contents.items()}
     parts = {place: place.with_name(f".{place.name}.part") for place in contents}
     made: list[Path] = []
-    told = "Nothing was copied"
+    outcome = "Nothing was copied"
     try:
         for place, part in parts.items():
             for folder in reversed(place.parents):
@@ -268,8 +268,8 @@ def carry_out(plan: Plan, copied: Copied) -> None:
             part.write_bytes(contents[place])
             if place.exists():
                 shutil.copymode(place, part)
-        told = "Not everything was copied"
-        # In one step for each: Airflow may read the file at any time.
+        outcome = "Not everything was copied"
+        # Renaming is atomic: Airflow may read a file at any time.
         for place, part in parts.items():
             part.replace(place)
         for place in plan.delete:
@@ -282,24 +282,24 @@ def carry_out(plan: Plan, copied: Copied) -> None:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         if isinstance(error, OSError):
-            sys.exit(f"{told}: {error}. Make it possible to write there, and copy again")
+            sys.exit(f"{outcome}: {error}. Make the folder writable, and copy again")
         raise
 
 
 def show_difference(place: Path, file: Path) -> str:
-    """Return how a file in the deployment differs from this repository's."""
+    """Return the diff between this repository's file and the deployment's."""
     ours, theirs = (read_text(each).splitlines(keepends=True) for each in (file, place))
     return "".join(difflib.unified_diff(ours, theirs, str(file.relative_to(ROOT)), str(place)))
 
 
 def find_restarts(plan: Plan, places: Places) -> Iterator[str]:
-    """Say which part of Airflow does not see by itself what is to be copied."""
+    """Yield a line for each part of Airflow that must be restarted to see the new files."""
     changed = [*plan.delete, *(p for p, file in plan.write.items() if not is_same(p, file))]
     library = places.library / LIBRARY
     if not places.library.is_dir():
-        yield f"Restart Airflow: it does not import from {places.library}, which is new."
+        yield f"Restart Airflow: {places.library} is new, and Airflow does not import from it yet."
     elif library.is_dir() and any(place.is_relative_to(library) for place in changed):
-        yield "Restart the triggerer: it keeps the library that it has imported."
+        yield "Restart the triggerer: it still runs the library that it imported before."
 
 
 def is_same(place: Path, file: Path) -> bool:
@@ -310,22 +310,22 @@ def main(dag_id: str, folder: str, *, diff: bool = False) -> None:
     dag_file = ROOT / "dags" / f"{dag_id}.py"
     if not dag_file.is_file():
         names = ", ".join(sorted(file.stem for file in dag_file.parent.glob("*.py")))
-        sys.exit(f"There is no DAG {dag_id!r}. There are {names}")
+        sys.exit(f"There is no DAG {dag_id!r}. Choose one of {names}")
     to = Path(folder).resolve()
     if not to.is_dir():
-        sys.exit(f"There is no folder {to}: make it, or name another")
+        sys.exit(f"There is no folder {to}. Create it, or name another")
     places = find_places(to)
     copied = Copied(places)
     plan = plan_copy(dag_file, places, copied)
     restarts = list(find_restarts(plan, places))
     carry_out(plan, copied)
     dag = places.get_place(dag_file)
-    what = f"what {dag} imports:" if dag in plan.keep else f"{dag}, which imports"
+    what = f"the imports of {dag}:" if dag in plan.keep else f"{dag}, which imports"
     print(f"Copied {what} {places.library / LIBRARY}, version {get_version()}.")
     if copied.version not in (None, get_version()):
-        print(f"Before, it was version {copied.version}.")
+        print(f"The version before was {copied.version}.")
     for place, file in plan.keep.items():
-        print(f"Kept {place}, as it was changed here{'' if diff else ': DIFF=1 shows how'}.")
+        print(f"Kept {place}, because it was changed here{'' if diff else ': DIFF=1 shows how'}.")
         if diff:
             print(show_difference(place, file))
     tasks = [*restarts, *find_tasks(to, find_modules(dag_file), places)]

@@ -1,4 +1,4 @@
-"""What is left to do before a copied DAG can run where it was copied to."""
+"""The steps that remain before a copied DAG can run in its new deployment."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ SETTINGS_FILES = (
     "airflow_settings.yaml",
     "startup.sh",
 )
-"""Where a project may set variables and Connections, and install packages."""
+"""Files in which a project may set variables and Connections, and install packages."""
 CONNECTION = r"AIRFLOW_CONN_POLARS_CLOUD|conn_id: *\W?polars_cloud"
 CONSTRAINTS = re.compile(r"^(-c|--constraint)\b", re.MULTILINE)
 OLDEST_AIRFLOW = "3.1"
@@ -34,7 +34,7 @@ class Places:
     Attributes
     ----------
     dags
-        The DAG files.
+        Folder of the DAG files.
     include
         Parent of the folder `include` that the DAG files import.
     library
@@ -46,7 +46,7 @@ class Places:
     library: Path
 
     def get_place(self, file: Path) -> Path:
-        """Return where a file of this repository lies in the deployment."""
+        """Return the path in the deployment of a file of this repository."""
         top, *rest = file.relative_to(ROOT).parts
         if top == "dags":
             return self.dags.joinpath(*rest)
@@ -56,47 +56,47 @@ class Places:
 
 
 def find_tasks(to: Path, modules: Mapping[Path, set[str]], places: Places) -> Iterator[str]:
-    """Say what is left to do before a DAG that was copied can run.
+    """Yield the steps that remain before a copied DAG can run.
 
     Parameters
     ----------
     to
         Folder that holds the deployment's files.
     modules
-        Modules in `include/` that the DAG needs, with the names that are imported.
+        Modules in `include/` that the DAG needs, with the names that it imports.
     places
-        Where the DAG and what it imports were copied to.
+        Folders into which the DAG and its imports were copied.
     """
     if places.library == places.dags:
         yield (
             f"The triggerer does not import from a DAGs folder: put {places.library} on its "
-            "PYTHONPATH, or set POLARS_CLOUD_DEFER=0 for the workers, and tasks wait in them."
+            "PYTHONPATH, or set POLARS_CLOUD_DEFER=0 for the workers, so that tasks wait there."
         )
     elif places.library == to and not (to / ".astro").is_dir():
         yield (
-            f"Put {to}, or the folder that it is deployed to, on the PYTHONPATH of DAG processor, "
-            "workers and triggerer, where it is not yet."
+            f"Put {to}, or the folder to which it is deployed, on the PYTHONPATH of DAG processor, "
+            "workers and triggerer, unless it is there already."
         )
     yield from find_former_library(places)
     lines = [line for file in find_settings(to) for line in file.read_text().splitlines()]
     text = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
     names = ["WORKSPACE"]
     if SHOP in modules:
-        # Each variable in the shop's module is named like the environment variable.
+        # Each environment variable is named POLARS_CLOUD_ and the name in the shop's module.
         names += ["DATA", *sorted({"MANIFEST"} & modules[SHOP])]
     missing = [f"POLARS_CLOUD_{name}" for name in names if f"POLARS_CLOUD_{name}" not in text]
     if missing:
         yield f"Set {', '.join(missing)} for DAG processor, workers and triggerer."
     if not re.search(CONNECTION, text):
         yield (
-            "Make the Connection polars_cloud: type HTTP, login = client ID and password = client "
-            "secret of a Polars Cloud service account."
+            "Create the Connection polars_cloud: type HTTP, login = client ID and password = "
+            "client secret of a Polars Cloud service account."
         )
     yield from find_packages(to, text)
 
 
 def find_former_library(places: Places) -> Iterator[str]:
-    """Say what still uses the library where earlier releases were copied to."""
+    """Yield what to change where earlier releases put the library."""
     former = places.include / "include" / "polars_remote"
     if not former.is_dir():
         return
@@ -105,9 +105,9 @@ def find_former_library(places: Places) -> Iterator[str]:
     if users:
         yield (
             "Import polars_remote in place of include.polars_remote: "
-            f"{', '.join(map(str, users))}. docs/upgrading.md tells what else has changed."
+            f"{', '.join(map(str, users))}. docs/upgrading.md lists what else has changed."
         )
-    yield f"Delete {former} when no task is deferred any more and no file imports it."
+    yield f"Delete {former} once no task is deferred and no file imports it."
 
 
 def find_settings(project: Path) -> list[Path]:
@@ -115,7 +115,7 @@ def find_settings(project: Path) -> list[Path]:
 
 
 def find_packages(project: Path, settings: str) -> Iterator[str]:
-    """Say what to install, and what in a project's requirements is incompatible with the DAG's."""
+    """Yield what to install, and which requirements of the project conflict with the DAG's."""
     client = f"polars-cloud=={version('polars-cloud')}"
     needed = {
         requirement.name: requirement.specifier
@@ -132,7 +132,7 @@ def find_packages(project: Path, settings: str) -> Iterator[str]:
             try:
                 theirs = Requirement(line.partition(" #")[0])
             except InvalidRequirement:
-                continue  # an option, say
+                continue  # for example, an option
             name = canonicalize_name(theirs.name)
             named.add(name)
             if (ours := needed.get(name)) is None:
@@ -140,7 +140,7 @@ def find_packages(project: Path, settings: str) -> Iterator[str]:
             pinned = [each.version for each in theirs.specifier if each.operator == "=="]
             tried = Version(pinned[0] if pinned else version(name))
             if tried not in ours or tried not in theirs.specifier:
-                yield f"{file} has {theirs}, and the DAG needs {name}{ours}: see {PAGE}."
+                yield f"{file} has {theirs}, but the DAG needs {name}{ours}: see {PAGE}."
     if "polars-cloud" in named or "polars-cloud" in settings:
         return
     requirements = project / "requirements.txt"
@@ -151,8 +151,8 @@ def find_packages(project: Path, settings: str) -> Iterator[str]:
         )
     elif CONSTRAINTS.search(requirements.read_text()):
         yield (
-            f"Add {client} to {requirements}. Its constraints pin another Polars: {PAGE} says how "
-            "to make a file without that."
+            f"Add {client} to {requirements}. Its constraints pin another Polars: {PAGE} shows how "
+            "to make a file without that pin."
         )
     else:
         yield f"Add {client} to {requirements}. Under Airflow's constraints, see {PAGE}."

@@ -10,27 +10,27 @@ from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 UPKEEP = {"end_orphans", "preflight"}
-"""Ids of the DAGs that show no pattern: they look after the deployment."""
+"""Ids of the DAGs that maintain the deployment instead of showing a pattern."""
 PATTERNS = sorted({path.stem for path in (ROOT / "dags").glob("*.py")} - UPKEEP)
-"""Ids of the DAGs that show a pattern each."""
+"""Ids of the DAGs that show one pattern each."""
 FOREIGN = ("AIRFLOW_", "AWS_", "POLARS_")
-"""Variables that could point the DAGs at another Airflow, store or account."""
+"""Prefixes of variables that could point the DAGs at another Airflow, store or account."""
 ACCOUNT = ("POLARS_CLOUD_CLIENT_ID", "POLARS_CLOUD_CLIENT_SECRET")
-"""With these the client logs in by itself; the DAGs are to do it through the Connection."""
+"""Variables with which the client would log in by itself, without the Connection."""
 WIDTH = 160
-"""Columns where the output is no terminal: room for every URI."""
+"""Columns of output that is not a terminal, so that no URI is wrapped."""
 
 
 def use_airflow(home: Path) -> None:
-    """Make this process, and those that it starts, use an Airflow of this repository's.
+    """Make this process and its children use an Airflow with this repository's DAGs.
 
-    Must come before the first import of `airflow`, which reads the variables then. Forgets every
+    Call it before the first import of `airflow`, which reads the variables. It deletes every
     variable that could point the DAGs elsewhere.
 
     Parameters
     ----------
     home
-        AIRFLOW_HOME: where the metadata database and the logs are.
+        AIRFLOW_HOME, the folder of the metadata database and the logs.
     """
     for name in [name for name in os.environ if name.startswith(FOREIGN)]:
         del os.environ[name]
@@ -46,21 +46,21 @@ def use_airflow(home: Path) -> None:
 
 
 def use_emulator(environment: Mapping[str, str]) -> None:
-    """Make the DAGs run here, and in processes started from here, talk to an emulator.
+    """Make the DAGs in this process and its children talk to an emulator.
 
-    Must come before the first import of `polars_cloud`, which reads the variables then.
+    Call it before the first import of `polars_cloud`, which reads the variables.
 
     Parameters
     ----------
     environment
-        Every variable that the emulator names.
+        Variables from the emulator.
     """
     os.environ |= {name: value for name, value in environment.items() if name not in ACCOUNT}
 
 
 @contextlib.contextmanager
 def airflow_output_in(log: Path) -> Iterator[Console]:
-    """Send what Airflow prints to a file, and give a console for the rest."""
+    """Redirect standard output and errors to a file; yield a console on the former output."""
     console = Console(file=os.fdopen(os.dup(sys.stdout.fileno()), "w"), highlight=False)
     if not console.is_terminal:
         console.width = WIDTH

@@ -1,6 +1,6 @@
-"""Break one promise at a time in a copy of this repository, and tell which break no test notices.
+"""Break one promise at a time in a copy of this repository, and list the breaks no test notices.
 
-Usage: mutations.py [WORD...]. With words: only mutations that have one of them in promise or file.
+Usage: mutations.py [WORD...]. With words, only mutations whose promise or file contains one.
 """
 
 import ast
@@ -18,13 +18,13 @@ from local_airflow import ROOT
 
 LIST = ROOT / "tests" / "mutations.toml"
 TEST_SECONDS = 240
-"""Maximum seconds of a test. A test that hangs has noticed the mutation."""
+"""Time limit of a test, in seconds. A test that hangs counts as having noticed the mutation."""
 MADE = (".git", ".venv", ".airflow", ".emulator", ".*_cache", "__pycache__")
-"""Folders that git or the commands make: no test reads them."""
+"""Folders that git or the commands create. No test reads them."""
 
 
 class MutationError(Exception):
-    """The list is wrong, or tests fail without a mutation."""
+    """The list of mutations is wrong, or tests fail without a mutation."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Mutation:
     Attributes
     ----------
     promise
-        Sentence that is no longer true.
+        Sentence that the change makes untrue.
     file
         Path below the root.
     old, new
-        Text that occurs once in the file, and what takes its place.
+        Text that occurs once in the file, and its replacement.
     tests
-        Files or ids of tests, one of which has to fail.
+        Files or ids of tests, at least one of which must fail.
     """
 
     promise: str
@@ -55,7 +55,7 @@ class Mutation:
         Raises
         ------
         MutationError
-            The old text does not occur exactly once, or the change makes no other Python of it.
+            The old text does not occur exactly once, or the result is not different, valid Python.
         """
         place = f"the entry '{self.promise}' in {LIST.relative_to(ROOT)}"
         if (count := source.count(self.old)) != 1:
@@ -67,7 +67,9 @@ class Mutation:
         try:
             same = ast.dump(ast.parse(changed)) == ast.dump(ast.parse(source))
         except SyntaxError as error:
-            raise MutationError(f"The change makes no Python ({error}). Correct {place}") from None
+            raise MutationError(
+                f"The change is no valid Python ({error}). Correct {place}"
+            ) from None
         if same:
             raise MutationError(f"The change changes nothing. Correct {place}")
         return changed
@@ -78,7 +80,7 @@ def read_mutations() -> list[Mutation]:
 
 
 def tests_pass(tree: Path, tests: list[str], *options: str) -> bool:
-    """Run tests of a copy up to the first failure; return whether all have passed.
+    """Run tests in a copy until one fails; return whether all passed.
 
     Raises
     ------
@@ -88,7 +90,7 @@ def tests_pass(tree: Path, tests: list[str], *options: str) -> bool:
     command = [sys.executable, "-m", "pytest", "-x", "-q", f"--timeout={TEST_SECONDS}"]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "emulator")]),
-        # Python could take the bytecode of one mutation for the next one's.
+        # Python could use the bytecode of one mutation for the next.
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     ran = subprocess.run(
@@ -112,7 +114,7 @@ def main(words: list[str]) -> int:
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*MADE))
         print("Running the tests without a mutation", flush=True)
         if not tests_pass(tree, sorted({test for each in mutations for test in each.tests})):
-            raise MutationError("Tests fail without a mutation: mend them first")
+            raise MutationError("Tests fail without a mutation: fix them first")
         for mutation in mutations:
             path = tree / mutation.file
             source = path.read_text()

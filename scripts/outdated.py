@@ -1,6 +1,6 @@
-"""Show which pinned versions have newer ones, and what each of these would change in the lock.
+"""List pinned packages with newer versions, and what each update would change in the lock.
 
-Changes nothing: write a version into the files that are named, and run `make lock`.
+This changes no file. To update, write the version into the listed files, and run `make lock`.
 """
 
 import re
@@ -20,11 +20,11 @@ PIN = re.compile(
 
 
 Pins = dict[str, tuple[str, list[str]]]
-"""By requirement without a version: the version, and the files that name it."""
+"""Version and files of each pin, by requirement without its version."""
 
 
 def read_pins() -> Pins:
-    """What is pinned; of Airflow's versions the one that is developed on."""
+    """Return all pins; for Airflow, only the newest version."""
     pins: Pins = {}
     for file in ("requirements.txt", "pyproject.toml"):
         for name, extras, version in PIN.findall((ROOT / file).read_text()):
@@ -34,22 +34,22 @@ def read_pins() -> Pins:
 
 
 def package(requirement: str) -> str:
-    """A requirement without its extras."""
+    """Return a requirement without its extras."""
     return requirement.partition("[")[0]
 
 
 def read_lock(text: str) -> dict[str, str]:
-    """Versions in a lock, by package."""
+    """Return the versions in a lock, by package."""
     return dict(re.findall(r"^([a-z][a-z0-9-]*)==(\S+)", text, re.MULTILINE))
 
 
 def resolve(requirements: Iterable[str], lock: Path, *options: str) -> dict[str, str]:
-    """Versions that fit together, by package; those in the lock where they still do.
+    """Return versions that fit together, by package; those in the lock where possible.
 
     Raises
     ------
     ValueError
-        There are none: uv's explanation.
+        No versions fit together; the message is uv's.
     """
     command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--universal", "-"]
     command += ["--python-version", "3.11", "--no-build", "--output-file", str(lock), *options]
@@ -62,7 +62,7 @@ def resolve(requirements: Iterable[str], lock: Path, *options: str) -> dict[str,
 
 
 def describe_change(requirement: str, newest: str, pins: Pins, lock: Path) -> str:
-    """What a newer version of one requirement changes besides, as the lock keeps what it can."""
+    """Return what else changes in the lock with a newer version of one requirement."""
     pinned = {name: version for name, (version, _) in pins.items()}
     lock.write_text(LOCK.read_text())
     before = resolve((f"{name}=={version}" for name, version in pinned.items()), lock)
@@ -80,7 +80,7 @@ def describe_change(requirement: str, newest: str, pins: Pins, lock: Path) -> st
 
 
 def main() -> None:
-    """Print a line for each pin that is behind."""
+    """Print a line for each outdated pin."""
     pins = read_pins()
     with tempfile.TemporaryDirectory() as folder:
         newest = resolve(pins, Path(folder, "newest"), "--no-deps")

@@ -1,4 +1,4 @@
-"""Run the DAG `preflight` against the account that the shell's variables name, or an emulator."""
+"""Run the DAG `preflight` with the account in the shell's variables, or with an emulator."""
 
 import argparse
 import contextlib
@@ -14,18 +14,18 @@ from local_airflow import ACCOUNT, ROOT, airflow_output_in, use_airflow, use_emu
 from polars_cloud_emulator.testing import running_emulator
 
 KEPT = ("AIRFLOW_CONN_", "POLARS_")
-"""How the variables begin that name an account and where it runs."""
+"""Prefixes of the variables with the account and its addresses."""
 
 
 def main(home: Path, emulator: bool, spend: bool) -> int:
-    """Print a line for each step; 1 if one of them has failed.
+    """Print a line for each step; return 1 if one failed.
 
     Parameters
     ----------
     home
-        AIRFLOW_HOME, where the log is kept.
+        AIRFLOW_HOME, which also holds the log.
     emulator
-        Whether to start an emulator for it, and to forget the shell's variables.
+        Whether to check an emulator instead, without the shell's variables.
     spend
         Whether to start a cluster, too.
     """
@@ -54,12 +54,12 @@ def main(home: Path, emulator: bool, spend: bool) -> int:
         if state == "success" and not spend:
             cost = dag.params.get_param("spend").description
             console.print(f"Nothing was started. With SPEND=1, {cost}")
-    console.print(f"{state}; Airflow's log is in {log}")
+    console.print(f"{state}; Airflow's log: {log}")
     return 0 if state == "success" else 1
 
 
 class Lines(logging.Handler):
-    """Prints each step as it is taken."""
+    """Prints each step's line as it is logged."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()

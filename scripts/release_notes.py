@@ -1,6 +1,6 @@
-"""Print the change log's section of a release, for the workflow that makes it.
+"""Print a release's section of the change log, for the release workflow.
 
-Takes nothing but Python: the workflow has installed nothing yet.
+It needs only Python, because the workflow has installed nothing yet.
 """
 
 import re
@@ -17,14 +17,14 @@ def main(tag: str, files: str) -> None:
     Parameters
     ----------
     tag
-        `v` and the version of the library.
+        The library's version after a `v`.
     files
-        Address of the repository's files at this tag: links lead there.
+        Address of the repository's files at this tag, for relative links.
 
     Raises
     ------
     SystemExit
-        The tag is not the library's version, or the change log has no section of it.
+        The tag is not the library's version, or the change log has no section for it.
     """
     [version] = re.findall(r'^__version__ = "(.*)"$', (ROOT / PACKAGE).read_text(), re.MULTILINE)
     if tag != f"v{version}":

@@ -1,4 +1,4 @@
-"""Run Airflow as it is deployed, with scheduler and UI, against an emulator until Ctrl-C."""
+"""Run Airflow with scheduler, triggerer and UI, on an emulator, until Ctrl-C."""
 
 import argparse
 import contextlib
@@ -22,11 +22,11 @@ from polars_cloud_emulator.testing import running_emulator
 
 HOST = "127.0.0.1"
 STOP_TIMEOUT = 10.0
-"""Seconds until a component that does not stop is killed, with the tasks that it runs."""
+"""Seconds to wait for a component to stop before it and its tasks are killed."""
 
 
 def settings(port: int) -> dict[str, str]:
-    """Airflow's variables for one user on this machine."""
+    """Return Airflow's settings for one user on this machine."""
     url = f"http://{HOST}:{port}"
     return {
         "AIRFLOW__API__HOST": HOST,
@@ -34,24 +34,24 @@ def settings(port: int) -> dict[str, str]:
         "AIRFLOW__API__BASE_URL": url,
         "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{url}/execution/",
         "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
-        # Every DAG runs once by itself: against the emulator that costs nothing.
+        # Run every DAG once by itself: that costs nothing on the emulator.
         "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
-        # SQLite takes one writer at a time, and those who wait give up after some seconds.
+        # SQLite allows one writer at a time, and waiting writers time out after some seconds.
         "AIRFLOW__CORE__PARALLELISM": "4",
-        # The default may ask a name server.
+        # The default may query a name server.
         "AIRFLOW__CORE__HOSTNAME_CALLABLE": "socket.gethostname",
     }
 
 
 @contextlib.contextmanager
 def airflow(*commands: str, log: IO[str]) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """Run `airflow` commands side by side, with all that they start, while the context is open."""
+    """Run `airflow` commands while the context is open, then stop them and all their children."""
     processes = {
         command: subprocess.Popen(
             [sys.executable, "-m", "airflow", *command.split()],
             stdout=log,
             stderr=log,
-            # Keeps the terminal's Ctrl-C away, and tells what descends from this process.
+            # Keeps the terminal's Ctrl-C away, and marks all descendants of this process.
             start_new_session=True,
         )
         for command in commands
@@ -74,7 +74,7 @@ def airflow(*commands: str, log: IO[str]) -> Iterator[dict[str, subprocess.Popen
 
 
 def health(port: int) -> dict[str, str]:
-    """The status of every component as the API server sees it; empty until it answers."""
+    """Return the status of each component from the API server; empty until it answers."""
     try:
         with urllib.request.urlopen(f"http://{HOST}:{port}/api/v2/monitor/health") as answer:
             return {component: it["status"] for component, it in json.load(answer).items()}
@@ -83,7 +83,7 @@ def health(port: int) -> dict[str, str]:
 
 
 def get_token(port: int) -> str:
-    """A token for Airflow's REST API, which only Airflow 3.3 does without."""
+    """Return a token for Airflow's REST API. Only Airflow 3.3 needs none."""
     with urllib.request.urlopen(f"http://{HOST}:{port}/auth/token") as answer:
         return str(json.load(answer)["access_token"])
 
@@ -98,14 +98,14 @@ def wait_until(
     Raises
     ------
     SystemExit
-        It is time to stop, or a component has ended by itself.
+        `stop` is set, or a component has exited by itself.
     """
     while not condition():
         if stop.wait(0.2):
             sys.exit()
         for command, process in components.items():
             if process.poll() is not None:
-                sys.exit(f"'airflow {command}' ended by itself: the log says why")
+                sys.exit(f"'airflow {command}' exited by itself: Airflow's log shows why")
 
 
 def main(home: Path, port: int) -> None:
@@ -114,14 +114,14 @@ def main(home: Path, port: int) -> None:
     Parameters
     ----------
     home
-        AIRFLOW_HOME, where runs, logs and the emulator's data are kept.
+        AIRFLOW_HOME, with runs, logs and the emulator's data.
     port
-        Where the UI is served.
+        Port of the UI.
 
     Raises
     ------
     SystemExit
-        The port is taken, or a part of Airflow ended by itself.
+        The port is taken, or a component of Airflow exited by itself.
     """
     try:
         socket.create_server((HOST, port)).close()
@@ -140,25 +140,25 @@ def main(home: Path, port: int) -> None:
         (home / "standalone.log").open("w") as log,
     ):
         use_emulator(emulator.environment)
-        print(f"Emulator at {emulator.rest_url}, Airflow's log in {log.name}", flush=True)
+        print(f"Airflow's log: {log.name}\nEmulator: {emulator.rest_url}", flush=True)
         with airflow("db migrate", log=log) as commands:
             [migration] = commands.values()
             wait_until(lambda: migration.poll() is not None, {}, stop)
         if migration.returncode:
-            sys.exit("'airflow db migrate' failed: the log says why")
+            sys.exit("'airflow db migrate' failed: Airflow's log shows why")
 
-        # Without log servers: they would listen on every interface, and the logs are on this disk.
+        # Skip the log servers: they listen on every interface, and the logs are on this disk.
         with (
             airflow("api-server", log=log) as api_server,
             airflow("dag-processor", "triggerer --skip-serve-logs", log=log) as others,
         ):
             components = api_server | others
             wait_until(lambda: health(port), components, stop)
-            # Only now, as its tasks report to the API server; it stops first, and waits for them.
+            # The scheduler starts last and stops first: its tasks report to the API server.
             with airflow("scheduler --skip-serve-logs", log=log) as scheduler:
                 components |= scheduler
                 wait_until(lambda: set(health(port).values()) == {"healthy"}, components, stop)
-                print(f"Airflow at http://{HOST}:{port}, until Ctrl-C", flush=True)
+                print(f"Airflow runs until Ctrl-C: http://{HOST}:{port}", flush=True)
                 wait_until(lambda: False, components, stop)
 
 

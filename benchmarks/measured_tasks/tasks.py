@@ -1,4 +1,4 @@
-"""The DAGs of `task_calls.py`: each has one query a task, but for the last."""
+"""The DAGs of `task_calls.py`. Each task has at most one query, except in `many_queries`."""
 
 from typing import Any
 

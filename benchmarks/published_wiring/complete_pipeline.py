@@ -1,9 +1,9 @@
 """Published: three single-node transformations, a report, and an `ALL_DONE` shutdown after it.
 
 Section "Complete example" of https://docs.pola.rs/polars-cloud/integrations/airflow/, with the
-queries of `dags/complete_pipeline.py` for today. The shutdown is the only leaf and follows the
-report alone. The manifest is registered once, outside the DAG. Repaired: a result has a `status`,
-and neither an `await_result` nor a `get_status`.
+queries of `dags/complete_pipeline.py` for today. The shutdown is the only leaf and depends on the
+report alone. The manifest is registered once, outside the DAG. Corrected: a result has a `status`,
+but neither `await_result` nor `get_status`.
 """
 
 from datetime import UTC, datetime

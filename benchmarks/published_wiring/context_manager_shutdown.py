@@ -1,4 +1,4 @@
-"""Published: `with ComputeContext(...)` around one query that is awaited; leaving it stops.
+"""Published: one awaited query in `with ComputeContext(...)`, whose end stops the cluster.
 
 Section "Context wrapper for immediate shutdown" of
 https://docs.pola.rs/polars-cloud/integrations/airflow/, with the query of

@@ -1,4 +1,4 @@
-"""Published: a context by the manifest's name, submit and leave; nobody stops the cluster.
+"""Published: submit to a manifest's cluster without waiting; no task stops the cluster.
 
 Section "Named manifests for reusable clusters" of
 https://docs.pola.rs/polars-cloud/integrations/airflow/, with the query of

@@ -1,9 +1,9 @@
 """Published: two queries on a manifest's cluster, and an `ALL_DONE` task after both that stops it.
 
 Section "Manual cluster shutdown" of https://docs.pola.rs/polars-cloud/integrations/airflow/, with
-the queries of `dags/manual_shutdown.py`. The page leaves out what the two tasks do; here they wait
-as in its "Checking query status", without which the shutdown would end their queries. The manifest
-is registered once, outside the DAG.
+the queries of `dags/manual_shutdown.py`. The page omits the bodies of the two tasks. Here they wait
+as in its section "Checking query status"; otherwise the shutdown would end their queries. The
+manifest is registered once, outside the DAG.
 """
 
 from datetime import datetime

@@ -1,9 +1,9 @@
-"""Published: `execute` in the early stages, whose temporary results' locations go by XCom.
+"""Published: the first stages `execute`, and pass the locations of temporary results by XCom.
 
 Section "Multi-stage pipelines" of https://docs.pola.rs/polars-cloud/integrations/airflow/, with the
-queries of `dags/multi_stage.py`. The last stage submits and leaves; nobody stops the cluster. The
-manifest is registered once, outside the DAG. Repaired: `execute` has waited already, and its result
-has no `await_result`.
+queries of `dags/multi_stage.py`. The last stage does not wait for its query, and no task stops the
+cluster. The manifest is registered once, outside the DAG. Corrected: `execute` waits already, and
+its result has no `await_result`.
 """
 
 from datetime import datetime

@@ -1,8 +1,9 @@
-"""Published: sibling tasks that each submit a single-node query to a manifest's cluster and leave.
+"""Published: parallel tasks that each submit a single-node query without waiting for it.
 
 Section "Parallel query execution" of https://docs.pola.rs/polars-cloud/integrations/airflow/, with
-the queries of `dags/parallel_single_node.py`, mapped as they are there; the page writes three such
-tasks out. Nobody waits, nobody stops the cluster. The manifest is registered once, outside the DAG.
+the queries of `dags/parallel_single_node.py`. The tasks are mapped as in that DAG; the page spells
+out three of them. No task waits for a query or stops the cluster. The manifest is registered once,
+outside the DAG.
 """
 
 from datetime import datetime

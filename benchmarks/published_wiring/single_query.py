@@ -1,4 +1,4 @@
-"""Published: submit with `sink_parquet` and leave; the cluster idles for the default of an hour.
+"""Published: `sink_parquet` without waiting; the cluster idles for an hour, the default.
 
 Section "Executing a single query" of https://docs.pola.rs/polars-cloud/integrations/airflow/,
 with the query of `dags/single_query.py`.

@@ -1,4 +1,4 @@
-"""Published: block in `await_result`, then look at the status; the cluster idles for an hour.
+"""Published: block in `await_result`, then check the status; the cluster idles for an hour.
 
 Section "Checking query status" of https://docs.pola.rs/polars-cloud/integrations/airflow/, with
 the query of `dags/status_check.py`.

@@ -97,7 +97,7 @@ def test_a_copy_of_an_older_release_is_upgraded(there: Path, other_release: Path
 
     said = copy_from(ROOT, "single_query", there)
 
-    assert "Before, it was version 0.9.0." in said
+    assert "The version before was 0.9.0." in said
     assert not (there / "polars_remote" / "removed.py").exists()
     for name in ("polars_remote/settings.py", "polars_remote/__init__.py"):
         assert (there / name).read_bytes() == (ROOT / "plugins" / name).read_bytes()
@@ -134,7 +134,7 @@ def test_a_copy_from_before_there_were_notes_is_upgraded(there: Path, other_rele
         ).read_bytes()
     for dag_id in ("single_query", "status_check", "single_query"):
         assert (there / "status_check.py").read_text() == mine
-        assert f"Kept {there / 'status_check.py'}, as it was changed here: DIFF=1" in said
+        assert f"Kept {there / 'status_check.py'}, because it was changed here: DIFF=1" in said
         said = copy_from(other_release, dag_id, there)
     former = there / "include" / "polars_remote"
     assert (former / "__init__.py").read_text() == files["include/polars_remote/__init__.py"]
@@ -142,7 +142,7 @@ def test_a_copy_from_before_there_were_notes_is_upgraded(there: Path, other_rele
         f"Import polars_remote in place of include.polars_remote: {there / 'status_check.py'}."
         in said
     )
-    assert f"Delete {former} when no task is deferred" in said
+    assert f"Delete {former} once no task is deferred" in said
 
 
 def get_contents(folder: Path) -> dict[str, str]:
@@ -182,13 +182,13 @@ def put_link_to_this_repository(there: Path, name: str) -> None:
             "polars_remote",
             "Nothing was copied: .*Not a directory: '{there}/polars_remote/",
         ),
-        (put_folder, "single_query.py", "{there}/single_query.py is a folder, and dags/single_"),
+        (put_folder, "single_query.py", "{there}/single_query.py is a folder, but dags/single_"),
         (
             put_folder,
             "include/auth.py",
-            "{there}/include/auth.py is a folder, and include/auth.py ",
+            "{there}/include/auth.py is a folder, but include/auth.py ",
         ),
-        (put_link_to_nowhere, "include", "No such file or directory: '/proc/.*Make it possible to"),
+        (put_link_to_nowhere, "include", "No such file or directory: '/proc/.*Make the folder"),
         (
             put_link_to_this_repository,
             "polars_remote",
@@ -236,7 +236,7 @@ def test_what_does_not_see_the_new_files_by_itself_is_named(
 ) -> None:
     (tmp_path / "dags").mkdir()
     (tmp_path / "airflow.cfg").touch()
-    assert f"not import from {tmp_path / 'plugins'}, which is new." in copy_from(
+    assert f"Restart Airflow: {tmp_path / 'plugins'} is new" in copy_from(
         other_release, "single_query", tmp_path
     )
     assert "Restart" not in copy_from(other_release, "status_check", tmp_path)
@@ -256,7 +256,10 @@ def test_what_the_user_has_changed_is_kept_and_named(
     for _ in range(2):
         main(next_dag, str(tmp_path))
         assert (tmp_path / file).read_text() == mine
-        assert f"Kept {tmp_path / file}, as it was changed here: DIFF=1" in capsys.readouterr().out
+        assert (
+            f"Kept {tmp_path / file}, because it was changed here: DIFF=1"
+            in capsys.readouterr().out
+        )
     main(next_dag, str(tmp_path), diff=True)
     assert "+MINE = True" in capsys.readouterr().out
 
@@ -332,7 +335,7 @@ def test_what_is_missing_there_is_said(tmp_path: Path, capsys: pytest.CaptureFix
     main("manifest_reuse", str(tmp_path))
     said = capsys.readouterr().out
     assert "Set POLARS_CLOUD_WORKSPACE, POLARS_CLOUD_DATA, POLARS_CLOUD_MANIFEST for" in said
-    assert "Make the Connection polars_cloud:" in said
+    assert "Create the Connection polars_cloud:" in said
     assert "Add polars-cloud==" in said
 
 
@@ -356,7 +359,7 @@ def test_what_is_there_is_not_called_missing(
     main("single_query", str(tmp_path))
     said = capsys.readouterr().out
     assert "Set POLARS_CLOUD_DATA for" in said
-    assert "Make the Connection" not in said
+    assert "Create the Connection" not in said
     assert "Add" not in said
 
 

@@ -177,7 +177,7 @@ def copy(dag_id: str, to: Path) -> list[str]:
 
 @step(
     r"The triggerer does not import from a DAGs folder: put (.+) on its PYTHONPATH, or set "
-    r"(POLARS_CLOUD_DEFER)=(0) for the workers, and tasks wait in them\."
+    r"(POLARS_CLOUD_DEFER)=(0) for the workers, so that tasks wait there\."
 )
 def choose_where_to_wait(deployment: Deployment, said: re.Match[str]) -> None:
     if deployment.defers:
@@ -187,8 +187,8 @@ def choose_where_to_wait(deployment: Deployment, said: re.Match[str]) -> None:
 
 
 @step(
-    r"Put (.+), or the folder that it is deployed to, on the PYTHONPATH of DAG processor, workers "
-    r"and triggerer, where it is not yet\."
+    r"Put (.+), or the folder to which it is deployed, on the PYTHONPATH of DAG processor, workers "
+    r"and triggerer, unless it is there already\."
 )
 def put_on_path(deployment: Deployment, said: re.Match[str]) -> None:
     deployment.path.append(deployment.deployed_to or Path(said[1]))
@@ -200,8 +200,8 @@ def set_variables(deployment: Deployment, said: re.Match[str]) -> None:
 
 
 @step(
-    r"Make the Connection polars_cloud: type HTTP, login = client ID and password = client secret "
-    r"of a Polars Cloud service account\."
+    r"Create the Connection polars_cloud: type HTTP, login = client ID and password = client "
+    r"secret of a Polars Cloud service account\."
 )
 def make_connection(deployment: Deployment, said: re.Match[str]) -> None:
     account = urlsplit(os.environ[CONNECTION])
@@ -226,8 +226,8 @@ def add_to_requirements(deployment: Deployment, said: re.Match[str]) -> None:
 
 
 @step(
-    r"Add (\S+) to (\S+)\. Its constraints pin another Polars: docs/dependencies\.md says how to "
-    r"make a file without that\."
+    r"Add (\S+) to (\S+)\. Its constraints pin another Polars: docs/dependencies\.md shows how to "
+    r"make a file without that pin\."
 )
 def add_to_constrained_requirements(deployment: Deployment, said: re.Match[str]) -> None:
     """As the page says for MWAA."""
@@ -249,7 +249,7 @@ def add_to_constrained_requirements(deployment: Deployment, said: re.Match[str])
     deployment.installs.append(("--requirement", str(requirements)))
 
 
-@step(r"Restart Airflow: it does not import from .+, which is new\.")
+@step(r"Restart Airflow: .+ is new, and Airflow does not import from it yet\.")
 def restart(deployment: Deployment, said: re.Match[str]) -> None:
     """Each part is started after this."""
 

@@ -28,7 +28,7 @@ def test_a_promise_is_in_the_list_once_for_each_change() -> None:
     [
         ("a = 2\n", "has the old text 0 times instead of once"),
         ("a = 1\nb = 1\n", "has the old text 2 times instead of once"),
-        ("a = 1\n", "makes no Python"),
+        ("a = 1\n", "is no valid Python"),
         ("# 1\n", "changes nothing"),
     ],
 )

@@ -48,10 +48,10 @@ class Standalone:
 
     def emulator_url(self) -> str:
         """Where the emulator is; it is ready before Airflow starts."""
-        return self._match(r"^Emulator at (\S+),")[1]
+        return self._match(r"^Emulator: (\S+)$")[1]
 
     def wait_until_ready(self) -> None:
-        self._match(rf"^Airflow at {self.url},")
+        self._match(rf"^Airflow runs until Ctrl-C: {self.url}$")
 
     def migration(self) -> psutil.Process:
         """The first of Airflow's processes."""
@@ -217,7 +217,7 @@ def test_a_part_that_ends_by_itself_ends_the_rest(tmp_path: Path) -> None:
     with standalone(tmp_path) as airflow:
         airflow.migration().kill()
         assert (airflow.wait(), airflow.survivors()) == (1, [])
-        assert airflow.output.endswith("'airflow db migrate' failed: the log says why\n")
+        assert airflow.output.endswith("'airflow db migrate' failed: Airflow's log shows why\n")
 
 
 def test_a_taken_port_is_refused_in_one_sentence(tmp_path: Path) -> None:
