@@ -1,4 +1,4 @@
-"""One Airflow and one emulator for all failures, as new for each."""
+"""One Airflow and one emulator for all failures, reset for each test."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from tests.failures.deployment import Deployment, running_deployment
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs tasks that defer, on an Airflow on which none does."""
+    """Deselect the tests that need deferred tasks, on an Airflow without them."""
     if TRIGGERS_CAN_ASK:
         return
     deferred = [item for item in items if item.get_closest_marker("deferred")]
@@ -25,7 +25,7 @@ def running_airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deploy
 
 @pytest.fixture
 def airflow(running_airflow: Deployment, request: pytest.FixtureRequest) -> Deployment:
-    """Airflow in which nothing runs, with an emulator as it was at its start."""
+    """An Airflow in which nothing runs, with an emulator that was reset."""
     options = ["--realistic"] if request.node.get_closest_marker("realistic") else []
     running_airflow.emulator.restart_with(*options)
     running_airflow.end_runs()

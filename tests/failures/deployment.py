@@ -1,4 +1,4 @@
-"""An Airflow with its scheduler, the DAGs in haste, and an emulator that can be stopped."""
+"""A real Airflow with scheduler, DAGs with short delays, and an emulator that can be stopped."""
 
 import contextlib
 import functools
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 TESTS = Path(__file__).parent
 OUTAGE = 20.0
-"""Seconds for which the DAGs bear an outage here."""
+"""POLARS_CLOUD_OUTAGE of the DAGs, in seconds."""
 READY_IN = 240.0
 API_SERVER = "api-server"
 SCHEDULER = "scheduler --skip-serve-logs"
@@ -42,20 +42,20 @@ TASK_PROCESS = r"airflow worker -- [0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 TASK_ENDS = {"success", "failed", "skipped", "upstream_failed", "removed"}
 
 TASK_INSTANCES = "task_instance"
-"""What the database has on the tasks of all runs, each in its latest try."""
+"""Table of the tasks of all runs, each with its latest try."""
 if VERSION >= (3, 4):
     TASK_INSTANCES = "(SELECT *, region_index AS map_index FROM task_instance WHERE working_set)"
 
-HASTE = {
+OVERRIDES = {
     '"retries": 2': '"retries": 1',
     'schedule="@daily"': "schedule=None",
     'schedule=CronDataIntervalTimetable("@daily", timezone="UTC")': "schedule=None",
     '"retry_delay": timedelta(minutes=1)': '"retry_delay": timedelta(seconds=1)',
 }
-"""What differs from the DAG files: they run when they are told to, and try again at once."""
+"""Changes to the DAG files: no schedule, one retry, and a short retry delay."""
 
 VARIANTS = {
-    # Name: DAG, and what is short in it.
+    # By name: the DAG, and changes to its source.
     "status_check_out_of_time": (
         "status_check",
         {"execution_timeout=timedelta(minutes=30)": "execution_timeout=timedelta(seconds=8)"},
@@ -72,7 +72,7 @@ VARIANTS = {
         "manual_shutdown",
         {"dagrun_timeout=timedelta(hours=2)": "dagrun_timeout=timedelta(seconds=30)"},
     ),
-    # Tries that begin while Airflow is away fail.
+    # Tries that begin while the API server is stopped fail.
     "context_manager_shutdown_often_tried": (
         "context_manager_shutdown",
         {'"retries": 2': '"retries": 9'},
@@ -95,7 +95,7 @@ VARIANTS = {
         )
         for dag_id in ("status_check", "context_manager_shutdown", "manifest_reuse", "multi_stage")
     },
-    # On the same manifest, with results of its own.
+    # The same manifest, with another destination.
     "parallel_single_node_beside": (
         "parallel_single_node",
         {"/results/parallel_single_node": "/results/parallel_single_node_beside"},
@@ -104,13 +104,13 @@ VARIANTS = {
 
 
 def write_dags(folder: Path, sources: Mapping[str, str] | None = None) -> None:
-    """Write the DAG files as they are run here.
+    """Write the DAG files with the changes for these tests.
 
     Parameters
     ----------
     sources
-        DAG id and source of each; if None the repository's own, and beside them some of other
-        shapes, as users write them, that of docs/helpers.md among them.
+        Source of each DAG, by id. By default the repository's DAGs, their variants, those in
+        `tests/failures/dags` and the one in docs/helpers.md.
     """
     own = {path.stem: path.read_text() for path in (ROOT / "dags").glob("*.py")}
     others = {path.stem: path.read_text() for path in (TESTS / "dags").glob("*.py")}
@@ -132,14 +132,14 @@ def write_dags(folder: Path, sources: Mapping[str, str] | None = None) -> None:
             sources = {**sources, name: source}
     folder.mkdir(parents=True)
     for name, source in sources.items():
-        for old, new in HASTE.items():
+        for old, new in OVERRIDES.items():
             source = source.replace(old, new)
         assert "@daily" not in source
         (folder / f"{name}.py").write_text(source)
 
 
 class Emulator:
-    """An emulator in a process of its own, which finds its state again when it is restarted."""
+    """An emulator in its own process, which keeps its state when it is restarted."""
 
     def __init__(self, folder: Path) -> None:
         self._env_file = folder / "env"
@@ -168,13 +168,13 @@ class Emulator:
         self._process.stdout.close()
 
     def restart_with(self, *options: str) -> None:
-        """Restart the emulator, unless it was started with these options."""
+        """Restart the emulator unless it already runs with these options."""
         if self._options != [*options]:
             self.stop()
             self._options = [*options]
             self.start()
 
-    # What happened, as the emulator counted it
+    # Observations
 
     def queries(self) -> list[dict[str, Any]]:
         queries: list[dict[str, Any]] = self.api.state()["queries"]
@@ -187,13 +187,13 @@ class Emulator:
         return [c for c in self.api.state()["clusters"] if not c["stopped_at"]]
 
     def calls(self, operation: str) -> int:
-        """How often a gRPC method, or a REST path's end, was called."""
+        """Return the number of calls to a gRPC method, or to REST paths with this ending."""
         return sum(call["path"].endswith(operation) for call in self.api.journal())
 
 
 @dataclass(frozen=True)
 class Run:
-    """A DAG run and its tasks, through Airflow's REST API."""
+    """A DAG run and its tasks."""
 
     deployment: "Deployment"
     dag_id: str
@@ -209,7 +209,7 @@ class Run:
         return str(state)
 
     def tasks(self) -> dict[str, str | None]:
-        """State of each task; of a mapped one as `task[index]`."""
+        """Return the state of each task, by its id; a mapped one has `task[index]`."""
         return {
             task_id + (f"[{index}]" if index >= 0 else ""): state
             for task_id, index, state in self._rows(
@@ -218,15 +218,14 @@ class Run:
         }
 
     def tries(self, task_id: str = "") -> int:
-        """How often a task was tried; without its id, the one that was tried most."""
+        """Return the number of tries of a task; without an id, the maximum of all tasks."""
         rows = self._rows(f"SELECT task_id, try_number FROM {TASK_INSTANCES}")
         return max(number for each, number in rows if task_id in ("", each))
 
     def _rows(self, query: str) -> list[tuple[Any, ...]]:
-        """What the database tells of the run.
+        """Return the query's rows for this run.
 
-        The tests ask several times a second: through Airflow's REST API they would keep its server
-        busy.
+        The tests poll several times a second, which would overload Airflow's API server.
         """
         where = "WHERE dag_id = ? AND run_id = ?"
         read_only = f"{self.deployment.database.as_uri()}?mode=ro"
@@ -234,7 +233,7 @@ class Run:
             return database.execute(f"{query} {where}", (self.dag_id, self.run_id)).fetchall()
 
     def process(self, task_id: str) -> psutil.Process:
-        """The process in which the task's function runs."""
+        """Return the process that runs the task's function."""
         ids = dict(self._rows(f"SELECT task_id, id FROM {TASK_INSTANCES}"))
         title = f"airflow worker -- {uuid.UUID(ids[task_id])}"
 
@@ -249,15 +248,15 @@ class Run:
         return process
 
     def running_tasks(self) -> list[str]:
-        """Ids of its tasks that are running, in the order of the alphabet; one at least."""
+        """Wait until a task is running; return the ids of all running tasks, sorted."""
         return self.deployment.eventually(lambda: self.tasks_in("running"))
 
     def waiting_tasks(self) -> list[str]:
-        """Ids of its tasks that are running or deferred; one at least."""
+        """Wait until a task is running or deferred; return the ids of all such tasks, sorted."""
         return self.deployment.eventually(lambda: self.tasks_in("running", "deferred"))
 
     def is_deferred(self) -> bool:
-        """Whether no task runs, and each one that is deferred is looked after by a triggerer."""
+        """Return whether tasks are deferred, a triggerer watches each of them, and no task runs."""
         deferred = len(self.tasks_in("deferred"))
         return (
             bool(deferred)
@@ -266,11 +265,11 @@ class Run:
         )
 
     def tasks_in(self, *states: str) -> list[str]:
-        """Ids of its tasks in these states, in the order of the alphabet."""
+        """Return the ids of the tasks in these states, sorted."""
         return sorted(task for task, state in self.tasks().items() if state in states)
 
     def wait_for_end(self) -> None:
-        """Wait until the run, and each of its tasks, has ended."""
+        """Wait until the run and all its tasks have ended."""
 
         def ended() -> bool:
             ended = self.state in {"success", "failed"}
@@ -279,17 +278,17 @@ class Run:
         self.deployment.eventually(ended)
 
     def log(self, task_id: str = "*", attempt: str = "*") -> str:
-        """What the tasks and their triggers logged, all tries one after the other."""
+        """Return the logs of the tasks and their triggers, of all tries."""
         return "".join(path.read_text() for path in self.logs(task_id, attempt))
 
     def logs(self, task_id: str = "*", attempt: str = "*") -> list[Path]:
-        """The files of these logs."""
+        """Return the log files of the tasks and their triggers."""
         folder = self.deployment.logs / f"dag_id={self.dag_id}" / f"run_id={self.run_id}"
         paths = folder.glob(f"task_id={task_id}/**/attempt={attempt}.log*")
         return sorted(path for path in paths if path.suffix == ".log")
 
     def ends(self, task_id: str) -> dict[int, datetime]:
-        """When each of a mapped task's instances has ended, by its index."""
+        """Return the end of each instance of a mapped task, by map index."""
         rows = self._rows(f"SELECT task_id, map_index, end_date FROM {TASK_INSTANCES}")
         return {
             index: datetime.fromisoformat(end).replace(tzinfo=UTC)
@@ -298,25 +297,25 @@ class Run:
         }
 
     def try_numbers(self, task_id: str) -> list[int]:
-        """How often each of a mapped task's instances was tried."""
+        """Return the number of tries of each instance of a mapped task."""
         rows = self._rows(f"SELECT task_id, try_number FROM {TASK_INSTANCES}")
         return [number for each, number in rows if each == task_id]
 
     def seconds(self) -> float:
-        """From its start to its end."""
+        """Return the seconds from the run's start to its end."""
         [dates] = self._rows("SELECT start_date, end_date FROM dag_run")
         start, end = map(datetime.fromisoformat, dates)
         return (end - start).total_seconds()
 
     def mark(self, state: str, task_id: str | None = None) -> None:
-        """Mark the run, or one of its tasks, as a user does."""
+        """Mark the run or one of its tasks, as a user does."""
         if task_id is None:
             self.deployment.call("PATCH", self.path, state=state)
         else:
             self.deployment.call("PATCH", f"{self.path}/taskInstances/{task_id}", new_state=state)
 
     def clear(self, *task_ids: str, only_failed: bool = False) -> None:
-        """Clear the run's tasks, all or some, as a user does."""
+        """Clear some or all tasks of the run, as a user does."""
         self.deployment.call(
             "POST",
             f"dags/{self.dag_id}/clearTaskInstances",
@@ -328,10 +327,10 @@ class Run:
 
 
 class Deployment:
-    """Airflow under its own scheduler, LocalExecutor and SQLite, against one emulator."""
+    """Airflow with scheduler, LocalExecutor and SQLite, on one emulator."""
 
     patience = 300.0
-    """Seconds after which what has not happened in Airflow never will."""
+    """Maximum seconds to wait for anything to happen in Airflow."""
 
     def __init__(self, home: Path, port: int, emulator: Emulator) -> None:
         self.emulator = emulator
@@ -340,7 +339,7 @@ class Deployment:
         self._dags = home.parent / "dags"
         self._port = port
         self._url = f"http://127.0.0.1:{port}"
-        self._parts: dict[str, contextlib.ExitStack] = {}
+        self._components: dict[str, contextlib.ExitStack] = {}
         self.processes: dict[str, psutil.Process] = {}
         self._log_path = home / "airflow.log"
 
@@ -367,9 +366,9 @@ class Deployment:
                 text = error.read().decode()
                 if "Database error" not in text:
                     raise AssertionError(f"{method} {path}: {error} {text}") from None
-                return None  # SQLite was busy, and did nothing
+                return None  # SQLite was locked, and nothing was done
             except OSError:
-                return None  # the API server was away
+                return None  # the API server was not running
 
         found = eventually(answer, pause=0.5)
         assert found
@@ -379,7 +378,7 @@ class Deployment:
         return eventually(condition, self.patience, pause=0.3)
 
     def end_runs(self) -> None:
-        """End what is running, in Polars Cloud and in Airflow."""
+        """End all queries, clusters and DAG runs."""
         self.emulator.api.reset()
         for run in self.call("GET", "dags/~/dagRuns?state=running&limit=100")["dag_runs"]:
             Run(self, run["dag_id"], run["dag_run_id"]).mark("failed")
@@ -392,54 +391,54 @@ class Deployment:
         return Run(self, dag_id, answer["dag_run_id"])
 
     def parsed_at(self, dag_id: str) -> str:
-        """When its file was parsed the last time."""
+        """Return when the DAG file was last parsed."""
         return str(self.call("GET", f"dags/{dag_id}")["last_parsed_time"])
 
     def callback_log(self, dag_id: str) -> str:
-        """What the callbacks of a DAG logged."""
+        """Return the log of a DAG's callbacks."""
         paths = self.logs.glob(f"dag_processor/*/dags-folder/{dag_id}.py.log")
         return "".join(path.read_text() for path in paths)
 
-    def parts_log(self) -> str:
-        """What the parts of Airflow logged, the triggerer's sweep among them."""
+    def component_log(self) -> str:
+        """Return the log of Airflow's components, including the triggerer's sweep."""
         return self._log_path.read_text()
 
     def count_task_processes(self) -> int:
-        """How many tasks run just now, each in a process of its own."""
+        """Return the number of running task processes."""
         count = 0
         for process in self.processes[SCHEDULER].children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
                 count += re.fullmatch(TASK_PROCESS, " ".join(process.cmdline()).strip()) is not None
         return count
 
     @contextlib.contextmanager
-    def running(self, *parts: str) -> Iterator[None]:
-        """Run parts of Airflow, `airflow` commands, while the context is open."""
-        for part in parts:
-            self._start(part)
+    def running(self, *components: str) -> Iterator[None]:
+        """Run components of Airflow, given as `airflow` commands, while the context is open."""
+        for component in components:
+            self._start(component)
         try:
             yield
         finally:
-            for part in parts:  # side by side, as each takes its time to end
+            for component in components:  # in parallel, because each one takes long to stop
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    self.processes[part].terminate()
-            for part in parts:
-                self._parts.pop(part).close()
+                    self.processes[component].terminate()
+            for component in components:
+                self._components.pop(component).close()
 
     @contextlib.contextmanager
-    def without(self, part: str) -> Iterator[None]:
-        """Stop a part while the context is open."""
-        self._parts.pop(part).close()
+    def without(self, component: str) -> Iterator[None]:
+        """Stop a component while the context is open."""
+        self._components.pop(component).close()
         try:
             yield
         finally:
-            self._start(part)
+            self._start(component)
 
-    def kill(self, part: str) -> None:
-        """SIGKILL for a part and all that it has started; `without` starts it again."""
+    def kill(self, component: str) -> None:
+        """Kill a component and its children with SIGKILL; `without` starts it again."""
         for process in psutil.process_iter():
             with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-                if os.getsid(process.pid) == self.processes[part].pid:
+                if os.getsid(process.pid) == self.processes[component].pid:
                     process.kill()
 
     @contextlib.contextmanager
@@ -465,33 +464,32 @@ class Deployment:
             path.write_text(before)
             self.eventually(lambda: not self.call("GET", f"dags/{dag_id}")["is_stale"])
 
-    def _start(self, part: str) -> None:
-        self._parts[part] = stack = contextlib.ExitStack()
+    def _start(self, component: str) -> None:
+        self._components[component] = stack = contextlib.ExitStack()
         log = stack.enter_context(self._log_path.open("a"))
-        processes = stack.enter_context(airflow(part, log=log))
-        self.processes[part] = psutil.Process(processes[part].pid)
+        processes = stack.enter_context(airflow(component, log=log))
+        self.processes[component] = psutil.Process(processes[component].pid)
 
 
 QUICK_INTERVALS = {
     "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
-    # An edit is noticed in seconds; a file is not parsed again without one, which would slow others
-    # down.
+    # Notice an edit in seconds. Do not parse unchanged files again, which would slow down others.
     "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "3600",
     "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
     "AIRFLOW__DAG_PROCESSOR__STALE_DAG_THRESHOLD": "10",
     "AIRFLOW__SCHEDULER__PARSING_CLEANUP_INTERVAL": "5",
-    # so is a worker that is gone,
+    # Notice a dead worker in seconds.
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "20",
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "2",
     "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
-    # and a scheduler, by the next one.
+    # The next scheduler notices a dead one.
     "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "10",
     "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "3",
-    # and a triggerer, by another one.
+    # Another triggerer notices a dead one.
     "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "10",
     "AIRFLOW__SCHEDULER__TRIGGER_TIMEOUT_CHECK_INTERVAL": "2",
 }
-"""In seconds: a failure is noticed in less time than Airflow takes by default."""
+"""Airflow's settings, in seconds, with which it notices failures earlier than by default."""
 
 
 @contextlib.contextmanager
@@ -507,11 +505,11 @@ def running_deployment(
     Parameters
     ----------
     sources
-        As `write_dags` takes it.
+        See `write_dags`.
     slots
-        How many tasks may run at once.
+        Maximum number of tasks that run at once.
     options
-        Settings of Airflow's, beside its defaults.
+        Further settings of Airflow.
     """
     home = folder / "airflow"
     home.mkdir()
@@ -554,9 +552,9 @@ def running_deployment(
 
 
 def free_ports(count: int) -> int:
-    """The first of some free ports in a row, below those that the system gives out by itself."""
+    """Return the first of `count` consecutive free ports, below the ephemeral range."""
     while True:
-        # By chance, as other processes are looking at the same time.
+        # At random, because other processes search at the same time.
         port = random.randrange(10_000, 32_000)
         with contextlib.ExitStack() as held, contextlib.suppress(OSError):
             for offset in range(count):
@@ -565,10 +563,10 @@ def free_ports(count: int) -> int:
 
 
 def with_polars(processes: Iterable[psutil.Process]) -> list[str]:
-    """Command lines of the processes into which Polars' shared library is mapped."""
+    """Return the command lines of the processes that have loaded Polars' shared library."""
     found = []
     for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
             if any("_polars_runtime" in mapped.path for mapped in process.memory_maps()):
                 found.append(" ".join(process.cmdline()))
     return found

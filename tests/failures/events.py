@@ -1,4 +1,4 @@
-"""What goes wrong: each event is made to happen to a run of a DAG, which is then waited for."""
+"""Failures and user actions that happen to a run of a DAG. Each one waits for the run's end."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -22,13 +22,13 @@ from tests.manifest_body import MANIFEST_BODY
 BUCKET = "your-bucket"
 SECOND_TRIGGERER = f"{TRIGGERER} --capacity 999"
 LONG = 100.0
-"""Seconds that a long query takes on the emulator's clock; less than a token lives."""
+"""Duration of a long query on the emulator's clock, in seconds. A token is valid for longer."""
 
 COLUMNS = {"sales": "status", "inventory": "on_hand", "returns": "quantity"}
-"""A column of each table that its queries need."""
+"""A column of each table that queries need."""
 
 Act = Callable[[Deployment, str], Run]
-"""Makes something happen to a run of the DAG, and gives that run, ended."""
+"""Starts a run of the DAG, makes something happen to it, and returns it after its end."""
 
 Fault = dict[str, Any]
 
@@ -42,7 +42,7 @@ def always(operation: str, kind: str, **fields: object) -> Fault:
 
 
 def meet(*faults: Fault) -> Act:
-    """A run that meets these faults."""
+    """Return an act with a run that meets these faults."""
 
     def act(airflow: Deployment, dag_id: str) -> Run:
         for each in faults:
@@ -62,18 +62,18 @@ def with_running_queries(
     deferred: bool = False,
     after: Callable[[Deployment], None] | None = None,
 ) -> Act:
-    """A run to whose queries something happens while they are running.
+    """Return an act in which something happens while the run's queries are running.
 
     Parameters
     ----------
     count
-        How many of them run at the same time, by DAG; one unless given.
+        Number of queries that run at the same time, by DAG; one by default.
     takes
-        Seconds that they take; for ever if None.
+        Duration of the queries in seconds; None for queries that never end.
     deferred
-        Whether their tasks are deferred already.
+        Whether to wait until the tasks are deferred.
     after
-        What has happened before.
+        Called before the run starts.
     """
 
     def act(airflow: Deployment, dag_id: str) -> Run:
@@ -97,7 +97,7 @@ def with_running_queries(
 
 
 def let_queries_end(airflow: Deployment, run: Run) -> None:
-    """Let those that take long end, one after the other where they wait for each other."""
+    """Let the running queries end, and those that wait behind them."""
 
     def running() -> set[str]:
         return {query["id"] for query in airflow.emulator.running_queries() if query["started_at"]}
@@ -115,21 +115,21 @@ def let_queries_end(airflow: Deployment, run: Run) -> None:
 
 
 def stop_triggerer_for_a_while(airflow: Deployment, run: Run) -> None:
-    """The triggerer is stopped, and started when the queries have ended."""
+    """Stop the triggerer, and start it again when the queries have ended."""
     with airflow.without(TRIGGERER):
         let_queries_end(airflow, run)
         assert run.tasks_in("deferred")
 
 
 def kill_triggerer(airflow: Deployment, run: Run) -> None:
-    """SIGKILL for the triggerer; a new one finds the tasks of the dead one."""
+    """Kill the triggerer with SIGKILL; a new one takes over its tasks."""
     airflow.kill(TRIGGERER)
     with airflow.without(TRIGGERER):
         let_queries_end(airflow, run)
 
 
 def kill_one_of_two_triggerers(airflow: Deployment, run: Run) -> None:
-    """Another triggerer takes the tasks of a dead one over."""
+    """Kill one of two triggerers; the other one takes over its tasks."""
     with airflow.running(SECOND_TRIGGERER):
         airflow.kill(TRIGGERER)
         let_queries_end(airflow, run)
@@ -139,7 +139,7 @@ def kill_one_of_two_triggerers(airflow: Deployment, run: Run) -> None:
 
 
 def freeze_triggerer(airflow: Deployment, run: Run) -> None:
-    """Freeze a triggerer until another one has taken its tasks over, and let it wake up then."""
+    """Freeze a triggerer until another one has taken over its tasks, then resume it."""
     frozen = airflow.processes[TRIGGERER]
     started = run.log().count(' starting"')
     with airflow.running(SECOND_TRIGGERER):
@@ -158,7 +158,7 @@ def freeze_triggerer(airflow: Deployment, run: Run) -> None:
 
 
 def end_without_triggerer(airflow: Deployment, run: Run) -> None:
-    """A user marks the task while there is no triggerer; the next one finds what it has left."""
+    """Mark the task while no triggerer runs; the next triggerer cleans up."""
     with airflow.without(TRIGGERER):
         run.mark("success", run.waiting_tasks()[0])
         run.wait_for_end()
@@ -172,7 +172,7 @@ def end_without_triggerer(airflow: Deployment, run: Run) -> None:
 
 
 def wait_without_triggerer(airflow: Deployment, dag_id: str) -> Run:
-    """There is no triggerer; the task waits in its worker after a while."""
+    """Run no triggerer; after a while, the task waits in its worker."""
     airflow.emulator.api.add_fault("SubmitQuery", "query_takes", seconds=LONG)
     with airflow.without(TRIGGERER):
         run = airflow.trigger(dag_id)
@@ -183,7 +183,7 @@ def wait_without_triggerer(airflow: Deployment, dag_id: str) -> Run:
 
 
 def wait_with_a_triggerer_without_the_library(airflow: Deployment, dag_id: str) -> Run:
-    """The triggerer has nothing on its path, as where the DAGs folder holds the library."""
+    """Run a triggerer that cannot import the library, as if the DAGs folder held the library."""
     airflow.emulator.api.add_fault("SubmitQuery", "query_takes", seconds=LONG)
     before = os.environ.copy()
     with airflow.without(TRIGGERER):
@@ -201,7 +201,7 @@ def wait_with_a_triggerer_without_the_library(airflow: Deployment, dag_id: str) 
 
 
 def while_the_cluster_starts(then: Callable[[Deployment, Run], None]) -> Act:
-    """Something happens to a task that is deferred until its cluster is running."""
+    """Return an act in which something happens while the task is deferred for its cluster."""
 
     def act(airflow: Deployment, dag_id: str) -> Run:
         airflow.emulator.api.add_fault("POST manifest/start", "startup_takes", seconds=LONG)
@@ -240,7 +240,7 @@ def clear_task(airflow: Deployment, run: Run) -> None:
 
 
 def kill_worker(airflow: Deployment, run: Run) -> None:
-    """SIGKILL for the process that runs the task, then time for the query to end."""
+    """Kill the task's process with SIGKILL, and let the query end after the next try has begun."""
     task_id = run.running_tasks()[0]
     tries = run.tries(task_id)
     run.process(task_id).kill()
@@ -249,13 +249,13 @@ def kill_worker(airflow: Deployment, run: Run) -> None:
 
 
 def kill_only_try(airflow: Deployment, run: Run) -> None:
-    """SIGKILL for the process of a task that is not tried again."""
+    """Kill the process of a task without retries with SIGKILL."""
     run.process("ask").kill()
     airflow.eventually(lambda: run.tasks()["ask"] == "failed")
 
 
 def defer_once(airflow: Deployment) -> None:
-    """Another run has a task that is deferred: from then on the triggerer sweeps."""
+    """Run a task that is deferred, so that the triggerer begins to sweep."""
     airflow.emulator.api.add_fault("SubmitQuery", "query_takes", seconds=LONG)
     run = airflow.trigger("manifest_reuse")
     airflow.eventually(run.is_deferred)
@@ -292,7 +292,7 @@ def restart_polars_cloud(airflow: Deployment, run: Run) -> None:
 
 
 def break_data(airflow: Deployment, table: str, column: str) -> pl.DataFrame:
-    """Take a column out of a table; what was there."""
+    """Remove a column from a table; return the whole table."""
     folder = f"s3://{BUCKET}/{table}/"
     options = storage_options(airflow)
     whole = pl.read_parquet(folder, storage_options=options)
@@ -325,7 +325,7 @@ def fail_one_of_three(airflow: Deployment, dag_id: str) -> Run:
 
 
 def fail_once(airflow: Deployment, dag_id: str, *tables: str) -> Run:
-    """A run that failed for a reason that is gone."""
+    """Let a run fail on incomplete tables, complete the tables, and return the run."""
     whole = {name: break_data(airflow, name, COLUMNS[name]) for name in tables or ("sales",)}
     run = meet()(airflow, dag_id)
     assert run.state == "failed"
@@ -344,7 +344,7 @@ def clear_before_the_callback(airflow: Deployment, dag_id: str) -> Run:
         airflow.eventually(emulator.running_queries)
         before = airflow.parsed_at(dag_id)
     airflow.eventually(lambda: airflow.parsed_at(dag_id) != before)
-    # A callback that came while its file was being parsed is held back until the next time.
+    # Airflow delays a callback that arrives during a parse until the next parse.
     with airflow.edited(dag_id, commented):
         airflow.eventually(
             lambda: "is active: nothing of it is ended" in airflow.callback_log(dag_id)
@@ -376,7 +376,7 @@ def outdated_manifest(**drift: object) -> Act:
 
 
 def beside(suffix: str = "") -> Act:
-    """A run that ends while another, of the same or another DAG, uses the same cluster."""
+    """Return an act in which a second run, of the same or another DAG, shares the cluster."""
 
     def act(airflow: Deployment, dag_id: str) -> Run:
         emulator = airflow.emulator
@@ -395,7 +395,7 @@ def beside(suffix: str = "") -> Act:
 
 
 def mark_task(state: str) -> Callable[[Deployment, Run], None]:
-    """A user marks the task in mid-query."""
+    """Return an event: a user marks the task while its query runs."""
 
     def act(airflow: Deployment, run: Run) -> None:
         run.mark(state, run.waiting_tasks()[0])
@@ -416,14 +416,14 @@ def clear_task_whose_code_was_changed(airflow: Deployment, run: Run) -> None:
 
 
 def clear_killed_task_whose_code_was_changed(airflow: Deployment, run: Run) -> None:
-    """The worker is killed, and the user does not wait for the next try."""
+    """Kill the worker, and clear the task before its next try."""
     run.process("ask_twice").kill()
     airflow.eventually(lambda: run.tasks_in("up_for_retry"))
     clear_task_whose_code_was_changed(airflow, run)
 
 
 def kill_second_try_at_once(airflow: Deployment, run: Run) -> None:
-    """SIGKILL for the second try before it has done anything."""
+    """Kill the worker, and the second try before it has done anything."""
     [task_id] = run.running_tasks()
     run.process(task_id).kill()
     airflow.eventually(lambda: run.tries(task_id) == 2 and run.running_tasks())
@@ -431,7 +431,7 @@ def kill_second_try_at_once(airflow: Deployment, run: Run) -> None:
 
 
 def freeze_worker(airflow: Deployment, run: Run) -> None:
-    """Freeze the worker until the next try has resumed the query, and let it wake up then."""
+    """Freeze the worker until the next try has resumed the query, then resume the worker."""
     [task_id] = run.running_tasks()
     process = run.process(task_id)
     supervisor = process.parent()
@@ -444,12 +444,12 @@ def freeze_worker(airflow: Deployment, run: Run) -> None:
         for each in (process, supervisor):
             each.resume()
     psutil.wait_procs([process], airflow.patience)
-    assert not process.is_running(), "the frozen worker runs on"
+    assert not process.is_running(), "the frozen worker still runs"
     airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
 
 
 def shut_worker_down(airflow: Deployment, run: Run) -> None:
-    """SIGTERM for the task's process, as when its machine is taken away."""
+    """Send SIGTERM to the task's process, as when its machine shuts down."""
     [task_id] = run.running_tasks()
     run.process(task_id).terminate()
     airflow.eventually(lambda: run.tries(task_id) == 2)
@@ -457,12 +457,12 @@ def shut_worker_down(airflow: Deployment, run: Run) -> None:
 
 
 def take_api_server_away(airflow: Deployment, run: Run) -> None:
-    """Airflow's API server is away for longer than the task's heartbeats may fail."""
+    """Stop Airflow's API server for longer than the task's heartbeats may fail."""
     [task_id] = run.running_tasks()
     process = run.process(task_id)
     with airflow.without(API_SERVER):
         psutil.wait_procs([process], airflow.patience)
-        assert not process.is_running(), "the task does not miss the API server"
+        assert not process.is_running(), "the task runs on without the API server"
     airflow.eventually(lambda: "Resuming query" in run.log())
     airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
 
@@ -472,7 +472,7 @@ def commented(source: str) -> str:
 
 
 def edit_dag(airflow: Deployment, run: Run) -> None:
-    """The DAG file is edited, and parsed again, while the query runs."""
+    """Edit the DAG file while the query runs, so that it is parsed again."""
     before = airflow.parsed_at(run.dag_id)
     with airflow.edited(run.dag_id, commented):
         airflow.eventually(lambda: airflow.parsed_at(run.dag_id) != before)
@@ -481,7 +481,7 @@ def edit_dag(airflow: Deployment, run: Run) -> None:
 
 
 def pause_dag(airflow: Deployment, run: Run) -> None:
-    """The DAG is paused in mid-query, until the query has ended."""
+    """Pause the DAG while the query runs, until it has ended."""
     airflow.call("PATCH", f"dags/{run.dag_id}", is_paused=True)
     airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
     airflow.eventually(lambda: not airflow.emulator.running_queries())
@@ -489,7 +489,7 @@ def pause_dag(airflow: Deployment, run: Run) -> None:
 
 
 def delete_dag(airflow: Deployment, run: Run) -> None:
-    """The DAG file is deleted while the query runs; Airflow ends such a run when it is back."""
+    """Delete the DAG file while the query runs; Airflow ends the run when the file is back."""
     with airflow.deleted(run.dag_id):
         airflow.eventually(lambda: airflow.call("GET", f"dags/{run.dag_id}")["is_stale"])
         airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
@@ -498,7 +498,7 @@ def delete_dag(airflow: Deployment, run: Run) -> None:
 
 
 def open_gate(airflow: Deployment, run: Run) -> None:
-    """Let the other scope begin and end, then the query."""
+    """Let the other shared cluster start and stop, then let the query end."""
     airflow.call("POST", "variables", key="gate", value="open")
     try:
         airflow.eventually(lambda: run.tasks().get("stop_cluster__1") == "success")
@@ -509,7 +509,7 @@ def open_gate(airflow: Deployment, run: Run) -> None:
 
 
 def leave_query(airflow: Deployment, run: Run) -> None:
-    """The run ends; its query, that was left, runs to its end."""
+    """Let the run end, and then its detached query."""
     run.wait_for_end()
     assert len(airflow.emulator.running_queries()) == 1
     airflow.emulator.api.advance_clock(timedelta(seconds=LONG))
@@ -519,10 +519,10 @@ def leave_query(airflow: Deployment, run: Run) -> None:
 
 def clear_only_failed_of_uneven_length(airflow: Deployment, dag_id: str) -> Run:
     run = fail_once(airflow, dag_id, "sales", "inventory")
-    # There is one worker: the short query comes first.
+    # The short query comes first, because there is one worker.
     airflow.emulator.api.add_fault("SubmitQuery", "query_takes", nth=2, seconds=LONG)
     run.clear(only_failed=True)
-    # The short one has ended, and left the cluster to the long one.
+    # The short query has ended, and the long one still uses the cluster.
     airflow.eventually(
         lambda: (
             len(airflow.emulator.running_queries()) == 1
@@ -549,7 +549,7 @@ def kill_worker_while_the_cluster_starts(airflow: Deployment, dag_id: str) -> Ru
 
 
 def side_by_side(runs: int) -> Act:
-    """Several runs of the DAG at once, as in a backfill; the last to end."""
+    """Return an act with several simultaneous runs of the DAG, as in a backfill."""
 
     def act(airflow: Deployment, dag_id: str) -> Run:
         triggered = [airflow.trigger(dag_id) for _ in range(runs)]
@@ -562,7 +562,7 @@ def side_by_side(runs: int) -> Act:
 
 
 def upgrade_and_clear_one_task(airflow: Deployment, dag_id: str) -> Run:
-    """A task is cleared alone after Polars was upgraded: the manifest is for the one before."""
+    """Clear one task after an upgrade of Polars: the manifest has the old version."""
     run = meet()(airflow, dag_id)
     name = manifest_of(dag_id)
     airflow.emulator.api.call("DELETE", f"manifest?name={name}")

@@ -1,4 +1,4 @@
-"""What became of a run, as Airflow and the emulator's own counters tell it."""
+"""The outcome of a run, from Airflow's database and the emulator's counters."""
 
 import contextlib
 import re
@@ -9,12 +9,12 @@ from tests.failures.deployment import Deployment, Run
 from tests.failures.scenarios import Expected
 
 SETTLES_IN = 120.0
-"""Seconds after the run's end for what it left to stop, and for the triggerer to log its part."""
+"""Maximum seconds after a run's end for its queries and clusters to stop, and for the last logs."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Counterpart of `Expected`, with all that the tasks logged."""
+    """Counterpart of `Expected`, with the logs of the tasks."""
 
     run: str
     submits: int
@@ -28,14 +28,14 @@ class Outcome:
 
 
 def observe(airflow: Deployment, run: Run, expected: Expected) -> Outcome:
-    """Look at a run that has ended, once all is as expected, or never will be."""
+    """Return the outcome of a run that has ended, when it is as expected or time is up."""
     emulator = airflow.emulator
 
     def left() -> tuple[int, int]:
         return len(emulator.running_queries()), len(emulator.live_clusters())
 
     wanted = (expected.queries_left, expected.clusters_left)
-    with contextlib.suppress(AssertionError):  # the outcome says so
+    with contextlib.suppress(AssertionError):  # the outcome shows it
         eventually(
             lambda: left() == wanted and re.search(expected.cause, run.log()),
             SETTLES_IN,

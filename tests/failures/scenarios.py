@@ -1,4 +1,4 @@
-"""What goes wrong, and how each DAG is to come out of it."""
+"""The failures, and the expected outcome for each DAG."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -61,26 +61,26 @@ IDLE_TIMEOUT = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class Expected:
-    """How a run ends.
+    """The expected outcome of a run.
 
     Attributes
     ----------
     run
-        Its state.
+        State of the run.
     submits, cancels
-        How many queries it submitted, and how often one was canceled; None: once or more.
+        Number of submitted queries and of cancels; None for at least one cancel.
     failed
         Tasks that end as failed.
     tries
-        How often the task was tried that was tried most; None: as often as it takes.
+        Maximum number of tries of a task; None for any number.
     cause
-        Regular expression for what the tasks' logs tell.
+        Regular expression that the tasks' logs match.
     queries_left
         Queries that still run when the run has ended.
     clusters_left
-        Clusters that still run then, until their idle timeout.
+        Clusters that still run then, until their idle timeout stops them.
     clusters
-        How many were started in all; None: not counted.
+        Number of started clusters; None for any number.
     """
 
     run: str
@@ -96,14 +96,14 @@ class Expected:
 
 @dataclass(frozen=True)
 class Scenario:
-    """One thing that goes wrong.
+    """A failure or a user's action, and its outcomes.
 
     Attributes
     ----------
     act
-        Makes it happen to a run of the DAG, and gives that run, ended.
+        Starts a run of the DAG, makes it happen, and returns the run after its end.
     expected
-        By DAG.
+        Outcome by DAG.
     """
 
     act: Act
@@ -111,18 +111,18 @@ class Scenario:
 
 
 def failing(*tasks: str, tries: int = 2, **fields: Any) -> Expected:
-    """A failed run: of tasks that were tried again, which the DAGs do once here."""
+    """Return the outcome of a failed run, in which each failed task was retried once."""
     return Expected("failed", failed=frozenset(tasks), tries=tries, **fields)
 
 
 CANCELED = "Canceled query|Somebody canceled"
-"""By the task that was killed, or by the failed run's callback if that is faster."""
+"""Logged by the ended task, or by the failed run's callback if that is faster."""
 
 CANCELED_TRIGGER = "cancelled by user action|canceled the trigger"
-"""Airflow 3.2 says nothing; the trigger does."""
+"""Logged by Airflow, or by the trigger on Airflow 3.2."""
 
 KILLED = f"Canceled query|{CANCELED_TRIGGER}"
-"""By the trigger, by the next try, or by the failed run's callback if that is faster."""
+"""Logged by the trigger, by the next try, or by the failed run's callback if that is faster."""
 
 UNAVAILABLE = "is unavailable, retrying"
 REPLY_LOST = "accepted although the reply was lost"
@@ -391,7 +391,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     ),
     "a call that is never answered while starting": Scenario(
         meet(fault("POST manifest/start", "stall")),
-        # The client gives up a request by itself, and asks again.
+        # The client itself gives up the request and repeats it.
         {"manual_shutdown": Expected("success", submits=2, cause="Cluster .* is running")},
     ),
     "a call that is never answered while submitting": Scenario(
@@ -937,4 +937,4 @@ SHOWN_WITHOUT_SCHEDULER: Mapping[str, str] = {
         "tests/test_clusters.py::test_stop_leaves_a_query_alone_that_a_task_of_the_run_has_detached"
     ),
 }
-"""Tests that show the same as some scenarios, in which it matters not who runs the tasks."""
+"""Tests that cover some scenarios without a scheduler."""

@@ -1,4 +1,4 @@
-"""The table of docs/failures.md, from what the scenarios are tested to end in."""
+"""The table of docs/failures.md, made from the tested scenarios."""
 
 from tests.failures.scenarios import SCENARIOS, Expected
 

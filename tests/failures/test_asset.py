@@ -1,4 +1,4 @@
-"""The daily report is announced as an Asset, and the DAG of docs/helpers.md runs on it."""
+"""The Asset event of the daily report starts the DAG in docs/helpers.md."""
 
 import pytest
 

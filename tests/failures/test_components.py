@@ -1,6 +1,6 @@
-"""What the parts of Airflow load that run no task: no Polars, and no plugin that fails."""
+"""The components of Airflow that run no task load no Polars, and no plugin fails."""
 
-import polars  # noqa: F401  # loaded here, so that the test shows that it would see it
+import polars  # noqa: F401  # loaded here to show that the test detects it
 import psutil
 import pytest
 
@@ -29,7 +29,7 @@ def test_neither_api_server_nor_scheduler_nor_dag_processor_loads_polars(
     parts = [airflow.processes[part] for part in (API_SERVER, SCHEDULER, DAG_PROCESSOR)]
 
     def loaded() -> list[str]:
-        # Of their children, callbacks may have it: each runs in a process of its own, and ends.
+        # Callbacks may load it: each runs in a short-lived process of its own.
         return with_polars(each for part in parts for each in (part, *part.children(True)))
 
     eventually(lambda: loaded() == [], pause=0.5)

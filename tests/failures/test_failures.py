@@ -1,4 +1,4 @@
-"""Whatever goes wrong: no failure is hidden, no query orphaned, no cluster left running."""
+"""After any failure: it is not hidden, and no query and no cluster is left running."""
 
 import re
 
@@ -16,7 +16,7 @@ ON_ANY_AIRFLOW = {
     "the worker is killed, and the task is cleared and its code was changed",
     "two DAGs share a manifest",
 }
-"""What shows that the record of queries and clusters holds on older Airflows, too, and on clusters
+"""Scenarios that test the record of queries and clusters on older Airflows, too, and on clusters
 that take minutes to start."""
 
 WHERE_TASKS_DEFER = {
@@ -36,7 +36,7 @@ WHERE_TASKS_DEFER = {
     "a user marks the task failed while its cluster starts",
     "the DAG file is edited in mid-query",
 }
-"""What shows that a task waits well without a worker slot, on each Airflow on which it does."""
+"""Scenarios that test deferred tasks, on each Airflow on which tasks defer."""
 
 
 def marks(what: str, further: bool) -> list[pytest.MarkDecorator]:

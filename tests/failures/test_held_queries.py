@@ -1,4 +1,4 @@
-"""Many queries, and few slots."""
+"""Many queries on few worker slots."""
 
 import pytest
 

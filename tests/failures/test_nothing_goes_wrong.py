@@ -1,4 +1,4 @@
-"""The eight DAGs when nothing goes wrong, all at the same time."""
+"""All eight DAGs at the same time, without a failure."""
 
 import pytest
 
@@ -7,12 +7,12 @@ from tests.eight_dags import KEPT
 from tests.failures.deployment import Deployment
 
 LEAVE_THEIR_CLUSTER = {"airflow-production", "airflow-single-query", "airflow-status-check"}
-"""Manifests of the clusters that are left to their idle timeout by design."""
+"""Manifests of the clusters that only their idle timeout stops."""
 
 
 @pytest.mark.any_airflow
 @pytest.mark.realistic
-@pytest.mark.further  # on the newest Airflow tests/template/test_standalone.py has run them all
+@pytest.mark.further  # tests/template/test_standalone.py runs them all on the newest Airflow
 def test_every_pattern_succeeds_and_leaves_nothing(airflow: Deployment) -> None:
     emulator = airflow.emulator
     for run in [airflow.trigger(dag_id) for dag_id in sorted(KEPT)]:

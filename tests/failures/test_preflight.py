@@ -1,4 +1,4 @@
-"""The DAG `preflight` as it is run in a deployment."""
+"""The DAG `preflight` in a deployment."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Mapped tasks that wait without a worker slot, far more than there are slots."""
+"""Mapped tasks that are deferred, many more than there are worker slots."""
 
 from datetime import datetime
 

@@ -1,4 +1,4 @@
-"""A query that is left to itself, in a run that also has a shared cluster."""
+"""A detached query in a run that also has a shared cluster."""
 
 from datetime import datetime, timedelta
 

@@ -1,4 +1,4 @@
-"""Mapped tasks in great number and of uneven length, on a shared cluster."""
+"""Many mapped tasks of different durations on a shared cluster."""
 
 from datetime import datetime, timedelta
 
@@ -29,7 +29,7 @@ def many_tasks() -> None:
     def count_up(number: int) -> list[str]:
         import polars as pl
 
-        # From milliseconds to a second.
+        # Takes from milliseconds to a second.
         rows = 10**5 * (number % 8) ** 3
         numbers = pl.LazyFrame().select(pl.int_range(rows).shuffle(seed=1).sort().sum())
         with use_cluster(CLUSTER) as ctx:

@@ -1,4 +1,4 @@
-"""A task that is tried once, and a leaf that runs however it ends, which turns the run green."""
+"""A task without retries, and an `ALL_DONE` leaf with which the run succeeds all the same."""
 
 from datetime import datetime
 

@@ -1,4 +1,4 @@
-"""The line of Polars Cloud's documentation, whose query nobody waits for."""
+"""The line of Polars Cloud's documentation, which does not wait for its query."""
 
 from datetime import datetime, timedelta
 

@@ -1,4 +1,4 @@
-"""A query that is run with Polars' own `RemoteEngine`, as its documentation shows."""
+"""A query with Polars' own `RemoteEngine`, as in the documentation of Polars."""
 
 from datetime import datetime, timedelta
 

@@ -1,4 +1,4 @@
-"""Tasks that return several queries: of two clusters in a dict, and mapped in a group."""
+"""Tasks that return several queries: on two clusters in a dict, and mapped in a task group."""
 
 from datetime import datetime, timedelta
 from typing import Any

@@ -1,4 +1,4 @@
-"""One task with two queries at once, on a cluster of its own."""
+"""One task with two simultaneous queries on a cluster of its own."""
 
 from datetime import datetime, timedelta
 

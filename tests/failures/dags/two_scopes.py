@@ -1,4 +1,4 @@
-"""Two shared clusters in one run; the work on the one ends while a query runs on the other."""
+"""Two shared clusters in one run; one is stopped while a query runs on the other."""
 
 from datetime import datetime, timedelta
 
