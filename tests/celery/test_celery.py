@@ -1,4 +1,4 @@
-"""The DAGs on two Celery workers, with a Redis between them and the scheduler."""
+"""The DAGs on two Celery workers, with Redis as the broker."""
 
 import os
 import shutil
@@ -56,7 +56,7 @@ def airflow(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         running_deployment(folder, options=settings) as deployment,
         deployment.running(*WORKERS.values()),
     ):
-        deployment.patience = 300.0  # eight DAGs at once, on six slots
+        deployment.patience = 300.0  # eight DAGs at once on six slots
         yield deployment
 
 

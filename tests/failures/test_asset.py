@@ -7,7 +7,7 @@ from tests.failures.deployment import Deployment, Run
 
 
 @pytest.mark.dag("complete_pipeline")
-def test_another_dag_runs_on_the_daily_report(airflow: Deployment) -> None:
+def test_the_event_of_the_daily_report_starts_another_dag(airflow: Deployment) -> None:
     def runs() -> list[Run]:
         answer = airflow.call("GET", "dags/mail_report/dagRuns?state=success&limit=100")
         return [Run(airflow, "mail_report", run["dag_run_id"]) for run in answer["dag_runs"]]

@@ -59,7 +59,7 @@ def marks(what: str, further: bool) -> list[pytest.MarkDecorator]:
         for further, dag_id in enumerate(scenario.expected)
     ],
 )
-def test_a_run_comes_out_well_of(airflow: Deployment, what: str, dag_id: str) -> None:
+def test_a_run_ends_as_expected_if(airflow: Deployment, what: str, dag_id: str) -> None:
     scenario = SCENARIOS[what]
     expected = scenario.expected[dag_id]
 

@@ -7,7 +7,7 @@ from tests.failures.deployment import Deployment
 
 @pytest.mark.any_airflow
 @pytest.mark.parametrize("spend", [False, pytest.param(True, marks=pytest.mark.realistic)])
-def test_preflight_succeeds_and_starts_a_cluster_only_if_it_may_spend(
+def test_preflight_succeeds_and_starts_a_cluster_only_with_the_parameter_spend(
     airflow: Deployment, spend: bool
 ) -> None:
     run = airflow.trigger("preflight", spend=spend)

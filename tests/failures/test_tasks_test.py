@@ -10,7 +10,7 @@ from tests.failures.deployment import Deployment
 
 
 @pytest.mark.dag("manual_shutdown")
-def test_a_cluster_that_a_tested_task_has_started_is_ended_by_end_orphans(
+def test_end_orphans_stops_the_cluster_of_airflow_tasks_test(
     airflow: Deployment,
 ) -> None:
     command = [sys.executable, "-m", "airflow", "tasks", "test"]

@@ -28,7 +28,7 @@ def run_command(*arguments: str) -> None:
 
 
 def process_dag_files() -> dict[str, Any]:
-    """Let the DAG processor read every file once; what the UI then shows."""
+    """Let the DAG processor parse every file once; return what the UI then shows."""
     run_command("dag-processor", "--num-runs=1")
     with create_session() as session:
         dags = session.execute(select(DagModel.bundle_name, DagModel.dag_id)).all()
@@ -37,14 +37,14 @@ def process_dag_files() -> dict[str, Any]:
 
 
 def load_plugins() -> list[str]:
-    """Load the plugins; the modules that this has imported."""
+    """Load the plugins; return the modules that this imported."""
     run_command("plugins")
     files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
     return sorted(file for file in files if file and file.startswith(PLUGINS_FOLDER))
 
 
 def import_triggers() -> str:
-    """Import the triggers where no bundle is on the path, as in a triggerer; their file."""
+    """Import the triggers without a bundle on the path, as a triggerer does; return their file."""
     sys.path[:0] = filter(None, os.environ["TRIGGERER_PYTHONPATH"].split(os.pathsep))
     try:
         return str(importlib.import_module("polars_remote.waiting.triggers").__file__)
@@ -53,13 +53,13 @@ def import_triggers() -> str:
 
 
 def run_dags(*bundles_and_dags: str) -> dict[str, str]:
-    """Run DAGs that are found as a worker finds them; the runs' states, by bundle."""
+    """Run DAGs that are loaded as by a worker; return the states of the runs, by bundle."""
     states = {}
     for bundle, dag_id in zip(bundles_and_dags[::2], bundles_and_dags[1::2], strict=True):
         path = DagBundlesManager().get_bundle(bundle).path
         dag = BundleDagBag(path, bundle_path=path, bundle_name=bundle).dags[dag_id]
         states[bundle] = str(dag.test().state.value)
-        # Each bundle is to import its own; a process for each takes Airflow seconds to prepare.
+        # Fork, so that each bundle imports its own modules without a slow start of Airflow.
         sys.path.remove(str(path))
         for module in [
             name for name in sys.modules if name.split(".")[0] in {"include", "polars_remote"}
@@ -69,7 +69,7 @@ def run_dags(*bundles_and_dags: str) -> dict[str, str]:
 
 
 def in_fork(function: Callable[..., Any], *arguments: str) -> Any:
-    """Call a function in a process of its own, in which only Airflow has been imported so far."""
+    """Call a function in a forked process, in which only Airflow has been imported."""
     with multiprocessing.get_context("fork").Pool(1) as pool:
         return pool.apply(function, arguments)
 

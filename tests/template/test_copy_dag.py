@@ -1,4 +1,4 @@
-"""What `make copy` does to the folder it copies to, and what it says about it."""
+"""What `make copy` writes into a folder, and what it prints."""
 
 import shutil
 import subprocess
@@ -16,7 +16,7 @@ MADE_HERE = [".git", *(line.strip("/") for line in (ROOT / ".gitignore").read_te
 
 @pytest.fixture
 def other_release(tmp_path: Path) -> Path:
-    """A copy of this repository, for a test to change."""
+    """A copy of this repository that a test may change."""
     folder = tmp_path / "other_release"
     return Path(shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*MADE_HERE)))
 
@@ -30,7 +30,7 @@ def there(tmp_path: Path) -> Path:
 
 
 def copy_from(repository: Path, dag_id: str, to: Path) -> str:
-    """Copy a DAG from a repository other than this one; what the command said."""
+    """Copy a DAG from another repository; return the output."""
     script = [sys.executable, str(repository / "scripts" / "copy_dag.py"), dag_id, str(to)]
     return subprocess.run(script, check=True, capture_output=True, text=True, timeout=60).stdout
 
@@ -42,7 +42,7 @@ def commit(repository: Path) -> None:
 
 
 def changed(file: Path) -> str:
-    """Change a file as its user would; its text."""
+    """Change a file, as its user would; return its text."""
     file.write_text(file.read_text() + "MINE = True\n")
     return file.read_text()
 
@@ -80,7 +80,7 @@ def test_a_second_copy_deletes_nothing(there: Path) -> None:
     assert get_contents(there) == before
 
 
-def test_the_library_goes_to_the_plugins_of_an_airflow_home(tmp_path: Path) -> None:
+def test_the_library_is_copied_to_the_plugins_of_an_airflow_home(tmp_path: Path) -> None:
     (tmp_path / "dags").mkdir()
     (tmp_path / "airflow.cfg").touch()
     main("status_check", str(tmp_path))
@@ -146,7 +146,7 @@ def test_a_copy_from_before_there_were_notes_is_upgraded(there: Path, other_rele
 
 
 def get_contents(folder: Path) -> dict[str, str]:
-    """What is in a folder: of each link where it points to, of each file the text."""
+    """Return the content of a folder: the text of each file, and the target of each link."""
     return {
         str(path.relative_to(folder)): str(path.readlink())
         if path.is_symlink()
@@ -166,7 +166,7 @@ def put_folder(there: Path, name: str) -> None:
 
 
 def put_link_to_nowhere(there: Path, name: str) -> None:
-    (there / name).symlink_to("/proc/self")  # where nobody can make a file
+    (there / name).symlink_to("/proc/self")  # where no file can be created
 
 
 def put_link_to_this_repository(there: Path, name: str) -> None:
@@ -196,7 +196,7 @@ def put_link_to_this_repository(there: Path, name: str) -> None:
         ),
     ],
 )
-def test_where_a_file_cannot_be_written_nothing_is(
+def test_nothing_is_copied_if_a_file_cannot_be_written(
     there: Path, put: Callable[[Path, str], None], name: str, sentence: str
 ) -> None:
     put(there, name)
@@ -212,7 +212,7 @@ def test_nothing_is_copied_into_this_repository() -> None:
     assert not (ROOT / "plugins" / "polars_remote" / "copied.json").exists()
 
 
-def test_damaged_notes_are_named_and_nothing_is_copied(there: Path) -> None:
+def test_damaged_notes_are_an_error_and_nothing_is_copied(there: Path) -> None:
     main("single_query", str(there))
     changed(there / "polars_remote" / "copied.json")
     before = get_contents(there)
@@ -221,7 +221,7 @@ def test_damaged_notes_are_named_and_nothing_is_copied(there: Path) -> None:
     assert get_contents(there) == before
 
 
-def test_a_link_stays_a_link(there: Path, tmp_path: Path, other_release: Path) -> None:
+def test_a_symbolic_link_is_kept(there: Path, tmp_path: Path, other_release: Path) -> None:
     copy_from(other_release, "single_query", there)
     elsewhere = (there / "single_query.py").rename(tmp_path / "elsewhere.py")
     (there / "single_query.py").symlink_to(elsewhere)
@@ -231,9 +231,7 @@ def test_a_link_stays_a_link(there: Path, tmp_path: Path, other_release: Path) -
     assert elsewhere.read_text() == new
 
 
-def test_what_does_not_see_the_new_files_by_itself_is_named(
-    tmp_path: Path, other_release: Path
-) -> None:
+def test_components_that_need_a_restart_are_listed(tmp_path: Path, other_release: Path) -> None:
     (tmp_path / "dags").mkdir()
     (tmp_path / "airflow.cfg").touch()
     assert f"Restart Airflow: {tmp_path / 'plugins'} is new" in copy_from(
@@ -248,7 +246,7 @@ def test_what_does_not_see_the_new_files_by_itself_is_named(
     "file", ["single_query.py", "include/auth.py", "include/shop.py", "polars_remote/settings.py"]
 )
 @pytest.mark.parametrize("next_dag", ["single_query", "manifest_reuse"])
-def test_what_the_user_has_changed_is_kept_and_named(
+def test_files_that_the_user_changed_are_kept_and_listed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, next_dag: str
 ) -> None:
     main("single_query", str(tmp_path))
@@ -264,7 +262,7 @@ def test_what_the_user_has_changed_is_kept_and_named(
     assert "+MINE = True" in capsys.readouterr().out
 
 
-def test_a_change_that_was_taken_back_is_forgotten(
+def test_a_reverted_change_is_no_longer_listed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main("single_query", str(tmp_path))
@@ -278,7 +276,7 @@ def test_a_change_that_was_taken_back_is_forgotten(
     assert "Kept" not in capsys.readouterr().out
 
 
-def test_a_file_of_the_users_own_is_named_and_nothing_is_copied(tmp_path: Path) -> None:
+def test_a_dag_file_of_the_users_own_is_an_error_and_nothing_is_copied(tmp_path: Path) -> None:
     (tmp_path / "single_query.py").write_text("mine")
     with pytest.raises(SystemExit, match=r"single_query\.py is a file of your own"):
         main("single_query", str(tmp_path))
@@ -287,7 +285,7 @@ def test_a_file_of_the_users_own_is_named_and_nothing_is_copied(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("module", ["auth.py", "shop.py"])
-def test_a_module_without_what_the_dag_imports_is_named_and_nothing_is_copied(
+def test_a_module_that_lacks_an_import_of_the_dag_is_an_error_and_nothing_is_copied(
     tmp_path: Path, module: str
 ) -> None:
     place = tmp_path / "include" / module
@@ -309,7 +307,7 @@ def test_an_upgrade_that_a_changed_module_does_not_fit_is_refused(
 
 
 @pytest.mark.parametrize("hides", ["include", "plugins/include"])
-def test_an_include_folder_that_could_hide_the_copied_one_is_named(
+def test_an_include_folder_that_could_hide_the_copied_one_is_an_error(
     tmp_path: Path, hides: str
 ) -> None:
     (tmp_path / "dags").mkdir()
@@ -320,7 +318,7 @@ def test_an_include_folder_that_could_hide_the_copied_one_is_named(
 
 
 @pytest.mark.parametrize("holds", [".", "plugins", "dags"])
-def test_an_include_folder_of_the_users_own_is_joined(tmp_path: Path, holds: str) -> None:
+def test_files_are_added_to_an_include_folder_of_the_users_own(tmp_path: Path, holds: str) -> None:
     (tmp_path / "dags").mkdir()
     (tmp_path / "plugins").mkdir()
     (tmp_path / holds / "include").mkdir()
@@ -330,7 +328,9 @@ def test_an_include_folder_of_the_users_own_is_joined(tmp_path: Path, holds: str
     assert not (tmp_path / holds / "include" / "__init__.py").exists()
 
 
-def test_what_is_missing_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_settings_and_packages_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "requirements.txt").write_text("requests\n")
     main("manifest_reuse", str(tmp_path))
     said = capsys.readouterr().out
@@ -346,7 +346,7 @@ def test_a_dag_that_reads_no_table_needs_no_data_location(
     assert "Set POLARS_CLOUD_WORKSPACE for DAG processor" in capsys.readouterr().out
 
 
-def test_what_is_there_is_not_called_missing(
+def test_existing_settings_and_packages_are_not_listed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "dags").mkdir()
@@ -376,7 +376,7 @@ def test_what_is_there_is_not_called_missing(
     ],
 )
 @pytest.mark.parametrize("file", ["constraints-3.12.txt", "requirements/requirements.txt"])
-def test_a_version_that_clashes_is_named(
+def test_a_requirement_that_conflicts_is_listed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, line: str, clashes: bool
 ) -> None:
     (tmp_path / file).parent.mkdir(exist_ok=True)
@@ -390,7 +390,9 @@ def test_a_version_that_clashes_is_named(
     ("dag_id", "to", "sentence"),
     [("query", ".", "There is no DAG 'query'"), ("single_query", "nowhere", "There is no folder")],
 )
-def test_a_name_that_is_wrong_is_named(tmp_path: Path, dag_id: str, to: str, sentence: str) -> None:
+def test_a_wrong_dag_or_folder_is_an_error(
+    tmp_path: Path, dag_id: str, to: str, sentence: str
+) -> None:
     script = [sys.executable, str(ROOT / "scripts" / "copy_dag.py"), dag_id, str(tmp_path / to)]
     ran = subprocess.run(script, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 1

@@ -1,4 +1,4 @@
-"""What docs/going-live.md says of the DAGs, the client and Airflow is so."""
+"""docs/going-live.md is right about the DAGs, the client and Airflow."""
 
 import inspect
 import os
@@ -46,7 +46,7 @@ def section(title: str) -> str:
 
 
 def tables(title: str) -> list[list[list[str]]]:
-    """The rows of each table of a section, without its head."""
+    """Return the rows of each table in a section, without its header."""
     blocks = re.findall(r"(?:^\|.*\n)+", section(title), re.MULTILINE)
     return [
         [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()[2:]]
@@ -59,7 +59,7 @@ def names(text: str) -> list[str]:
 
 
 def documented_types() -> dict[str, dict[str, str]]:
-    """By folder, the type of each column."""
+    """Return the type of each column, by folder."""
     return {
         names(folder)[0].rstrip("/"): {
             column: kind
@@ -71,7 +71,7 @@ def documented_types() -> dict[str, dict[str, str]]:
 
 
 def documented_reads() -> dict[str, Columns]:
-    """By DAG, the columns that it reads."""
+    """Return the columns that each DAG reads, by DAG."""
     types = documented_types()
     reads: dict[str, Columns] = {}
     for dag, cell in tables("Your own data")[2]:
@@ -86,7 +86,7 @@ def documented_reads() -> dict[str, Columns]:
 
 
 class Shop:
-    """The three tables in a folder, and the DAGs that run their queries on it, without Airflow."""
+    """The three tables in a folder, on which the DAGs run their queries without Airflow."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -101,13 +101,13 @@ class Shop:
         table.write_parquet(self._folder / name / "all.parquet")
 
     def run(self, dag_id: str) -> None:
-        """Let Polars run what the DAG's tasks would submit."""
+        """Run the queries of the DAG's tasks with Polars."""
         locations: dict[str, Any] = {}
         for task in self.dags[dag_id].topological_sort():
             if task.task_id in CLUSTER_TASKS:
                 continue
             function = inspect.unwrap(task.python_callable)
-            # What stands between a query and a cluster; the query is the DAG's own.
+            # Replace everything between a query and a cluster; the query is the DAG's own.
             function.__globals__.update(
                 scan=lambda table: scan_files(f"{self._folder}/{table}/", self.schemas[table]),
                 use_cluster=lambda cluster, stop=True: nullcontext(),
@@ -132,13 +132,13 @@ class Shop:
         assert locations
 
     def remote(self, frame: pl.LazyFrame, ctx: None) -> "Remote":
-        """Stand in for `LazyFrame.remote`."""
+        """Replacement for `LazyFrame.remote`."""
         self._results += 1
         return Remote(frame, self._folder / f"result-{self._results}.parquet")
 
 
 class Remote:
-    """A query that Polars runs here, and its result, in place of `polars_cloud`'s of a cluster."""
+    """A query that Polars runs locally, and its result, instead of those of `polars_cloud`."""
 
     def __init__(self, frame: pl.LazyFrame, file: Path) -> None:
         self._frame = frame
@@ -171,7 +171,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
 
 @pytest.fixture(scope="module")
 def documented_tables() -> dict[str, pl.DataFrame]:
-    """A week of the sample data, with the columns that the document names and no more."""
+    """Return a week of the sample data, with only the documented columns."""
     week = pl.col("date").is_between(date(2026, 11, 17), DAY)
     return {
         name: table.filter(week).select(*documented_types()[name])
@@ -179,7 +179,7 @@ def documented_tables() -> dict[str, pl.DataFrame]:
     }
 
 
-def test_the_table_of_columns_has_the_schemas_and_the_sample_data_has_them_too(
+def test_the_table_of_columns_matches_the_schemas_and_the_sample_data(
     documented_tables: dict[str, pl.DataFrame],
 ) -> None:
     schemas = get_schemas()
@@ -196,7 +196,7 @@ def shown(kind: pl.DataType | type[pl.DataType]) -> str:
     return str(kind)
 
 
-def test_the_table_of_fitting_types_has_each_type_of_a_schema_and_those_that_fit() -> None:
+def test_the_table_of_accepted_types_matches_the_schemas_and_scan_files() -> None:
     documented = {wanted: files for wanted, files in tables("Your own data")[1]}
     wanted = {shown(kind): kind for schema in get_schemas().values() for kind in schema.values()}
     assert documented.keys() == wanted.keys()
@@ -250,7 +250,7 @@ def test_a_day_without_rows_gives_results_without_rows(
         shop.run(dag_id)
 
 
-def test_the_table_of_costs_tells_how_many_nodes_a_dag_starts_and_who_stops_them(
+def test_the_table_of_costs_lists_the_nodes_of_each_dag_and_who_stops_them(
     shop: Shop,
 ) -> None:
     documented = {
@@ -290,7 +290,7 @@ def test_every_command_of_the_document_is_one_of_the_pinned_client() -> None:
             assert re.search(rf"{option}(?![\w-])", ran.stdout), command
 
 
-def test_the_command_that_the_document_calls_old_is_gone() -> None:
+def test_the_command_that_the_document_calls_old_does_not_exist() -> None:
     assert "`pc setup`" in DOCUMENT
     assert "unrecognized subcommand" in pc("setup").stderr
 
@@ -311,7 +311,7 @@ def test_a_run_logs_in_with_the_connection_of_a_secrets_backend(
 
     ran = subprocess.run(
         [sys.executable, "-c", RUN_A_DAG],
-        # Another account's Connection is there, too, and is not the one that is found.
+        # There is also a Connection of another account, which must not be used.
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | backend,
         capture_output=True,
         text=True,
@@ -322,7 +322,7 @@ def test_a_run_logs_in_with_the_connection_of_a_secrets_backend(
     assert {call["account"] for call in emulator.journal()} - {None} == {client_id}
 
 
-def test_each_sentence_to_alert_on_is_one_that_is_logged() -> None:
+def test_each_sentence_to_alert_on_is_logged_somewhere() -> None:
     folder = ROOT / "plugins" / "polars_remote"
     sources = "".join(path.read_text() for path in folder.rglob("*.py"))
     sentences = re.findall(r"\*([^*|]+)\*", section("Monitoring"))

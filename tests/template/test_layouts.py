@@ -1,4 +1,4 @@
-"""A DAG that was copied into another deployment: read by Airflow there, run, and waited for."""
+"""A DAG that was copied into another deployment is parsed and run there."""
 
 import json
 import os
@@ -50,13 +50,13 @@ VALUES = {
     "POLARS_CLOUD_MANIFEST": "in-a-layout",
 }
 LEFT_TO_SET = {CONNECTION, *VALUES}
-"""What this process has from the emulator, and a deployment has not."""
+"""Variables of this process that a deployment does not have."""
 LOCAL_BUNDLE = "airflow.dag_processing.bundles.local.LocalDagBundle"
 
 
 Step = Callable[["Deployment", re.Match[str]], None]
 STEPS: dict[str, Step] = {}
-"""How to do what the command says is left to do, by the pattern of the sentence."""
+"""Actions for the steps that the command prints, by the pattern of the sentence."""
 
 
 def step(pattern: str) -> Callable[[Step], Step]:
@@ -69,7 +69,7 @@ def step(pattern: str) -> Callable[[Step], Step]:
 
 @dataclass
 class Deployment:
-    """An AIRFLOW_HOME, what its environment says, and what its parts are expected to see.
+    """An AIRFLOW_HOME with its environment, and what its components are expected to find.
 
     At first there is an Airflow and nothing else. What is set and installed is what `make copy`
     says is left to do.
@@ -112,7 +112,7 @@ class Deployment:
     installs: list[tuple[str, ...]] = field(default_factory=list)
 
     def copy(self, dag_id: str, to: Path, *expected: str) -> tuple[Path, list[str]]:
-        """Copy a DAG, and do what is left; the folder, with what Airflow is to find there.
+        """Copy a DAG and do the remaining steps; return the folder, and what Airflow finds there.
 
         Parameters
         ----------
@@ -143,7 +143,7 @@ class Deployment:
                 lines.writelines(f"{before}{name}='{each}'\n" for name, each in variables.items())
 
     def look(self, database: Path, python: Path) -> dict[str, Any]:
-        """What the parts of this deployment see, with a copy of the metadata database."""
+        """Return what the components of this deployment find, on a copy of the database."""
         self.home.mkdir(parents=True, exist_ok=True)
         shutil.copy(database, self.home)
         config = [
@@ -168,7 +168,7 @@ class Deployment:
 
 
 def copy(dag_id: str, to: Path) -> list[str]:
-    """Copy a DAG; what is left to do then."""
+    """Copy a DAG; return the remaining steps."""
     with redirect_stdout(StringIO()) as said:
         copy_dag.main(dag_id, str(to))
     _, _, tasks = said.getvalue().partition("Left to do:\n")
@@ -214,7 +214,7 @@ def make_connection(deployment: Deployment, said: re.Match[str]) -> None:
     r"see docs/dependencies\.md\."
 )
 def install(deployment: Deployment, said: re.Match[str]) -> None:
-    # One environment has all bundles.
+    # All bundles share one environment.
     deployment.installs = [(said[1],)]
 
 
@@ -230,7 +230,7 @@ def add_to_requirements(deployment: Deployment, said: re.Match[str]) -> None:
     r"make a file without that pin\."
 )
 def add_to_constrained_requirements(deployment: Deployment, said: re.Match[str]) -> None:
-    """As the page says for MWAA."""
+    """Follow the page's steps for MWAA."""
     requirements = Path(said[2])
     theirs, ours = (
         requirements.with_name("theirs.cfg"),
@@ -242,7 +242,7 @@ def add_to_constrained_requirements(deployment: Deployment, said: re.Match[str])
         subprocess.run(shlex.split(command), stdin=source, stdout=made, check=True)
     before = requirements.read_text().splitlines()
     [theirs_line] = [line for line in before if line.startswith("--constraint")]
-    # Without the page it does not do.
+    # Without the steps of the page, it fails.
     deployment.installs.append(("--constraint", str(theirs), said[1]))
     others = [line for line in before if line != theirs_line]
     requirements.write_text("\n".join([f'--constraint "{ours}"', *others, said[1]]) + "\n")
@@ -251,7 +251,7 @@ def add_to_constrained_requirements(deployment: Deployment, said: re.Match[str])
 
 @step(r"Restart Airflow: .+ is new, and Airflow does not import from it yet\.")
 def restart(deployment: Deployment, said: re.Match[str]) -> None:
-    """Each part is started after this."""
+    """Do nothing: each component is started after this."""
 
 
 IN_DAGS_FOLDER = (
@@ -393,14 +393,14 @@ def git_sync(folder: Path) -> Deployment:
 
 
 def clone(folder: Path) -> Path:
-    """A copy of this repository as Git would check it out."""
+    """Return a copy of this repository, as Git would check it out."""
     made_here = (ROOT / ".gitignore").read_text().split()
     names = [line.strip("/") for line in made_here] + [".git"]
     return Path(shutil.copytree(ROOT, folder / "clone", ignore=shutil.ignore_patterns(*names)))
 
 
 def git_bundle(folder: Path) -> Deployment:
-    """The wheel brings the client."""
+    """The wheel depends on the client."""
     checkout = clone(folder)
     uv("build", "--wheel", "--out-dir", str(folder), str(checkout / "plugins"))
     [wheel] = folder.glob("*.whl")
@@ -422,8 +422,8 @@ def without_client(folder: Path) -> Deployment:
 
 
 def uv(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run uv, with the packages that this repository's own installation has loaded."""
-    # What is imported is compiled then: a third of Airflow.
+    """Run uv with the cache of this repository's own installation."""
+    # Python compiles what it imports, which is a third of Airflow.
     environment = os.environ | {
         "UV_CACHE_DIR": str(Path(sys.prefix, "cache")),
         "UV_COMPILE_BYTECODE": "0",
@@ -436,11 +436,11 @@ def uv(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 class UvError(Exception):
-    """uv failed; with what it said."""
+    """uv failed, with its output."""
 
 
 def make_environment(folder: Path, installs: list[tuple[str, ...]]) -> Path:
-    """Install an Airflow, and what a deployment needs beside it; the Python."""
+    """Install an Airflow and the deployment's packages; return the Python."""
     uv("venv", "--python", sys.executable, str(folder))
     to = ("pip", "install", "--python", str(folder))
     airflow = ("apache-airflow", "apache-airflow-providers-standard")
@@ -478,10 +478,10 @@ def looks(
     migrated_database: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Looks]:
-    """Every deployment, and what its parts see, by the names of its layouts."""
+    """Return each deployment and what its components find, by layout."""
     polars_cloud_emulator_session.reset()
     deployments = [build(tmp_path_factory.mktemp(build.__name__)) for build in DEPLOYMENTS]
-    # Who installs the same has the same environment.
+    # Deployments with the same packages share an environment.
     pythons: dict[tuple[tuple[str, ...], ...], Path] = {}
     for deployment in deployments:
         key = get_installed(deployment)
@@ -502,7 +502,7 @@ def looks(
 
 
 def get_installed(deployment: Deployment) -> tuple[tuple[str, ...], ...]:
-    """Return what a deployment installs, with the lines of its requirements."""
+    """Return a deployment's installations, with the lines of its requirements."""
     return tuple(
         (Path(words[1]).read_text().strip(),) if words[0] == "--requirement" else words
         for words in deployment.installs
@@ -510,7 +510,7 @@ def get_installed(deployment: Deployment) -> tuple[tuple[str, ...], ...]:
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, WITHOUT_CLIENT])
-def test_airflow_reads_what_was_copied_and_nothing_else(looks: Looks, layout: str) -> None:
+def test_airflow_parses_only_the_copied_dags(looks: Looks, layout: str) -> None:
     deployment, future = looks[layout]
     report = future.result()
     assert report["errors"] == {}
@@ -538,7 +538,9 @@ def test_the_triggerer_imports_from_where_the_table_says(looks: Looks, layout: s
 
 
 @pytest.mark.parametrize("layout", ["AIRFLOW_HOME", "MWAA", "Google Managed Airflow"])
-def test_helpers_among_the_plugins_are_not_taken_for_plugins(looks: Looks, layout: str) -> None:
+def test_a_library_in_the_plugins_folder_is_not_loaded_as_plugins(
+    looks: Looks, layout: str
+) -> None:
     _, future = looks[layout]
     assert future.result()["plugins"] == []
 

@@ -1,4 +1,4 @@
-"""The list of mutations fits the code: `make test-mutations` could try each of them."""
+"""Each mutation can be applied to the code, so that `make test-mutations` can try it."""
 
 import pytest
 
@@ -9,7 +9,7 @@ MUTATIONS = read_mutations()
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda each: f"{each.file}: {each.promise}")
-def test_a_mutation_fits_the_code_and_names_tests_that_there_are(mutation: Mutation) -> None:
+def test_a_mutation_can_be_applied_and_its_tests_exist(mutation: Mutation) -> None:
     mutation.apply((ROOT / mutation.file).read_text())
     assert mutation.tests
     for test in mutation.tests:
@@ -32,7 +32,7 @@ def test_a_promise_is_in_the_list_once_for_each_change() -> None:
         ("# 1\n", "changes nothing"),
     ],
 )
-def test_a_mutation_that_does_not_fit_is_an_error_in_words(source: str, problem: str) -> None:
+def test_a_mutation_that_cannot_be_applied_is_a_clear_error(source: str, problem: str) -> None:
     mutation = Mutation("One is one", "one.py", old="1", new="", tests=["test_one.py"])
     with pytest.raises(MutationError, match=f"{problem}.*'One is one' in tests/mutations.toml"):
         mutation.apply(source)

@@ -1,4 +1,4 @@
-"""`make preflight`: the checks of `preflight.py`, from the shell of somebody with an account."""
+"""`make preflight` runs the checks of `preflight.py` with the account in the shell's variables."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ def test_the_script_checks_the_account_that_the_shell_names(
     assert emulator.state()["clusters"] == []
 
 
-def test_the_script_tries_an_emulator_of_its_own_wherever_the_shell_points(tmp_path: Path) -> None:
+def test_the_script_can_check_an_emulator_whatever_account_the_shell_names(tmp_path: Path) -> None:
     elsewhere = {"POLARS_CLOUD_DATA": "s3://my-bucket/shop", "POLARS_CLOUD_WORKSPACE": "mine"}
     ran = run_script(tmp_path, "--emulator", **elsewhere)
     assert "Data: ok: s3://your-bucket" in ran.stdout

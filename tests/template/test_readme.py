@@ -1,4 +1,4 @@
-"""What the README and the pages in docs/ tell to type, and show, is what is run."""
+"""The commands and examples of the README and the pages in docs/ are run in CI."""
 
 import os
 import re
@@ -40,9 +40,9 @@ def run_python(code: str, variables: dict[str, str]) -> "subprocess.CompletedPro
 
 
 def runs(step: str, command: str) -> bool:
-    """Whether a step of CI runs this `make` command, alone or beside others."""
+    """Return whether a step of CI runs this `make` command, alone or with others."""
     ran, typed = (
-        # A folder to copy into may be anywhere.
+        # Ignore the folder to copy to.
         {word for word in make.split() if not word.startswith(("--", "TO="))}
         for make in (step.rpartition("make ")[2], command.removeprefix("make "))
     )
@@ -110,7 +110,7 @@ def test_the_page_about_helpers_names_each_error_and_whether_it_is_retried() -> 
         and issubclass(each, errors.PolarsRemoteError)
         and each is not errors.PolarsRemoteError
     ]
-    # What is raised while the DAG file is parsed ends no try of a task.
+    # An error while the DAG file is parsed does not fail a try.
     final = (AirflowFailException, errors.SettingsError)
     assert documented == [
         (each.__name__, "no" if issubclass(each, final) else "yes") for each in classes
@@ -137,7 +137,7 @@ def test_the_table_of_failures_says_what_is_tested() -> None:
     assert f"[{rows} kinds of failure]" in README.read_text()
 
 
-def test_a_failure_that_needs_no_scheduler_is_shown_by_a_test_that_there_is() -> None:
+def test_each_failure_that_needs_no_scheduler_names_an_existing_test() -> None:
     assert SHOWN_WITHOUT_SCHEDULER.keys() < SCENARIOS.keys()
     for test in SHOWN_WITHOUT_SCHEDULER.values():
         file, _, name = test.partition("::")

@@ -1,4 +1,4 @@
-"""`make airflow`: every DAG under Airflow's own scheduler, and nothing left when it stops."""
+"""`make airflow` runs every DAG under Airflow's scheduler, and stops all its processes."""
 
 import contextlib
 import json
@@ -23,14 +23,14 @@ from tests.eight_dags import KEPT
 from tests.failures.deployment import free_ports
 
 LEAVE_THEIR_CLUSTER = {"manifest_reuse", "single_query", "status_check"}
-"""To its idle timeout, by design."""
+"""DAGs whose cluster only its idle timeout stops."""
 READY_IN = 240.0
 GREEN_IN = 300.0
 STOPPED_IN = 120.0
 
 
 class Standalone:
-    """The script, running."""
+    """The running script."""
 
     def __init__(self, home: Path, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
@@ -47,14 +47,14 @@ class Standalone:
         return self._output.read_text()
 
     def emulator_url(self) -> str:
-        """Where the emulator is; it is ready before Airflow starts."""
+        """Return the address of the emulator, which is ready before Airflow starts."""
         return self._match(r"^Emulator: (\S+)$")[1]
 
     def wait_until_ready(self) -> None:
         self._match(rf"^Airflow runs until Ctrl-C: {self.url}$")
 
     def migration(self) -> psutil.Process:
-        """The first of Airflow's processes."""
+        """Return the process of `airflow db migrate`, the first of Airflow's processes."""
 
         def started() -> psutil.Process | None:
             self._look()
@@ -63,7 +63,7 @@ class Standalone:
         return eventually(started)
 
     def get(self, url: str, until: Callable[[Any], bool]) -> Any:
-        """The first answer of which the condition holds."""
+        """Poll until the condition holds; return the answer."""
         request = urllib.request.Request(url)
         request.add_header("Authorization", f"Bearer {get_token(self._port)}")
         deadline = time.monotonic() + GREEN_IN
@@ -74,7 +74,7 @@ class Standalone:
                 return answer
             assert time.monotonic() < deadline, f"{answer}\n{self.output}"
             self._look()
-            time.sleep(1)  # asking more often would slow down what is waited for
+            time.sleep(1)  # polling more often would slow Airflow down
 
     def stop(self) -> int:
         self._look()
@@ -82,12 +82,12 @@ class Standalone:
         return self.wait()
 
     def wait(self) -> int:
-        """The exit code."""
+        """Wait for the script's end; return its exit code."""
         exit_code: int = self._script.wait(STOPPED_IN)
         return exit_code
 
     def survivors(self) -> list[psutil.Process]:
-        """Those of its processes, all that were ever seen, that still run."""
+        """Return all its processes that still run."""
         _, running = psutil.wait_procs(self._started, timeout=1)
         return list(running)
 
@@ -121,7 +121,7 @@ def standalone(home: Path) -> Iterator[Standalone]:
 
 @dataclass(frozen=True)
 class Session:
-    """What was seen of one Airflow from its start to its stop."""
+    """Observations of one Airflow from its start to its stop."""
 
     runs: list[dict[str, Any]]
     task_instances: list[dict[str, Any]]
@@ -131,7 +131,7 @@ class Session:
     logs: Path
 
     def log(self, task: dict[str, Any]) -> str:
-        """What a task logged, all tries one after the other."""
+        """Return the log of a task, of all tries."""
         folder = self.logs / f"dag_id={task['dag_id']}" / f"run_id={task['dag_run_id']}"
         paths = sorted(folder.glob(f"task_id={task['task_id']}/**/attempt=*.log"))
         return "".join(path.read_text() for path in paths)
@@ -207,13 +207,13 @@ def test_stopping_leaves_no_process(session: Session) -> None:
     assert (session.exit_code, session.survivors) == (0, [])
 
 
-def test_stopping_while_it_starts_ends_even_what_hangs(tmp_path: Path) -> None:
+def test_stopping_during_the_start_also_ends_hanging_processes(tmp_path: Path) -> None:
     with standalone(tmp_path) as airflow:
         airflow.migration().suspend()
         assert (airflow.stop(), airflow.survivors()) == (0, [])
 
 
-def test_a_part_that_ends_by_itself_ends_the_rest(tmp_path: Path) -> None:
+def test_a_component_that_exits_by_itself_stops_the_others(tmp_path: Path) -> None:
     with standalone(tmp_path) as airflow:
         airflow.migration().kill()
         assert (airflow.wait(), airflow.survivors()) == (1, [])

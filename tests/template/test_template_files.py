@@ -1,4 +1,4 @@
-"""What the repository has besides code, for those who copy it: valid, and true to the code."""
+"""The files besides code, such as workflows and pages, are valid and match the code."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def without_code(markdown: str) -> str:
 
 
 def anchors(document: Path) -> set[str]:
-    """The anchors that GitHub makes of the headings."""
+    """Return the anchors that GitHub creates for the headings."""
     headings = re.findall(r"^#+ (.*)$", without_code(document.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -48,7 +48,7 @@ def links(document: str) -> list[str]:
 
 
 def group_of(name: str, manager: str) -> str | None:
-    """The pull request in which Renovate bumps a package that this manager has found."""
+    """Return the group in which Renovate updates a package that this manager has found."""
     rules: list[dict[str, Any]] = json.loads((ROOT / "renovate.json").read_text())["packageRules"]
     group = None
     for rule in rules:
@@ -63,7 +63,7 @@ def read(file: str) -> str:
 
 
 def read_workflow(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A workflow and its only job."""
+    """Return a workflow and its only job."""
     workflow = yaml.safe_load(read(f".github/workflows/{name}.yml"))
     [job] = workflow["jobs"].values()
     return workflow, job
@@ -105,7 +105,7 @@ def test_each_action_of_a_workflow_is_a_commit(file: str) -> None:
 
 
 def begin_release(tag: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run the first step of the release workflow's that is a script, as GitHub does."""
+    """Run the first script of the release workflow, as GitHub does."""
     _, job = read_workflow("release")
     script = next(step["run"] for step in job["steps"] if "run" in step)
     environment = {
@@ -122,7 +122,7 @@ def begin_release(tag: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_release_is_told_as_the_change_log_does(tmp_path: Path) -> None:
+def test_the_release_notes_are_the_section_of_the_change_log(tmp_path: Path) -> None:
     ran = begin_release(f"v{__version__}", tmp_path)
     assert ran.returncode == 0, ran.stderr
     notes = (tmp_path / "notes.md").read_text().strip()
@@ -136,7 +136,7 @@ def test_a_release_is_told_as_the_change_log_does(tmp_path: Path) -> None:
     )
 
 
-def test_a_tag_that_is_not_the_librarys_version_is_no_release(tmp_path: Path) -> None:
+def test_a_tag_that_differs_from_the_librarys_version_is_refused(tmp_path: Path) -> None:
     ran = begin_release("v0.0.1", tmp_path)
     assert ran.returncode == 1
     assert ran.stderr == (
@@ -146,7 +146,7 @@ def test_a_tag_that_is_not_the_librarys_version_is_no_release(tmp_path: Path) ->
     assert not (tmp_path / "output").exists()
 
 
-def test_a_release_has_what_it_signs_and_signs_what_it_has() -> None:
+def test_a_release_signs_everything_that_it_contains() -> None:
     workflow, job = read_workflow("release")
     assert workflow["permissions"] == {"contents": "read"}
     steps = job["steps"]
@@ -161,7 +161,7 @@ def test_a_release_has_what_it_signs_and_signs_what_it_has() -> None:
     ]
     [signature] = [step for step in steps if "cosign sign" in step.get("run", "")]
     assert signature["env"]["IMAGE"].endswith(f"@{digest}")
-    # Nothing is released before all of it is signed.
+    # Everything is signed before the release.
     assert "gh release create" in steps[-1]["run"]
     assert " .venv/wheel/*.whl " in steps[-1]["run"]
 
@@ -180,7 +180,7 @@ def test_renovate_bumps_airflow_polars_and_the_image_in_one_pull_request() -> No
     assert group_of("ruff", "pep621") not in (None, group)
 
 
-def test_renovate_leaves_the_older_airflows_the_minor_versions_that_they_are() -> None:
+def test_renovate_keeps_the_minor_versions_of_the_older_airflows() -> None:
     rules = json.loads((ROOT / "renovate.json").read_text())["packageRules"]
     [rule] = [rule for rule in rules if rule.get("matchPackageNames") == ["apache-airflow"]]
     assert rule["matchUpdateTypes"] == ["major", "minor"]
@@ -215,7 +215,7 @@ def test_every_link_leads_to_a_file_and_a_heading_that_exist(document: str) -> N
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_page_that_is_named_has_an_address(document: str) -> None:
+def test_every_reference_link_has_an_address(document: str) -> None:
     text = without_code((ROOT / document).read_text())
     named = set(re.findall(r"\]\[([\w-]+)\]", text))
     assert named == set(re.findall(r"^\[([\w-]+)\]: https://\S+$", text, re.MULTILINE))

@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md has a row for each sentence that the helpers raise or warn with."""
+"""docs/troubleshooting.md has a row for each error and warning of the helpers."""
 
 import ast
 import re
@@ -22,7 +22,7 @@ INSIDE_ANOTHER = {
     "… is no key of the record",
     "module … has no attribute …",
 }
-"""Stand where `…` does in another sentence, or are for those who change the helpers."""
+"""Sentences that are a part of another one, or are meant for developers of the helpers."""
 
 
 def helper_modules() -> list[Path]:
@@ -42,7 +42,7 @@ def sentences() -> Iterator[str]:
 
 
 def texts(node: ast.expr) -> Iterator[str]:
-    """Yield what a string may read, with `…` for what differs from case to case."""
+    """Yield the possible values of a string expression, with `…` for its variable parts."""
     match node:
         case ast.Constant(value=str(text)):
             yield re.sub(r"%[sd]|%\.\df", "…", text)
@@ -63,16 +63,16 @@ SENTENCES = sorted({*sentences()} - INSIDE_ANOTHER - {"…"})
 
 
 @pytest.mark.parametrize("sentence", SENTENCES)
-def test_a_sentence_of_the_helpers_is_explained(sentence: str) -> None:
+def test_each_error_and_warning_of_the_helpers_has_a_row(sentence: str) -> None:
     assert any(re.fullmatch(pattern(sentence), row) for row in ROWS), sentence
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_a_row_explains_a_sentence_that_exists(row: str) -> None:
+def test_each_row_explains_an_existing_error_or_warning(row: str) -> None:
     assert any(re.fullmatch(pattern(sentence), row) for sentence in SENTENCES), row
 
 
-def test_sentences_are_found() -> None:
+def test_errors_and_warnings_are_found() -> None:
     assert "Query failed: …" in SENTENCES
     assert any(sentence.startswith("The cluster may not use …: ") for sentence in SENTENCES)
     assert len(SENTENCES) > 40

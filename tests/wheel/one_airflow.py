@@ -1,4 +1,4 @@
-"""What an Airflow makes of the installed wheel; the last line of the output is JSON.
+"""Print what Airflow finds in the installed wheel; the last line of the output is JSON.
 
 Run as a script in an environment with an AIRFLOW_HOME whose DAGs folder holds `manifest_reuse`.
 """
@@ -31,7 +31,7 @@ def read_provider() -> dict[str, object]:
 
 
 def run_dag() -> str:
-    """Run a DAG that names the decorator as Airflow registers it."""
+    """Run a DAG that uses the decorator under the name that Airflow registers."""
     if __version__.startswith("3.1."):
         from airflow.models.dagbag import DagBag
     else:

@@ -1,4 +1,4 @@
-"""What Airflow cannot load of its plugins folder; the last line of the output is JSON."""
+"""Print the import errors of the plugins folder; the last line of the output is JSON."""
 
 import json
 

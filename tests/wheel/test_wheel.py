@@ -1,4 +1,4 @@
-"""The library on each minor version of Airflow: its wheel, and its folder among the plugins."""
+"""The library on each minor version of Airflow, as a wheel and as a folder of the plugins."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import polars  # noqa: F401  # loaded here, so that the test shows that it would see it
+import polars  # noqa: F401  # loaded here to show that the test detects it
 import psutil
 import pytest
 
@@ -30,14 +30,14 @@ PYTHONS = {
 
 @dataclass(frozen=True)
 class Installed:
-    """An Airflow with the wheel, as new; DAGs talk to the emulator."""
+    """A fresh Airflow with the wheel, whose DAGs use the emulator."""
 
     minor: str
     home: Path
     environment: dict[str, str]
 
     def run(self, script: Path) -> str:
-        """Run a script in this Airflow's Python; what it prints."""
+        """Run a script in this Airflow's Python; return the output."""
         ran = subprocess.run(
             [PYTHONS[self.minor], "-P", script],
             env=self.environment,
@@ -84,7 +84,7 @@ class ApiServer:
             return json.load(response)
 
     def test_connection(self, **account: str) -> tuple[bool, str]:
-        """Press *Test* in the form of a Connection; whether it works, and the message."""
+        """Press *Test* in the form of a Connection; return the result and the message."""
         answer = self.call(
             "POST",
             "api/v2/connections/test",
@@ -102,7 +102,7 @@ def installed(
     others = ("AIRFLOW_", "PYTHON")
     environment = {name: each for name, each in os.environ.items() if not name.startswith(others)}
     environment |= polars_cloud_emulator.environment
-    for name in ACCOUNT:  # it comes from the Connection
+    for name in ACCOUNT:  # the account comes from the Connection
         del environment[name]
     return Installed(
         request.param,
@@ -139,7 +139,7 @@ def test_airflow_registers_what_the_wheel_has_and_a_dag_runs(
         return  # `dag.test()` does not work there with the newest FastAPI that 3.2 allows
     assert report["run"] == "success", output[-10_000:]
     clusters = polars_cloud_emulator.state()["clusters"]
-    # Its idle timeout stops it.
+    # The idle timeout stops the cluster.
     assert [cluster["status"] for cluster in clusters] == ["Idle"]
 
 
@@ -178,7 +178,7 @@ def test_a_connection_is_tested_by_an_api_server_that_loads_no_polars(
 
 
 @pytest.mark.parametrize("syntax", ["glob", "regexp"])
-def test_airflow_takes_nothing_in_the_librarys_folder_for_a_plugin(
+def test_airflow_loads_no_module_of_the_library_as_a_plugin(
     installed: Installed, syntax: str
 ) -> None:
     installed.environment["AIRFLOW__CORE__DAG_IGNORE_FILE_SYNTAX"] = syntax
