@@ -83,7 +83,7 @@ WAYS = {
 NOTE = """
 Held at once: maximum number of queries that ran at the same time. The next columns were measured
 then. Slots while held: of 4; 0 if at some time all queries were held and no task process ran. Task
-processes: maximum at any time; each has a supervisor process besides. MB a query: increase of
+processes: maximum at any time, without their supervisor processes. MB a query: increase of
 Airflow's memory (PSS) since before the run; only of the triggerer if no task process ran. Polls a
 minute: status requests for each query. Noticed after, ended after: seconds from a query's end until
 its trigger fired, and until its task ended. The queries end at about the same time, and their tasks

@@ -90,7 +90,7 @@ class Copied:
     Attributes
     ----------
     has_library
-        Whether the deployment has a library already, where early releases put it included.
+        Whether the deployment has a library already, also where early releases put it.
     """
 
     def __init__(self, places: Places) -> None:

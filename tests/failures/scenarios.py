@@ -406,7 +406,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         meet(fault("SubmitQuery", "answer_lost")),
         {
             "single_query": Expected("success", submits=1, clusters_left=1, cause=REPLY_LOST),
-            # A temporary result has no destination by which to find its query.
+            # The query of a temporary result cannot be found: it has no destination.
             "multi_stage": Expected("success", submits=4, queries_left=0, cause="unavailable"),
             "status_check": Expected(
                 "success", submits=1, clusters_left=1, cause="accepted although the reply was lost"
@@ -433,9 +433,9 @@ SCENARIOS: Mapping[str, Scenario] = {
             always("GetQueryStatus", "grpc_error", code="UNAVAILABLE", message="down"),
         ),
         {
-            # Canceled by each try, and by the run's callback: none learns that it has ended.
+            # Each try and the run's callback cancel it, because neither learns of its end.
             "status_check": failing(STATUS, submits=1, cancels=None, clusters_left=1, cause="down"),
-            # Its cluster is stopped, so the next try has a query of its own.
+            # The cluster is stopped, so the next try submits another query.
             "context_manager_shutdown": failing(CONTEXT, submits=2, cancels=2, cause="down"),
         },
     ),
@@ -496,7 +496,7 @@ SCENARIOS: Mapping[str, Scenario] = {
             "context_manager_shutdown": Expected(
                 "success", tries=2, submits=1, cause="Resuming query"
             ),
-            # In the seconds between its submission and its deferral.
+            # In the seconds between submission and deferral.
             "multi_stage": Expected("success", tries=2, submits=3, cause="Resuming query"),
             "context_manager_shutdown_by_proxy": Expected(
                 "success", tries=2, submits=1, cause="Resuming query"
@@ -654,7 +654,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     "one task is cleared after Polars was upgraded": Scenario(
         upgrade_and_clear_one_task,
         {
-            # The cluster of the old version idles on beside the new one.
+            # The clusters of the old and the new version both idle.
             "manifest_reuse": Expected(
                 "success", tries=2, submits=2, clusters_left=2, cause=REGISTERED_ANEW
             )

@@ -1,7 +1,7 @@
-"""What the parts of a deployment see of its DAGs, each part as Airflow starts it.
+"""Print what the components of a deployment find, each started as Airflow starts it.
 
-Run as a script in the deployment's environment; the arguments are pairs of a bundle and a DAG to
-run there, and the last line of the output is JSON.
+Run as a script in the deployment's environment. The arguments are pairs of a bundle and a DAG to
+run. The last line of the output is JSON.
 """
 
 import importlib

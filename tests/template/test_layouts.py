@@ -71,28 +71,27 @@ def step(pattern: str) -> Callable[[Step], Step]:
 class Deployment:
     """An AIRFLOW_HOME with its environment, and what its components are expected to find.
 
-    At first there is an Airflow and nothing else. What is set and installed is what `make copy`
-    says is left to do.
+    It starts as an Airflow and nothing else. It sets and installs only what `make copy` prints as
+    remaining steps.
 
     Attributes
     ----------
     bundles
-        A folder by the name of each layout, with its DAGs; the first of these is run.
+        Folder and DAGs of each layout, by name. The first DAG is run.
     path
         PYTHONPATH.
     triggerer_path
-        What the triggerer has on its PYTHONPATH beside that.
+        Further entries of the triggerer's PYTHONPATH.
     triggers
-        What holds the library that the triggerer imports; None if it finds none.
+        Folder of the library that the triggerer imports; None if it finds none.
     has_client
-        Whether DAGs can be run.
+        Whether the client is installed, so that DAGs can run.
     defers
-        Whether its triggerer shall import the library, where the command leaves a choice.
+        Whether to let the triggerer import the library, if the command offers a choice.
     settings
-        Files in which variables are set, each with what stands before the name of a variable there;
-        the environment itself if there are none.
+        File in which variables are set, and the prefix of its lines; None for the environment.
     deployed_to
-        Where Airflow sees the folder that was copied to, if that is elsewhere.
+        Where Airflow sees the folder, if it is not where it was copied to.
     variables
         Environment variables.
     installs
@@ -117,7 +116,7 @@ class Deployment:
         Parameters
         ----------
         expected
-            First words of what is left to do.
+            First words of the remaining steps.
         """
         to.mkdir(parents=True, exist_ok=True)
         tasks = copy(dag_id, to)
