@@ -6,14 +6,14 @@ import boto3
 
 
 def create_bucket_elsewhere(name: str) -> None:
-    """A bucket in another region than the one that the emulator's workers look in."""
+    """Create a bucket in a region that the emulator's workers do not use."""
     boto3.client("s3").create_bucket(
         Bucket=name, CreateBucketConfiguration={"LocationConstraint": "eu-west-1"}
     )
 
 
 def create_bucket_of_others(name: str) -> None:
-    """A bucket whose objects nobody may touch."""
+    """Create a bucket that denies all access to its objects."""
     s3 = boto3.client("s3")
     s3.create_bucket(Bucket=name)
     objects = {"Effect": "Deny", "Principal": "*", "Action": "s3:*"}

@@ -1,4 +1,4 @@
-"""What the tests of the DAGs share: an Airflow of their own."""
+"""Fixtures for the tests of DAGs and library: an Airflow of their own."""
 
 import fcntl
 import os
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
     from tests.tries import StartTry, Supervisor
 
-# Airflow reads its variables when it is imported: before any test is collected.
+# Airflow reads its variables when it is imported, which is before any test is collected.
 _airflow_home = tempfile.TemporaryDirectory(prefix="airflow-home-")
 use_airflow(Path(_airflow_home.name))
-# A client that is imported without the emulator reaches nothing, and never the real service.
+# Without the emulator, an imported client connects to nothing, and never to the real service.
 os.environ["POLARS_CLOUD_API_ADDR"] = "http://127.0.0.1:9"
 os.environ["POLARS_CLOUD_DOMAIN"] = "nobody@127.0.0.1:9"
-# Once a process has read from S3, the limit of Polars 2.0 wakes it up every millisecond.
+# After a read from S3, the concurrency limit of Polars 2.0 wakes the process every millisecond.
 os.environ["POLARS_DISABLE_HTTP_RATE_LIMIT"] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is about a DAG of the template that was deleted."""
+    """Deselect tests of a DAG file that was deleted."""
 
     def is_about_deleted(item: pytest.Item) -> bool:
         names = [name for mark in item.iter_markers("dag") for name in mark.args]
@@ -48,9 +48,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in deselected]
 
 
+@pytest.fixture(autouse=True)
+def info_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Capture the lines that Airflow logs by default."""
+    caplog.set_level("INFO", "include")
+    caplog.set_level("INFO", "polars_remote")
+
+
 @pytest.fixture(scope="session")
 def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A metadata database without content, which all processes of this run share."""
+    """An empty, migrated metadata database, shared by all test processes."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
@@ -65,7 +72,7 @@ def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def airflow_db(migrated_database: Path) -> None:
-    """The metadata database in this process's AIRFLOW_HOME, as nothing has run yet."""
+    """An empty metadata database in this process's AIRFLOW_HOME."""
     with (
         closing(sqlite3.connect(migrated_database)) as migrated,
         closing(sqlite3.connect(Path(_airflow_home.name) / "airflow.db")) as database,
@@ -75,7 +82,7 @@ def airflow_db(migrated_database: Path) -> None:
 
 @pytest.fixture
 def supervisor() -> Iterator["Supervisor"]:
-    """What keeps Airflow's Variables and the states of its tasks."""
+    """A supervisor with Airflow's Variables and task states."""
     from airflow.sdk.execution_time.supervisor import set_supervisor_comms
 
     from tests.tries import Supervisor
@@ -86,7 +93,7 @@ def supervisor() -> Iterator["Supervisor"]:
 
 @pytest.fixture
 def start_try(supervisor: "Supervisor") -> "StartTry":
-    """Run the body of a `with` statement as a try of the test's task."""
+    """Run the body of a `with` block as a try of the test's task."""
     from tests.tries import start_try
 
     return start_try
@@ -94,7 +101,7 @@ def start_try(supervisor: "Supervisor") -> "StartTry":
 
 @pytest.fixture
 def ti(start_try: "StartTry", emulator: RunningEmulator) -> Iterator["RuntimeTaskInstance"]:
-    """The test is the first try of a task; what it has not waited for is of no interest."""
+    """The first try of a task, which is the test itself; unfinished queries are dropped."""
 
     class TestIsOver(Exception):
         pass
@@ -107,11 +114,11 @@ def ti(start_try: "StartTry", emulator: RunningEmulator) -> Iterator["RuntimeTas
 
 @pytest.fixture(autouse=True)
 def always_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A try asks each time whether it is the owner: a worker is frozen for a moment only here."""
+    """Check ownership at each call, because a test freezes a worker only for a moment."""
     monkeypatch.setattr("polars_remote.ownership.entry.OWNER_SECONDS", -1.0)
 
 
 @pytest.fixture
 def short_outages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls to a Polars Cloud that is unavailable are given up soon."""
+    """Shorten retries while Polars Cloud is unavailable."""
     monkeypatch.setattr("polars_remote.cloud.retry.OUTAGE_SECONDS", 0.5)

@@ -1,4 +1,4 @@
-"""The DAGs of the template, of which a copy of it keeps what it needs."""
+"""The template's DAGs, and those that this clone has kept."""
 
 from local_airflow import PATTERNS
 

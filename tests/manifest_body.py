@@ -1,4 +1,4 @@
-"""What registers a manifest past the client, with the versions that are installed here."""
+"""Body of a raw request that registers a manifest, with the installed versions."""
 
 import platform
 

@@ -1,4 +1,4 @@
-"""What a test sees of Polars Cloud and of the record."""
+"""State of Polars Cloud and of the record, as a test reads it."""
 
 import json
 from typing import Any
@@ -12,22 +12,22 @@ from tests.tries import Supervisor
 
 
 def query_statuses(emulator: RunningEmulator) -> list[str]:
-    """Of all queries, oldest first."""
+    """Return the statuses of all queries, oldest first."""
     return [query["status"] for query in emulator.state()["queries"]]
 
 
 def cluster_statuses(emulator: RunningEmulator) -> list[str]:
-    """Of all clusters, oldest first."""
+    """Return the statuses of all clusters, oldest first."""
     return [cluster["status"] for cluster in emulator.state()["clusters"]]
 
 
 def calls(emulator: RunningEmulator, name: str) -> int:
-    """How often Polars Cloud got the call whose path ends in this name."""
+    """Count the calls whose path ends in this name."""
     return sum(entry["path"].endswith(f"/{name}") for entry in emulator.journal())
 
 
 def entries(supervisor: Supervisor, kind: str) -> list[dict[str, Any]]:
-    """The record's entries for a `task` or a `cluster`."""
+    """Return the record's entries of kind `task` or `cluster`."""
     return [
         json.loads(value)
         for key, value in sorted(supervisor.variables.items())
@@ -36,6 +36,6 @@ def entries(supervisor: Supervisor, kind: str) -> list[dict[str, Any]]:
 
 
 def variables() -> list[str]:
-    """Keys of the Variables in Airflow's database: what is still on record as in use."""
+    """Return the record's Variable keys in Airflow's database."""
     with create_session() as session:
         return list(session.scalars(select(Variable.key)))  # noqa: AIR311

@@ -1,4 +1,4 @@
-"""A secrets backend that holds nothing and remembers who asked."""
+"""An empty secrets backend that records each lookup."""
 
 from airflow.secrets.base_secrets import BaseSecretsBackend
 
@@ -6,7 +6,7 @@ accesses: list[str] = []
 
 
 class RecordingSecrets(BaseSecretsBackend):
-    """Asked before every other backend."""
+    """Secrets backend that Airflow asks first."""
 
     def get_conn_value(self, conn_id: str, team_name: str | None = None) -> None:
         accesses.append(f"Connection {conn_id}")

@@ -45,14 +45,14 @@ WHAT = "type = HTTP, login = client ID and password = client secret"
 
 @pytest.fixture(autouse=True)
 def account(emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client's own variables are set too: a login goes through the Connection all the same."""
+    """Set the client's own variables, too: the login must still use the Connection."""
     for name in ("POLARS_CLOUD_CLIENT_ID", "POLARS_CLOUD_CLIENT_SECRET"):
         monkeypatch.setenv(name, emulator.environment[name])
 
 
 @pytest.fixture(autouse=True)
 def in_task(account: None, start_try: StartTry) -> Iterator[None]:
-    """The test is a task that `@authenticate` is still to log in."""
+    """A task that has not logged in; the test is its body."""
     with start_try(scope=False):
         yield
 
@@ -136,7 +136,7 @@ def get_user() -> object:
 
 
 def call_get_user() -> object:
-    """Call Polars Cloud as the task does."""
+    """Call Polars Cloud with the task's login."""
     return current_scope().session.call(get_user)
 
 
@@ -157,7 +157,7 @@ def connection(login: str, password: str) -> str:
 
 
 def run_python(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a fresh interpreter, as the client reads its environment when it is imported."""
+    """Run a new interpreter, because the client reads its environment on import."""
     return subprocess.run(
         [sys.executable, *args],
         cwd=REPOSITORY,
@@ -169,7 +169,7 @@ def run_python(*args: str, **environment: str) -> subprocess.CompletedProcess[st
 
 
 def refusal(function: Callable[[], object]) -> str:
-    """The sentence of a failure that Airflow does not retry, after a search for the secret."""
+    """Return the message of an error that Airflow does not retry; check that it has no secret."""
     with pytest.raises(LoginRefusedError) as caught:
         function()
     error = caught.value
@@ -461,7 +461,7 @@ def test_each_account_of_the_emulator_logs_in(
 def test_the_emulators_credentials_are_never_sent_to_an_account(
     emulator: RunningEmulator, login: str
 ) -> None:
-    # The same place under another name: what is sent there would be in the journal.
+    # Another name of the same address: a request to it would be in the journal.
     place = emulator.environment["POLARS_CLOUD_DOMAIN"].removeprefix("emulator")
     ran = run_python(
         "-c",
@@ -502,7 +502,7 @@ def test_words_of_the_rest_api_come_through() -> None:
 
 def test_unreachable_service_is_retried_and_says_what_to_check() -> None:
     with closing(socket.socket()) as bound:
-        bound.bind(("127.0.0.1", 0))  # without listening: the port is taken, and refuses
+        bound.bind(("127.0.0.1", 0))  # bound but not listening: the port refuses connections
         nowhere = f"emulator@127.0.0.1:{bound.getsockname()[1]}"
         ran = run_python("-c", LOG_IN, POLARS_CLOUD_DOMAIN=nowhere, POLARS_CLOUD_OUTAGE="1")
     assert "\nConnectionError: Polars Cloud could not be reached: check the network" in ran.stderr

@@ -1,4 +1,4 @@
-"""`cloud/queries.py`: a query that was submitted is found as long as its cluster is live."""
+"""`cloud/queries.py`: a submitted query is found while its cluster is live."""
 
 from types import ModuleType
 from typing import Any
@@ -25,12 +25,6 @@ from tests.observed import calls, query_statuses
 FILE = "s3://your-bucket/results/one.parquet"
 
 pytestmark = pytest.mark.usefixtures("supervisor")
-
-
-@pytest.fixture(autouse=True)
-def told(caplog: pytest.LogCaptureFixture) -> None:
-    """The log tells what it tells in Airflow."""
-    caplog.set_level("INFO", "polars_remote")
 
 
 @pytest.fixture
@@ -213,7 +207,7 @@ def test_a_cancel_that_never_arrives_is_an_error(
     session: CloudSession, query: Any, emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
 ) -> None:
     emulator.add_fault("CancelQuery", "connection_reset", times=1_000)
-    # The client sends calls over one connection: the status call can meet the reset, too.
+    # The client sends all calls over one connection, so the reset can hit the status call.
     with pytest.raises((TimeoutError, RuntimeError), match=r"still running|transport error"):
         end_query(session, query)
     eventually(lambda: query_statuses(emulator) == ["InProgress"])

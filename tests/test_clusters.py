@@ -1,4 +1,4 @@
-"""`clusters.py`: no cluster outlives its work, and none is stopped under somebody else."""
+"""`clusters.py`: each cluster stops after its last user, and not before."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -53,33 +53,27 @@ USES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def told(caplog: pytest.LogCaptureFixture) -> None:
-    """The log tells what it tells in Airflow."""
-    caplog.set_level("INFO", "polars_remote")
-
-
 @pytest.fixture
 def short_wind_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cluster that is running is soon taken for one on which somebody else's query runs."""
+    """Wait only briefly for a cluster to become idle."""
     monkeypatch.setattr(end, "WIND_UP_SECONDS", 0.1)
 
 
 @pytest.fixture
 def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A query that nobody waits for is soon taken for a forgotten one."""
+    """Wait only briefly for a query that the task has not returned."""
     monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.1)
 
 
 @pytest.fixture
 def by_name(pc: ModuleType) -> Callable[[], Any]:
-    """The cluster's context as somebody makes it who knows nothing of the record."""
+    """Return a context for the cluster by its name, made without the library."""
     pc.ComputeContext(workspace="playground", cpus=2, memory=4).register("shop")
     return lambda: pc.ComputeContext(workspace="playground", name="shop")
 
 
 class Run:
-    """A run with a shared cluster: its setup, its teardown, and a task between them."""
+    """A run with a shared cluster: a setup, a task and a teardown."""
 
     def __init__(self, supervisor: Supervisor, start_try: StartTry, run_id: str) -> None:
         self.run_id = run_id
@@ -100,7 +94,7 @@ class Run:
             query(ctx)
 
     def kill_mid_query(self, emulator: RunningEmulator) -> None:
-        """The task's only try leaves a query behind that nobody waits for."""
+        """Run the task's only try, and kill it while its query runs."""
 
         def body() -> Iterator[None]:
             with use_cluster(CLUSTER) as ctx:
@@ -121,7 +115,7 @@ def other_run(pc: ModuleType, supervisor: Supervisor, start_try: StartTry) -> Ru
 
 
 def query(ctx: Any) -> None:
-    """Run a query that ends at once."""
+    """Run a short query."""
     ONE_ROW.remote(ctx).single_node().execute()
 
 
@@ -141,7 +135,7 @@ def states_by_manifest(emulator: RunningEmulator) -> dict[str, str]:
 
 
 def come(supervisor: Supervisor, task_id: str, **options: Any) -> ClusterUse:
-    """Let a task on another worker use the cluster from now on."""
+    """Start a task on another worker that uses the cluster."""
     supervisor.states["manual__1"][task_id] = "running"
     owner = Owner("shop", "manual__1", task_id, -1)
     use = ClusterUse(owner, "polars_cloud", "shop", **options)
@@ -159,14 +153,14 @@ def looks_at_the_cluster(emulator: RunningEmulator) -> int:
 
 
 def use_for_a_query() -> Iterator[None]:
-    """Body of a try whose worker stands still when its query has ended."""
+    """Body of a try whose worker freezes after its query has ended."""
     with use_cluster(CLUSTER) as ctx:
         query(ctx)
         yield
 
 
 def run_for_a_minute(emulator: RunningEmulator, ctx: Any) -> None:
-    """Let somebody's query run for a minute of the emulator's clock."""
+    """Run another user's query for a minute on the emulator's clock."""
     emulator.add_fault("SubmitQuery", "query_takes", seconds=60)
     ctx.start()
     ONE_ROW.remote(ctx).execute(blocking=False)
@@ -181,9 +175,9 @@ def wait_for_a_look(emulator: RunningEmulator) -> None:
 def end_while_the_cluster_is_looked_at(
     emulator: RunningEmulator, background: ThreadPoolExecutor, use: ClusterUse
 ) -> Future[list[Left]]:
-    """End the use, and hold its look at the cluster until the faults are cleared.
+    """End the use; delay its status call for the cluster until the faults are cleared.
 
-    It has looked at the other users once before.
+    It has read the record of other users once before.
     """
     asked = looks_at_the_cluster(emulator)
     emulator.add_fault("GET compute/{id}", "delay", seconds=60)
@@ -193,7 +187,7 @@ def end_while_the_cluster_is_looked_at(
 
 
 def start_slowly(emulator: RunningEmulator) -> None:
-    """Let the manifest's cluster be Starting, as after a worker that was killed meanwhile."""
+    """Leave the manifest's cluster in status Starting, as a killed worker does."""
     emulator.add_fault("POST manifest/start", "startup_takes", seconds=STARTUP.total_seconds())
     versions = {key: MANIFEST_BODY[key] for key in ("python_version", "polars_version")}
     start = {"name": "shop", **versions}
@@ -589,7 +583,7 @@ def test_the_end_of_one_clusters_block_leaves_the_query_on_another_alone(
             fail_beside()
         assert query_statuses(emulator) == ["InProgress", "Canceled"]
         assert states_by_manifest(emulator) == {"shop": "Stopped", "warehouse": "Running"}
-        waiting.cancel()  # nobody has to wait for it before the cluster stops
+        waiting.cancel()  # its end need not be awaited before the cluster stops
         detach(waiting)
 
 
@@ -773,7 +767,9 @@ def test_a_cluster_that_stops_while_it_is_waited_for_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def stop() -> None:
-        eventually(lambda: looks_at_the_cluster(emulator) > 3)  # the try has found it, and waits
+        eventually(
+            lambda: looks_at_the_cluster(emulator) > 3
+        )  # the try has found the query, and waits
         by_name().stop()
 
     monkeypatch.setattr(clusters, "STARTING_PAUSE_SECONDS", 0.1)
@@ -827,7 +823,7 @@ def test_two_users_who_leave_at_the_same_time_stop_the_cluster(
 ) -> None:
     uses = [come(supervisor, task_id) for task_id in ("short", "long")]
     by_name().start()
-    # Both look before one of them is off the record.
+    # Both read the record before either of them is erased.
     both_have_looked = Barrier(2)
     erase = record.erase
 
@@ -918,7 +914,7 @@ def test_a_user_who_comes_right_before_the_stop_and_leaves_at_once_leaves_no_clu
 
     def erase_after_the_late_one(key: str) -> None:
         monkeypatch.setattr(record, "erase", erase)
-        # Leaves the stop to the other, who is on record yet.
+        # Leaves the stop to the other user, who is still on record.
         assert end_use(session, late).left == []
         erase(key)
 
@@ -954,7 +950,9 @@ def test_a_user_that_was_killed_mid_query_is_ended_by_the_next_user_of_the_clust
 ) -> None:
     run.kill_mid_query(emulator)
     with start_try(task_id="next", run_id="manual__2"), use_cluster(CLUSTER, stop=stop) as ctx:
-        assert query_statuses(emulator) == ["Canceled"]  # ours would wait behind it
+        assert query_statuses(emulator) == [
+            "Canceled"
+        ]  # the task's query would be queued behind it
         ONE_ROW.remote(ctx).single_node().execute()
     assert query_statuses(emulator) == ["Canceled", "Success"]
     assert cluster_statuses(emulator) == ["Stopped"]
@@ -1340,7 +1338,7 @@ def test_a_check_that_fails_starts_no_shared_cluster(
 
 
 def execute(dag: DAG, task_id: str) -> None:
-    """Run a try of one of the DAG's tasks."""
+    """Run a try of a task of the DAG."""
     operator: Any = dag.get_task(task_id)
     with start_try(task=operator, scope=False):
         operator.execute(get_current_context())

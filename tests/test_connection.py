@@ -1,4 +1,4 @@
-"""*Test* in the form of a Connection of type *Polars Cloud*, in words."""
+"""The *Test* button of a Connection of type *Polars Cloud*, and its messages."""
 
 import json
 

@@ -25,11 +25,6 @@ SECOND = 1 / 60
 VCPUS = 6
 
 
-@pytest.fixture(autouse=True)
-def told(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "polars_remote")
-
-
 class Run:
     """A run with a shared cluster."""
 
@@ -55,7 +50,7 @@ class Run:
             ONE_ROW.remote(ctx).single_node().execute()
 
     def leave(self) -> None:
-        """Let the run end without its teardown."""
+        """End the run without its teardown."""
         self._states |= {"run_query": "failed", "stop_cluster": "failed"}
 
 
@@ -70,7 +65,7 @@ def other_run(pc: ModuleType, supervisor: Supervisor, start_try: StartTry) -> Ru
 
 
 def billed(emulator: RunningEmulator) -> list[float]:
-    """Minutes of each cluster that the emulator bills, oldest first."""
+    """Return the billed minutes of each cluster in the emulator, oldest first."""
     return [each["billed_seconds"] / 60 for each in emulator.state()["clusters"]]
 
 
@@ -102,8 +97,8 @@ def test_the_cost_of_a_shared_cluster_is_the_emulators_bill(
     assert cost["minutes"] == pytest.approx(cluster["billed_seconds"] / 60, abs=0.001)
     assert (cost["nodes"], cost["vcpus"], cost["remark"]) == (3, VCPUS, "")
     assert cost["vcpu_hours"] == pytest.approx(cost["minutes"] * VCPUS / 60, rel=0.001)
-    for name, told in {"started": "requested_at", "stopped": "stopped_at"}.items():
-        difference = datetime.fromisoformat(cost[name]) - datetime.fromisoformat(cluster[told])
+    for name, field in {"started": "requested_at", "stopped": "stopped_at"}.items():
+        difference = datetime.fromisoformat(cost[name]) - datetime.fromisoformat(cluster[field])
         assert abs(difference) < timedelta(seconds=0.01)
     [line] = logged(caplog)
     assert f"3 nodes, 6 vCPUs, {cost['minutes']} min, {cost['vcpu_hours']} vCPU-hours" in line
@@ -119,8 +114,8 @@ def test_the_cost_of_a_block_is_logged_when_its_cluster_has_stopped(
         ONE_ROW.remote(ctx).single_node().execute()
     [bill] = billed(emulator)
     [line] = logged(caplog)
-    told = float(line.partition("vCPUs, ")[2].split()[0])
-    assert told == pytest.approx(bill, abs=0.001)
+    logged_use = float(line.partition("vCPUs, ")[2].split()[0])
+    assert logged_use == pytest.approx(bill, abs=0.001)
 
 
 @pytest.mark.usefixtures("ti", "pc")
@@ -141,8 +136,8 @@ def test_a_cluster_that_is_left_to_its_idle_timeout_is_told_from_the_record(
     [line] = logged(caplog)
     assert line.endswith("(until now, and the cluster is left to its idle timeout)")
     assert "3 nodes, 6 vCPUs" in line
-    told = float(line.partition("vCPUs, ")[2].split()[0])
-    assert told == pytest.approx(billed(emulator)[0], abs=2 * SECOND)
+    logged_use = float(line.partition("vCPUs, ")[2].split()[0])
+    assert logged_use == pytest.approx(billed(emulator)[0], abs=2 * SECOND)
 
 
 def test_a_price_gives_the_money(
@@ -162,7 +157,7 @@ def test_runs_that_share_a_cluster_share_its_bill(
     supervisor: Supervisor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # The runs' clock goes with the emulator's.
+    # The runs use the emulator's clock.
     ahead = 0.0
     real = costs.time.time
 
@@ -252,8 +247,8 @@ def test_a_block_that_is_killed_is_told_by_the_sweep(
     supervisor.states["manual__1"]["run_query"] = "failed"
     emulator.advance_clock(timedelta(minutes=5))
     assert end_orphans() == []
-    told = float(logged(caplog)[0].partition("vCPUs, ")[2].split()[0])
-    assert told == pytest.approx(billed(emulator)[0], abs=0.001)
+    logged_use = float(logged(caplog)[0].partition("vCPUs, ")[2].split()[0])
+    assert logged_use == pytest.approx(billed(emulator)[0], abs=0.001)
 
 
 def test_a_cluster_that_polars_cloud_has_forgotten_says_so_and_fails_nothing(

@@ -1,4 +1,4 @@
-"""Every DAG through Airflow and the real client, down to the Parquet that it wrote."""
+"""Each DAG, run with Airflow and the real client, and the Parquet files that it writes."""
 
 import inspect
 import re
@@ -39,7 +39,7 @@ def dags() -> dict[str, DAG]:
     dags = DagBag(ROOT / "dags").dags
     for dag in dags.values():
         for task in dag.tasks:
-            task.retries = 0  # a failure that is meant to be needs no second look
+            task.retries = 0  # an intended failure is not printed
     return dags
 
 
@@ -110,7 +110,7 @@ def parallel_single_node(t: Tables, day: date) -> Tables:
 def multi_stage(t: Tables, day: date) -> Tables:
     clean = (
         t["sales"]
-        .drop("sold_at")  # no column of the schema
+        .drop("sold_at")  # not a column of the schema
         .filter(pl.col("product").is_not_null(), pl.col("quantity") > 0, pl.col("status") != "?")
         .unique()
         .with_columns(pl.col("region").str.strip_chars().str.to_titlecase())
@@ -172,7 +172,7 @@ EXPECTED: dict[str, Callable[[Tables, date], Tables]] = {
 
 
 def all_ended(emulator: RunningEmulator) -> list[dict[str, Any]]:
-    """The emulator's queries, once the last of them has ended."""
+    """Return the emulator's queries after the last of them has ended."""
 
     def ended() -> list[dict[str, Any]]:
         queries = emulator.state()["queries"]
@@ -182,7 +182,7 @@ def all_ended(emulator: RunningEmulator) -> list[dict[str, Any]]:
 
 
 def written_key(query: dict[str, Any]) -> str:
-    """Where a query wrote, below the shop's data; of a temporary result, whose it is."""
+    """Return a query's destination below the shop's data, or the name of its temporary result."""
     [uri] = query["destinations"]
     if uri.startswith(f"{DATA}/"):
         return str(uri.removeprefix(f"{DATA}/"))
@@ -203,7 +203,7 @@ def find_last_event(asset: str) -> AssetEvent:
 
 
 def replace(name: str, table: pl.DataFrame) -> None:
-    """Put another table in the place of one of the shop's."""
+    """Replace one of the shop's tables."""
     s3 = boto3.client("s3")
     for entry in s3.list_objects_v2(Bucket=BUCKET, Prefix=f"{name}/")["Contents"]:
         s3.delete_object(Bucket=BUCKET, Key=entry["Key"])
@@ -232,14 +232,14 @@ def test_a_dag_does_the_same_in_proxy_mode(
 
 
 def find_cluster(task: Any) -> dict[str, Any] | None:
-    """The constant `CLUSTER` of the DAG file that a task's function is written in."""
+    """Return the constant `CLUSTER` of the task's DAG file."""
     function = inspect.unwrap(task.python_callable)
     cluster: dict[str, Any] | None = function.__globals__.get("CLUSTER")
     return cluster
 
 
 def check_run(dag: DAG, emulator: RunningEmulator, tables: Tables) -> None:
-    """Run the DAG, and compare what it wrote with what the same queries give locally."""
+    """Run the DAG, and compare its files with a local run of the same queries."""
     dag_id = dag.dag_id
     run = dag.test(logical_date=datetime.now(UTC))
 
@@ -252,7 +252,7 @@ def check_run(dag: DAG, emulator: RunningEmulator, tables: Tables) -> None:
         assert query["labels"][0] == f"dag={dag_id}"
     assert emulator.state()["unmatched"] == []
     assert variables() == []
-    if dag_id not in EXPECTED:  # one of your own
+    if dag_id not in EXPECTED:  # a DAG of your own
         return
     assert live_clusters(emulator) == (dag_id in LEAVES_IT_TO_THE_IDLE_TIMEOUT)
     written = {written_key(query): query["destinations"] for query in queries}
@@ -419,7 +419,7 @@ def test_tasks_that_are_deferred_hand_over_and_announce_the_same(
     run = dags["complete_pipeline"].test(logical_date=datetime.now(UTC))
     assert run.state == DagRunState.SUCCESS
     assert caplog.text.count("Deferred until query") == 4
-    assert sweeps == []  # a thread beside that of `dag.test()` would disturb it
+    assert sweeps == []  # a second thread would disturb `dag.test()`
     day = run.logical_date.date()
     file = f"reports/daily/{day}.parquet"
     report = pl.read_parquet(f"{DATA}/{file}")

@@ -1,4 +1,4 @@
-"""`deferral.py`, `in_worker.py`: what a task waits for, where and for how long."""
+"""`deferral.py`, `in_worker.py`: where and how long a task waits."""
 
 import json
 import os
@@ -40,7 +40,7 @@ HOUR = timedelta(hours=1)
 
 
 class Clock:
-    """The time as a task sees it that looks at its deadline, or is deferred."""
+    """Clock of a task that checks its deadline or is deferred."""
 
     def __init__(self) -> None:
         self._ahead = 0.0
@@ -53,14 +53,8 @@ class Clock:
 
 
 @pytest.fixture(autouse=True)
-def told(
-    pc: ModuleType,
-    supervisor: Supervisor,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The log tells what it tells in Airflow, and a task that has to wait is deferred at once."""
-    caplog.set_level("INFO", "polars_remote")
+def defer_at_once(pc: ModuleType, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Defer a waiting task at once."""
     monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.0)
 
 
@@ -73,7 +67,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def hold(emulator: RunningEmulator) -> Callable[[], None]:
-    """Let the next query take until `end_held` lets it end."""
+    """Hold the next query until `end_held`."""
     return lambda: emulator.add_fault("SubmitQuery", "query_takes", seconds=HELD.total_seconds())
 
 
@@ -88,7 +82,7 @@ def end_held(emulator: RunningEmulator) -> Callable[[], None]:
 
 @pytest.fixture
 def start_slowly(emulator: RunningEmulator) -> Callable[[], None]:
-    """Let the next cluster take until `end_start_up` to start."""
+    """Hold the start of the next cluster until `end_start_up`."""
     return lambda: emulator.add_fault(
         "POST manifest/start", "startup_takes", seconds=STARTUP.total_seconds()
     )
@@ -114,7 +108,7 @@ def ask() -> Any:
 
 @pytest.fixture
 def run_cluster(start_try: StartTry) -> Callable[[dict[str, Any]], None]:
-    """Let a cluster run already, which nobody uses."""
+    """Start a cluster that has no user."""
 
     def run(cluster: dict[str, Any]) -> None:
         with start_try(task_id="other"), use_cluster(cluster, stop=False) as ctx:
@@ -124,23 +118,23 @@ def run_cluster(start_try: StartTry) -> Callable[[dict[str, Any]], None]:
 
 
 def arguments_of(trigger: Any) -> dict[str, Any]:
-    """What Airflow stores of a trigger."""
+    """Return a trigger's arguments as Airflow stores them."""
     _, arguments = trigger.serialize()
     return dict(arguments)
 
 
 def trigger_of(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """The trigger of a try that is to end in a deferral."""
+    """Return the trigger of a try that must be deferred."""
     return deferral_of(run, *args, **options).trigger
 
 
 def resume_stored(task: TriedTask, deferred: TaskDeferred) -> Any:
-    """Let the task go on with what Airflow itself has stored of its deferral."""
+    """Resume the task with the deferral that Airflow itself has stored."""
     return task._resume("resume", {**(deferred.kwargs or {}), "event": {}})
 
 
 def find(emulator: RunningEmulator, manifest: str) -> list[str]:
-    """Statuses of the manifest's clusters."""
+    """Return the statuses of the manifest's clusters."""
     clusters = emulator.state()["clusters"]
     return [each["status"] for each in clusters if each["manifest"] == manifest]
 
@@ -197,7 +191,7 @@ def test_a_trigger_is_stored_and_found_again_and_holds_no_secret(
     for text in (stored, *supervisor.variables.values()):
         assert secret not in text
         assert token not in text
-        assert "eyJ" not in text  # as each token begins
+        assert "eyJ" not in text  # the prefix of each token
 
 
 def test_a_trigger_is_told_the_query_and_where_it_runs(
@@ -206,10 +200,10 @@ def test_a_trigger_is_told_the_query_and_where_it_runs(
     task, deferred = defer_for_query(emulator)
     _, kwargs = deferred.trigger.serialize()
     [query] = emulator.state()["queries"]
-    [told] = kwargs["queries"]
-    assert (told["destination"], told["query_id"]) == (FILE, query["id"])
-    assert told["cluster_id"] == emulator.state()["clusters"][0]["id"]
-    assert told["page"].endswith(query["id"])
+    [query_kwargs] = kwargs["queries"]
+    assert (query_kwargs["destination"], query_kwargs["query_id"]) == (FILE, query["id"])
+    assert query_kwargs["cluster_id"] == emulator.state()["clusters"][0]["id"]
+    assert query_kwargs["page"].endswith(query["id"])
     assert kwargs["conn_id"] == "polars_cloud"
     assert kwargs["task_key"] in supervisor.variables
     assert kwargs["task_key"].endswith(str(task.ti.id))
@@ -307,7 +301,7 @@ def test_a_query_that_runs_on_is_deferred_again_for_as_long_as_it_has_run(
         timeouts.append(trigger.resume_at - clock.time())
         [entry] = entries(supervisor, "task")
         assert entry["waits_for"]["since"] == since
-    # Each as long as all before it, within bounds; some seconds have passed on the wall.
+    # Each interval equals the sum of those before it, within bounds.
     assert timeouts == pytest.approx([300, 300, 600, 1200, 1800, 1800], abs=60)
     eventually(lambda: query_statuses(emulator) == ["InProgress"])
     assert [query["cancels"] for query in emulator.state()["queries"]] == [0]
@@ -411,7 +405,7 @@ def test_a_task_that_waits_in_its_worker_without_a_trigger_keeps_its_deadline(
 
 @contextmanager
 def once_it_waits(emulator: RunningEmulator, act: Callable[[], None]) -> Iterator[None]:
-    """Act when the body waits for a query in its worker."""
+    """Call a function when the body waits for a query in its worker."""
     asked = calls(emulator, "GetQueryResult")
 
     def wait_and_act() -> None:
@@ -432,7 +426,7 @@ def test_the_end_of_a_query_is_seen_without_a_poll(
     end_held: Callable[[], None],
 ) -> None:
     monkeypatch.setattr(in_worker, "FIRST_PAUSE", HOUR.total_seconds())
-    monkeypatch.setattr(in_worker, "LONGEST_PAUSE", 0.1)  # until a call that was cut is repeated
+    monkeypatch.setattr(in_worker, "LONGEST_PAUSE", 0.1)  # until an interrupted call is repeated
     hold()
     with start_try(), use_cluster(CLUSTER, stop=False) as ctx, once_it_waits(emulator, end_held):
         asked = calls(emulator, "GetQueryStatus")
@@ -627,7 +621,7 @@ def test_a_task_that_loses_its_trigger_waits_for_its_cluster_in_its_worker(
     looks = []
 
     def sleep(_: float) -> None:
-        """The cluster is looked at, and does not run yet."""
+        """Poll the cluster, which does not run yet."""
         looks.append(cluster_statuses(emulator))
         if len(looks) == 2:
             emulator.advance_clock(STARTUP)
@@ -673,7 +667,7 @@ class StartCluster:
         self._ti: Any = None
 
     def run(self, event: dict[str, Any] | None = None) -> Any:
-        """Start it, or with an event resume it."""
+        """Start the task, or resume it with an event."""
         with DAG("shop", schedule=None) as dag, shared_cluster(CLUSTER):
             pass
         operator: Any = dag.get_task("start_cluster")
@@ -702,7 +696,7 @@ def test_a_shared_cluster_is_started_without_a_worker_slot(
     assert task.run({}) is None
     assert cluster_statuses(emulator) == ["Idle"]
     assert calls(emulator, "start") == 1
-    # The use of the run stays, and nothing of the task's own.
+    # Only the run's use of the cluster stays on record.
     [use] = entries(supervisor, "cluster")
     assert use["manifest"] == "shop"
     assert entries(supervisor, "task") == []

@@ -1,10 +1,9 @@
-"""`ownership/end.py`: what an ended task has left is ended, within Airflow's time."""
+"""`ownership/end.py`: orphans are ended within the time that Airflow allows."""
 
 import json
 import os
 import time
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import polars as pl
@@ -28,33 +27,27 @@ ACTIVE = [None, "scheduled", "queued", "running", "up_for_retry", "restarting", 
 
 
 @pytest.fixture(autouse=True)
-def info_log(pc: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
-    """The log has the lines that it has in Airflow."""
-    caplog.set_level("INFO", "polars_remote")
-
-
-@pytest.fixture(autouse=True)
 def own_login(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test's logins are forgotten when it ends."""
+    """Forget the test's logins at its end."""
     monkeypatch.setattr(session, "_login", session._Login())
 
 
 @pytest.fixture
 def short_wind_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cluster that is running is soon taken for one on which somebody else's query runs."""
+    """Wait only briefly for a cluster to become idle."""
     monkeypatch.setattr(end, "WIND_UP_SECONDS", 0.1)
 
 
 @pytest.fixture
 def context(start_try: StartTry, supervisor: Supervisor) -> Context:
-    """What Airflow calls back with when the run has failed."""
+    """Context that Airflow passes to the callback of a failed run."""
     with start_try(task_id="other", scope=False) as ti:
         return ti.get_template_context()
 
 
 @pytest.fixture
 def run(context: Context) -> str:
-    """The run of `context`, as it stands in the record's keys."""
+    """The run of `context`, as in the record's keys."""
     return record.digest("shop", context["run_id"])
 
 
@@ -66,7 +59,7 @@ def query_and_die(
     state: str | None = "failed",
     **options: Any,
 ) -> Any:
-    """A try that is killed in mid-query, and was the task's last unless it has another state."""
+    """Kill a try while its query runs, and set the task's state, `failed` by default."""
 
     def body() -> Iterator[Any]:
         with use_cluster(cluster) as ctx:
@@ -74,7 +67,7 @@ def query_and_die(
             yield submit(ctx)
 
     query = kill(body, try_number, **options)
-    session._login = session._Login()  # whoever ends it does so in another process
+    session._login = session._Login()  # orphans are ended in another process
     set_state(supervisor, state, **options)
     return query
 
@@ -319,7 +312,7 @@ def test_an_outage_at_the_login_is_waited_for(
 
 
 def leave_in_two_runs(emulator: RunningEmulator, supervisor: Supervisor) -> None:
-    """A task that has ended, and one that has not, each in two runs and on its own cluster."""
+    """Create an ended and an active task in each of two runs, each on its own cluster."""
     for run_id in ("manual__1", "manual__2"):
         for task_id, state in (("ended", "failed"), ("active", "running")):
             options = {"task_id": task_id, "state": state, "run_id": run_id}
@@ -328,7 +321,7 @@ def leave_in_two_runs(emulator: RunningEmulator, supervisor: Supervisor) -> None
 
 
 def owners(supervisor: Supervisor, kind: str) -> set[tuple[str, str]]:
-    """Task and run of the owners of the record's entries."""
+    """Return task and run of each owner on record."""
     return {(entry["owner"][2], entry["owner"][1]) for entry in entries(supervisor, kind)}
 
 
@@ -450,7 +443,7 @@ def test_the_entry_of_a_deferred_task_is_left_alone_once_a_later_try_owns_its_qu
     [key] = (key for key in supervisor.variables if key.startswith(record.TASKS))
     earlier = supervisor.variables[key]
     query_and_die(emulator, supervisor, 2, state="running")
-    supervisor.variables[key] = earlier  # read before the later try erased it
+    supervisor.variables[key] = earlier  # read before the later try erased the entry
     assert end_task_entry(key) == []
     assert "A later try of shop.run_query in run manual__1 owns its queries" in caplog.text
     assert query_statuses(emulator) == ["InProgress"]
@@ -461,7 +454,7 @@ def test_the_entry_of_a_deferred_task_is_left_alone_once_a_later_try_owns_its_qu
 
 
 def write_as_release_before(supervisor: Supervisor) -> None:
-    """Leave in each entry what the release before the second wrote."""
+    """Rewrite each entry in the format of the first release."""
     task = ["owner", "conn_id", "clear_number", "over", "queries", "kept", "waits_for", "deadline"]
     query = ["cluster_id", "manifest", "known", "query_id", "page", "submitted_at", "try_number"]
     use = ["owner", "manifest", "conn_id"]
@@ -527,7 +520,7 @@ def test_what_a_later_release_has_added_stays_in_an_entry_that_could_not_be_ende
 
 
 TIMEOUT = 6
-"""Seconds that Airflow gives a callback here, half of them for the end."""
+"""Seconds that Airflow allows a callback in these tests; half of them are for ending orphans."""
 
 
 @pytest.fixture

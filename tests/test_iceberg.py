@@ -1,4 +1,4 @@
-"""Iceberg sinks: a task appends once, however often its query is submitted."""
+"""Iceberg sinks: a task appends its rows once, even if its query is submitted twice."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ def cluster(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def catalog(emulator: RunningEmulator, tmp_path: Path) -> Iterator[SqlCatalog]:
-    """A catalog with one empty table, in a file that the emulator's workers can open."""
+    """A catalog file with one empty table, which the emulator's workers can open."""
     catalog = SqlCatalog(
         "shop",
         uri=f"sqlite:///{tmp_path}/catalog.db",
@@ -60,7 +60,7 @@ def catalog(emulator: RunningEmulator, tmp_path: Path) -> Iterator[SqlCatalog]:
 
 @pytest.fixture
 def append(catalog: SqlCatalog) -> Append:
-    """Submit an append of two rows, or of the given ones."""
+    """Submit an append, of two rows by default."""
 
     def append(ctx: Any, frame: pl.LazyFrame = TWO_ROWS) -> Any:
         remote = frame.remote(ctx).single_node()
@@ -164,7 +164,7 @@ def test_another_tasks_append_is_not_taken_for_the_one_whose_reply_was_lost(
     def append_another_tasks() -> None:
         eventually(lambda: calls(emulator, "SubmitQuery") == 1)
         append_as_somebody_else(pc, emulator, append)
-        emulator.clear_faults()  # the connection of the first is reset
+        emulator.clear_faults()  # the first submission's connection is reset
 
     with start_try(), use_cluster(cluster, stop=False) as ctx:
         emulator.add_fault("SubmitQuery", "stall")
@@ -184,7 +184,7 @@ def test_another_tasks_append_is_not_taken_for_that_of_a_killed_worker(
     cluster: dict[str, Any],
     start_try: StartTry,
 ) -> None:
-    """The worker was killed before the reply to its submission."""
+    """A worker is killed before the reply to its submission arrives."""
     with start_try(), use_cluster(cluster, stop=False) as ctx:
         TWO_ROWS.remote(ctx).single_node().execute()
         append_as_somebody_else(pc, emulator, append)

@@ -1,4 +1,4 @@
-"""Private names of `polars_cloud` and of Airflow stand in one module each, and are still there."""
+"""Private names of `polars_cloud` and of Airflow are used in one module each, and still exist."""
 
 import ast
 import inspect
@@ -105,7 +105,7 @@ def session(pc: ModuleType, supervisor: Supervisor) -> CloudSession:
 
 @pytest.fixture
 def ctx(session: CloudSession) -> Any:
-    """The client's own context, by a manifest's name; its cluster was never started."""
+    """The client's own context of a manifest whose cluster never started."""
     return register_manifest(session, CLUSTER, lambda: False)
 
 
@@ -135,7 +135,10 @@ def private_uses(tree: ast.AST) -> Iterator[str]:
 
 
 def is_private(name: str) -> bool:
-    is_public_all_the_same = name.startswith("__") or name in {"_", "_replace"}  # of named tuples
+    is_public_all_the_same = name.startswith("__") or name in {
+        "_",
+        "_replace",
+    }  # methods of named tuples
     is_underscored = name.isidentifier() and name.startswith("_") and not is_public_all_the_same
     return is_underscored or name in PRIVATE_NAMES
 
@@ -189,12 +192,12 @@ def test_the_folder_can_be_renamed_as_a_whole(path: Path) -> None:
 
 
 def outer_imports(source: str, depth: int) -> Iterator[str]:
-    """Yield imports that name the folder, or that reach out of it.
+    """Yield imports of the folder's package by name, and relative imports that leave the folder.
 
     Parameters
     ----------
     depth
-        Dots that lead from the module to the folder itself.
+        Number of dots from the module to the folder.
     """
     for node in ast.walk(ast.parse(source)):
         match node:
@@ -247,7 +250,7 @@ def test_an_import_inside_the_folder_is_allowed(source: str, depth: int) -> None
 
 
 def names_taken(path: Path) -> set[str]:
-    """Private attributes that a module takes, and what it imports from private modules."""
+    """Return the private attributes that a module uses, and its imports from private modules."""
     taken = set()
     for node in ast.walk(ast.parse(path.read_text())):
         match node:
@@ -261,7 +264,7 @@ def names_taken(path: Path) -> set[str]:
 
 
 def names_defined(path: Path) -> set[str]:
-    """Return what the classes of a module define."""
+    """Return the names that a module's classes define."""
     defined = set()
     for node in ast.walk(ast.parse(path.read_text())):
         for each in node.body if isinstance(node, ast.ClassDef) else ():
@@ -273,7 +276,7 @@ def names_defined(path: Path) -> set[str]:
 
 @pytest.fixture
 def clients_objects(pc: ModuleType, ctx: Any) -> dict[str, tuple[Any, ...]]:
-    """Where each private name of the client's is looked up."""
+    """Return the object that has each private name of the client."""
     from polars_cloud import constants, polars_cloud
 
     ctx.start()
@@ -291,7 +294,7 @@ def clients_objects(pc: ModuleType, ctx: Any) -> dict[str, tuple[Any, ...]]:
         "_connection_mode": (ctx, own),
         "_last_known_status": (ctx,),
         "_idle_timeout_mins": (ctx,),
-        # Of a context by name there is none: the manifest is asked for it.
+        # A context by name has none; it is read from the manifest.
         "_requirements_txt": (pc.ComputeContext(workspace="playground", cpus=2, memory=4),),
         "_get_direct_client": (ctx, pc.ComputeContext),
         "_query_id": (query,),
@@ -471,7 +474,7 @@ def test_an_option_that_is_compared_as_written_is_kept_as_written(pc: ModuleType
         "env_vars": {"TZ": "UTC"},
         "idle_timeout_mins": 20,
     }
-    # In place of processors and memory.
+    # In place of `cpus` and `memory`.
     by_type: dict[str, Any] = {"instance_type": "t3.medium"}
     assert options.keys() | by_type.keys() == COMPARED_AS_WRITTEN
     for name, each in (("shop", options), ("typed", by_type)):
@@ -538,11 +541,11 @@ def test_queries_that_were_connected_keep_their_login_when_another_account_logs_
 
 
 class Redirected(Exception):
-    """A query has come through the client that was given."""
+    """Raised when a query goes through the replaced client."""
 
 
 class Capturing:
-    """Takes what the client's context sends, and sends nothing."""
+    """Client that captures calls, and sends nothing."""
 
     def __init__(self) -> None:
         self.plans: list[bytes] = []
@@ -585,7 +588,7 @@ def sink_with_engine(_: object, ctx: Any) -> object:
 
 
 ROUTES: dict[str, tuple[Callable[[Any, Any], object], tuple[str, ...], bool]] = {
-    # Of each the call, its destinations, and whether its result has a location.
+    # The call, its destinations, and whether its result has a location.
     "sink_parquet": (lambda remote, _: remote.sink_parquet(FOLDER_URI), (FOLDER_URI,), True),
     "sink_csv": (lambda remote, _: remote.sink_csv(FOLDER_URI), (FOLDER_URI,), True),
     "sink_ipc": (lambda remote, _: remote.sink_ipc(FOLDER_URI), (FOLDER_URI,), True),

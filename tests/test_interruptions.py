@@ -1,4 +1,4 @@
-"""Interrupt a task at each of its calls: no query, cluster or entry may outlive the task."""
+"""Interrupt a task at each of its calls: no query, cluster or entry is left behind."""
 
 import re
 from collections import Counter
@@ -28,19 +28,19 @@ CLUSTER = {"name": "shop", "cpus": 2, "memory": 4, "cluster_size": 2}
 FILE = "s3://your-bucket/results/one.parquet"
 FOR_GOOD = 1_000_000
 NO_OUTAGE = 60.0
-"""Seconds for which a call is retried that nobody interrupts for good."""
+"""Seconds for which a call is retried if it is interrupted only once."""
 QUERY_ENDS, CLUSTER_ENDS = {"Success", "Failed", "Canceled"}, {"Stopped", "Failed"}
 
 
 class Call(NamedTuple):
-    """A call to Airflow or to Polars Cloud, the task's n-th of its name."""
+    """The task's n-th call of a name, to Airflow or to Polars Cloud."""
 
     name: str
     number: int
 
 
 class WorkerDied(BaseException):
-    """Unwinds the worker's threads; none of them reaches Airflow or Polars Cloud any more."""
+    """Raised in all threads of a killed worker at their next call."""
 
 
 class Worker:
@@ -187,12 +187,12 @@ def use_the_same_cluster(_: RunningEmulator) -> None:
 
 
 class Scenario(NamedTuple):
-    """Code that the interrupted worker runs.
+    """Code of the interrupted worker.
 
     Attributes
     ----------
     is_second
-        Whether an earlier try of the task was killed in mid-query.
+        True if an earlier try of the task was killed while its query ran.
     """
 
     run: Callable[[RunningEmulator], None]
@@ -278,7 +278,7 @@ class Stage:
         return calls
 
     def sweep(self) -> str:
-        """End orphans as another process would; return what is left."""
+        """End orphans as another process does; return those that could not be ended."""
         session._login = session._Login()
         states = self._supervisor.states["manual__1"]
         states.update(dict.fromkeys(states, "failed"))
@@ -288,7 +288,7 @@ class Stage:
         return left or self.find_rest()
 
     def find_rest(self) -> str:
-        """Return what runs, idles or is on record; empty if nothing does."""
+        """Return running queries, live clusters and entries on record."""
         found = {
             "queries": set(query_statuses(self._emulator)) - QUERY_ENDS,
             "clusters": set(cluster_statuses(self._emulator)) - CLUSTER_ENDS,
@@ -366,7 +366,7 @@ def test_a_worker_that_dies_at_a_call_to_polars_cloud_leaves_nothing_after_the_s
     for at in stage.record(scenario)[1]:
         fault = {"operation": at.name, "kind": "stall", "nth": at.number}
         with stage.running(scenario, fault=fault) as worker:
-            # The number of polls varies: the task may have ended before this one.
+            # The number of polls varies, so the task may have ended before this poll.
             eventually(lambda: at in stage.list_calls() or worker.has_ended())  # noqa: B023
             worker.is_dead = True
             if hole := stage.sweep():

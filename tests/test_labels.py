@@ -1,4 +1,4 @@
-"""`labels.py`: labels that lead back to the task, and that Polars Cloud takes."""
+"""`labels.py`: labels identify the task, and Polars Cloud accepts them."""
 
 import polars as pl
 import pytest
@@ -31,7 +31,7 @@ def test_a_label_of_32_bytes_is_kept(label: str) -> None:
 def test_a_longer_label_is_cut_between_letters(letter: str) -> None:
     for before in ("dag=", "dag=_", "dag=__", "dag=___"):
         shortened = shorten(before + letter * 40)
-        # At most a part of one letter is lost besides what does not fit.
+        # Apart from the text that does not fit, at most a part of one letter is lost.
         assert LONGEST - len(letter.encode()) < len(shortened.encode()) <= LONGEST
         assert shortened.startswith(before + letter)
         assert "\N{REPLACEMENT CHARACTER}" not in shortened

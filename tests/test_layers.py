@@ -1,4 +1,4 @@
-"""The folder `polars_remote` has rooms, and what a room imports lies below it."""
+"""Packages of `polars_remote` import only from the packages below them."""
 
 import ast
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "plugins" / "polars_remote"
 
 ROOMS = {
-    # Of each what it may import, besides itself.
+    # Packages that each one may import, besides itself.
     "compat": set[str](),
     "links": set[str](),
     "errors": {"compat"},
@@ -21,7 +21,7 @@ ROOMS = {
     "plugin": {"page"},
     "waiting": {"ownership", "cloud", "compat", "errors", "settings"},
 }
-"""What a DAG calls lies above these, in this order."""
+"""The modules that a DAG imports are above these packages, in this order."""
 CALLED_BY_DAGS = ["queries", "query_tasks", "clusters", "__init__"]
 
 
@@ -34,7 +34,7 @@ def room_of(path: Path) -> str:
 
 
 def imported_rooms(path: Path) -> Iterator[str]:
-    """Yield the rooms that a module imports from, at whichever place in it."""
+    """Yield the packages that a module imports from, anywhere in its code."""
     depth = len(path.relative_to(FOLDER).parts)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == depth:

@@ -86,7 +86,7 @@ Event = dict[str, Any]
 
 
 def run_dag(dag_id: str, folder: Path, **variables: str) -> dict[str, list[Event]]:
-    """Run the DAG, and return the events of each of its tasks, by its id."""
+    """Run the DAG, and return the events by task id."""
     log = folder / "lineage.ndjson"
     transport = {"type": "file", "log_file_path": str(log), "append": True}
     ran = subprocess.run(
@@ -105,7 +105,7 @@ def run_dag(dag_id: str, folder: Path, **variables: str) -> dict[str, list[Event
 
 
 def last(events: list[Event], kind: str) -> Event:
-    """The last event, which is the only one of its kind."""
+    """Return the last event, and check that it is the only one of its kind."""
     assert [event["eventType"] for event in events].count(kind) == 1
     assert events[-1]["eventType"] == kind
     return events[-1]
@@ -135,7 +135,7 @@ def test_deferred_tasks_report_the_tables_and_rows_of_their_queries_once(
         temporary += datasets(event, "outputs")
         assert rows(event) == [pl.read_parquet(uri(event)).height]
         assert event["run"]["facets"]["parent"]["run"]["runId"] == run["run"]["runId"]
-    assert len(events["transform_sales"]) == 3  # it starts again when it is resumed
+    assert len(events["transform_sales"]) == 3  # a resumed task sends another start event
     report = last(events["build_report"], "COMPLETE")
     assert datasets(report, "inputs") == sorted(temporary)
     assert uri(report).startswith(f"{DATA}/reports/daily/")
@@ -159,7 +159,7 @@ def test_plain_tasks_report_the_queries_that_they_have_waited_for(tmp_path: Path
     names = [output["name"] for output in event["outputs"]]
     counts = dict(zip(names, rows(event), strict=True))
     assert counts["plain/folder"] == 3
-    assert counts["plain/1"] is counts["plain/2"] is None  # the service counts both together
+    assert counts["plain/1"] is counts["plain/2"] is None  # the service reports the sum of both
 
     event = last(events["fails"], "FAIL")
     assert datasets(event, "inputs") == [f"{BUCKET} inventory", f"{BUCKET} returns"]

@@ -1,4 +1,4 @@
-"""`cloud/manifests.py`: the manifest is there, and is what the code says for this worker."""
+"""`cloud/manifests.py`: a manifest is registered as in the code, for this worker's versions."""
 
 import io
 import platform
@@ -25,12 +25,6 @@ OTHER_VERSIONS = [
     {"polars_version": "1.41.2"},
     {"python_version": {"major": 3, "minor": 9, "patch": 1}},
 ]
-
-
-@pytest.fixture(autouse=True)
-def told(caplog: pytest.LogCaptureFixture) -> None:
-    """The log tells what it tells in Airflow."""
-    caplog.set_level("INFO", "polars_remote")
 
 
 def registered(emulator: RunningEmulator) -> dict[str, Any]:
@@ -232,7 +226,7 @@ def test_changing_at_the_same_time_is_no_error(emulator: RunningEmulator) -> Non
 def test_a_manifest_that_another_task_has_just_removed_is_registered(
     emulator: RunningEmulator,
 ) -> None:
-    # It was there when this task registered it, and is not when it looks.
+    # Another task deletes the manifest after this task has registered it.
     emulator.add_fault("POST manifest", "http_error", status=409)
     ensure_manifest(CLUSTER)
     assert registered(emulator)["name"] == "shop"

@@ -1,4 +1,4 @@
-"""Clusters of a company's own: all promises about queries hold, and nothing starts or stops one."""
+"""Clusters of your own: all promises about queries hold, and no task starts or stops them."""
 
 import asyncio
 import json
@@ -51,7 +51,7 @@ def own(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> Iterator[RunningEmulator]:
-    """A cluster of one's own, and the Connection to it; no call goes to Polars Cloud."""
+    """A cluster of your own and its Connection; no call goes to Polars Cloud."""
     caplog.set_level("INFO", "polars_remote")
     connection = running_own.environment["AIRFLOW_CONN_POLARS_CLOUD"]
     monkeypatch.setenv("AIRFLOW_CONN_POLARS_CLOUD", connection)
@@ -78,7 +78,7 @@ def submit_and_freeze(cluster: dict[str, str]) -> Iterator[None]:
 def defer(
     own: RunningEmulator, cluster: dict[str, str], supervisor: Supervisor, start_try: StartTry
 ) -> QueryTrigger:
-    """Defer a task whose query takes a minute, and give its trigger."""
+    """Defer a task whose query takes a minute, and return its trigger."""
     own.add_fault("SubmitQuery", "query_takes", seconds=60)
     with pytest.raises(TaskDeferred) as deferred, start_try():  # noqa: PT012
         scope = current_scope()
@@ -93,7 +93,7 @@ def defer(
 
 
 def runs(own: RunningEmulator) -> bool:
-    """Whether the cluster runs that ran at the start."""
+    """Return whether the cluster that ran at the start still runs."""
     [cluster] = own.state()["clusters"]
     return cluster["stopped_at"] is None
 
@@ -382,7 +382,7 @@ def test_no_traceback_shows_a_header(
     monkeypatch.setenv("AIRFLOW_CONN_POLARS_CLOUD", connection)
     with start_try(), pytest.raises(Exception) as raised, use_cluster(cluster):  # noqa: PT011
         pass
-    frames = raised.tb.tb_next  # without this test's own
+    frames = raised.tb.tb_next  # without this test's own entries
     shown = "".join(
         TracebackException(raised.type, raised.value, frames, capture_locals=True).format()
     )

@@ -1,4 +1,4 @@
-"""`page.py`: what is in use, for those who may read it."""
+"""`page.py`: a page with the queries and clusters in use, for authorized users."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ CLUSTER_ID = "0b8e5a34-6d53-4b4e-93a7-5a1d9d3c7f10"
 
 @pytest.fixture(scope="module")
 def api_server() -> Iterator[Any]:
-    """Airflow's API server in this process, with its simple login."""
+    """Airflow's API server in this process, with the simple auth manager."""
     from airflow.api_fastapi.app import create_app
     from starlette.testclient import TestClient
 

@@ -1,4 +1,4 @@
-"""`preflight.py` and its DAG; and what the other DAGs see before a cluster."""
+"""`preflight.py` and its DAG, and the checks of other DAGs before a cluster starts."""
 
 import json
 import os
@@ -42,16 +42,9 @@ FILE = "s3://your-bucket/results/preflight.parquet"
 Set = Callable[..., None]
 
 
-@pytest.fixture(autouse=True)
-def told(caplog: pytest.LogCaptureFixture) -> None:
-    """The log tells what it tells in Airflow."""
-    caplog.set_level("INFO", "include")
-    caplog.set_level("INFO", "polars_remote")
-
-
 @pytest.fixture
 def set_settings(monkeypatch: pytest.MonkeyPatch) -> Set:
-    """Let settings be as if their variables were set so."""
+    """Set settings as if their variables had these values."""
 
     def set_settings(**values: str) -> None:
         for name, module in list(sys.modules.items()):
@@ -65,7 +58,7 @@ def set_settings(monkeypatch: pytest.MonkeyPatch) -> Set:
 
 @pytest.fixture
 def on_the_service(emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The emulator passes for the real service, and its account for a user's."""
+    """Treat the emulator as the real service, and its account as a user's."""
     place = emulator.environment["POLARS_CLOUD_DOMAIN"].removeprefix("emulator")
     monkeypatch.setenv("POLARS_CLOUD_DOMAIN", f"service{place}")
     monkeypatch.setattr(session, "EMULATOR", "another-emulator")
@@ -73,14 +66,14 @@ def on_the_service(emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def in_task(emulator: RunningEmulator, start_try: StartTry) -> Iterator[None]:
-    """The test is a task that nobody has logged in."""
+    """A task that has not logged in; the test is its body."""
     with start_try(scope=False):
         yield
 
 
 @pytest.fixture
 def load(airflow_db: None) -> Callable[[str], DAG]:
-    """Parse a DAG file with the settings of now."""
+    """Parse a DAG file with the current settings."""
 
     def load(dag_id: str) -> DAG:
         dag: DAG = DagBag(ROOT / "dags" / f"{dag_id}.py").dags[dag_id]
@@ -92,12 +85,12 @@ def load(airflow_db: None) -> Callable[[str], DAG]:
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What preflight has logged."""
+    """Return the lines that the preflight has logged."""
     return [record.getMessage() for record in caplog.records if record.name == "include.preflight"]
 
 
 def failure(caplog: pytest.LogCaptureFixture) -> str:
-    """The line of the step that has failed, which is the last."""
+    """Return the line of the failed step, which is the last one."""
     *passed, last = lines(caplog)
     assert all(": FAILED: " not in line for line in passed)
     return last
@@ -113,14 +106,14 @@ def connection(**values: str | None) -> str:
 
 
 def tables_checked() -> str:
-    """What is said of the sample data, which has a file for each month."""
+    """Line of the step *Tables* for the sample data, which has a file for each month."""
     month = pl.col("date").dt.truncate("1mo").n_unique()
     files = {
         table: pl.read_parquet(f"s3://your-bucket/{table}/").select(month).item()
         for table in get_schemas()
     }
-    told = ", ".join(f"{table} ({number} files)" for table, number in files.items())
-    return f"{told} have the types of their schemas"
+    checked = ", ".join(f"{table} ({number} files)" for table, number in files.items())
+    return f"{checked} have the types of their schemas"
 
 
 # Without a cluster
@@ -421,7 +414,7 @@ def test_a_cluster_that_does_not_start_is_told_with_its_reason(
 
 
 def leave_out(name: str) -> None:
-    """Make no such bucket."""
+    """Do not create this bucket."""
 
 
 @pytest.mark.usefixtures("ti", "pc")
@@ -500,7 +493,7 @@ def test_a_cluster_that_is_not_seen_to_stop_is_told(
 
 
 def run_states(dag: DAG, **conf: bool) -> dict[str, str]:
-    """Run the DAG; its tasks' states, and its own by its id."""
+    """Run the DAG; return the states of its tasks and of the run, by id."""
     run = dag.test(run_conf=conf)
     states = {ti.task_id: ti.state for ti in run.get_task_instances()}
     return {**states, dag.dag_id: run.state}

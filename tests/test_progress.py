@@ -1,4 +1,4 @@
-"""`waiting/progress.py`: a query is polled often, and logged seldom."""
+"""`waiting/progress.py`: a query is polled often, and its progress is logged rarely."""
 
 from types import SimpleNamespace
 
@@ -27,7 +27,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def minutes_logged(clock: Clock, begins: int, *, step: int = 1) -> list[float]:
-    """Return the ages in minutes at which a wait is logged that begins at an age in seconds."""
+    """Return the ages in minutes at which progress is logged, from an age in seconds on."""
     since, logged = clock.now, []
     clock.now = since + begins
     wait = Progress(since)

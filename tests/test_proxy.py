@@ -1,4 +1,4 @@
-"""Clusters in proxy mode: Polars Cloud passes the queries on, and all promises hold."""
+"""Clusters in proxy mode: Polars Cloud forwards the queries, and all promises hold."""
 
 import asyncio
 import time
@@ -34,12 +34,6 @@ SECONDS = 60.0
 pytestmark = pytest.mark.usefixtures("pc")
 
 
-@pytest.fixture(autouse=True)
-def told(caplog: pytest.LogCaptureFixture) -> None:
-    """The log tells what it tells in Airflow."""
-    caplog.set_level("INFO", "polars_remote")
-
-
 def submit(ctx: Any, uri: str = FILE, frame: pl.LazyFrame = TWO_ROWS) -> Any:
     return frame.remote(ctx).single_node().sink_parquet(uri)
 
@@ -51,7 +45,7 @@ def submit_and_freeze() -> Iterator[None]:
 
 
 def defer(emulator: RunningEmulator, supervisor: Supervisor, start_try: StartTry) -> QueryTrigger:
-    """Defer a task whose query takes a minute, and give its trigger."""
+    """Defer a task whose query takes a minute, and return its trigger."""
     emulator.add_fault("SubmitQuery", "query_takes", seconds=60)
     with pytest.raises(TaskDeferred) as deferred, start_try():  # noqa: PT012
         scope = current_scope()
@@ -66,7 +60,7 @@ def defer(emulator: RunningEmulator, supervisor: Supervisor, start_try: StartTry
 
 
 def first_event(trigger: PolarsCloudTrigger) -> Any:
-    """Return what the trigger fires first."""
+    """Return the trigger's first event."""
 
     async def fire() -> Any:
         return (await anext(aiter(trigger.run()))).payload

@@ -1,4 +1,4 @@
-"""`queries.py`, `cloud/plans.py`: a query is submitted once, by whichever route, and on record."""
+"""`queries.py`, `cloud/plans.py`: each query is recorded and submitted once, by every route."""
 
 import asyncio
 import os
@@ -75,20 +75,14 @@ BUILTIN_ERRORS = [FileNotFoundError, MemoryError, OSError, PermissionError, Type
 
 @pytest.fixture(autouse=True)
 def local_engine() -> Iterator[None]:
-    """A worker that is killed inside `pl.Config` never sets the engine of this process back."""
+    """Restore the engine, which a worker that is killed inside `pl.Config` does not do."""
     yield
     pl.Config.set_engine_affinity(None)
 
 
-@pytest.fixture(autouse=True)
-def told(caplog: pytest.LogCaptureFixture) -> None:
-    """The log tells what it tells in Airflow."""
-    caplog.set_level("INFO", "polars_remote")
-
-
 @pytest.fixture
 def ctx(pc: ModuleType, ti: Any, emulator: RunningEmulator) -> Iterator[Any]:
-    """A context inside the test's task; what it has not waited for is of no interest."""
+    """A context inside the test's task; unfinished queries are dropped."""
 
     class TestIsOver(Exception):
         pass
@@ -101,7 +95,7 @@ def ctx(pc: ModuleType, ti: Any, emulator: RunningEmulator) -> Iterator[Any]:
 
 @pytest.fixture
 def remote(ctx: Any) -> Any:
-    """A query that is ready to run on a cluster of one worker."""
+    """A remote query on a cluster of one worker."""
     return TWO_ROWS.remote(ctx).single_node()
 
 
@@ -110,7 +104,7 @@ def submit(ctx: Any, uri: str = FILE, frame: pl.LazyFrame = TWO_ROWS) -> Any:
 
 
 def stop_cluster(emulator: RunningEmulator, ctx: Any) -> None:
-    """As somebody else does; the context does not notice."""
+    """Stop the cluster as another user does; the context does not notice."""
     emulator.call("POST", f"compute/{get_cluster_id(ctx)}/stop")
 
 
@@ -122,7 +116,7 @@ def submit_as_somebody_else(pc: ModuleType, emulator: RunningEmulator, uri: str 
 
 
 def occupy_cluster(pc: ModuleType, emulator: RunningEmulator) -> None:
-    """Let each further query wait for its turn until it is canceled."""
+    """Occupy the cluster, so that each further query is queued until it is canceled."""
     emulator.add_fault("SubmitQuery", "query_hangs")
     submit_as_somebody_else(pc, emulator, None)
     eventually(lambda: query_statuses(emulator)[-1] == "InProgress")
@@ -187,11 +181,11 @@ ROUTES: dict[str, Callable[[Any], Any]] = {
     "default_context": lambda ctx: TWO_ROWS.remote().execute(),
     "two_sinks_at_once": sink_two_at_once,
 }
-"""Of a query through a context; one that has not waited returns the query."""
+"""Ways to submit a query through a context; a route that does not wait returns the query."""
 
 
 def take(route: str, ctx: Any) -> None:
-    """Submit a query by a route, and wait for it."""
+    """Submit a query by a route, and wait for its end."""
     returned = ROUTES[route](ctx)
     for query in returned if isinstance(returned, list) else [returned]:
         if hasattr(query, "await_result"):
@@ -296,7 +290,7 @@ def test_by_each_route_a_query_is_canceled_and_the_cluster_stopped_when_a_user_m
 
 @contextmanager
 def restored_handler(number: signal.Signals, handler: Any) -> Iterator[None]:
-    """Handle a signal in the body, as Airflow's task runner does."""
+    """Handle a signal in the body as Airflow's task runner does."""
     before = signal.signal(number, handler)
     try:
         yield
@@ -305,7 +299,7 @@ def restored_handler(number: signal.Signals, handler: Any) -> Iterator[None]:
 
 
 def has_submitted(supervisor: Supervisor) -> bool:
-    """Whether the task knows the id of its query."""
+    """Return whether the task has recorded the id of its query."""
     return any(
         query.get("query_id")
         for task in entries(supervisor, "task")
@@ -666,7 +660,7 @@ def test_a_query_of_several_sinks_shares_no_destination_with_another(
     with pytest.raises(QueryRefusedError, match=f"write to {FILE}"):
         take(second, ctx)
     if first == "sink_parquet":
-        submit(ctx, OTHER_FILE).await_result()  # which was given back
+        submit(ctx, OTHER_FILE).await_result()  # which was released
     assert "Failed" not in query_statuses(emulator)
 
 
@@ -689,7 +683,7 @@ def test_of_two_threads_that_submit_one_destination_at_once_one_is_refused(
         [task] = entries(supervisor, "task")
         assert task["queries"][FILE]["query_id"] == get_query_id(query)
         with pytest.raises(QueryRefusedError, match=get_query_id(query)):
-            submit(ctx)  # the refused one has not given back what was never its own
+            submit(ctx)  # the refused block has not released the other block's use
         raise KeyError
     assert calls(emulator, "SubmitQuery") == 1
     assert query_statuses(emulator) in (["Canceled"], ["Success"])
@@ -823,7 +817,7 @@ def test_a_cluster_that_is_known_to_have_stopped_is_started_again(
     assert ctx.get_status().name == ctx.get_status().name == "STOPPED"
     assert submit(ctx).await_result().location == [FILE]
     assert ctx.get_status().name == "IDLE"
-    assert first.get_status().name == "SUCCESS"  # asked of the cluster that it ran on
+    assert first.get_status().name == "SUCCESS"  # requested from the cluster that it ran on
     assert cluster_statuses(emulator) == ["Stopped", "Idle"]
 
 
@@ -1011,7 +1005,7 @@ def test_yesterdays_query_is_never_taken_for_the_one_whose_reply_was_lost(
     cluster = {**CLUSTER, "idle_timeout_mins": YEAR}
     with start_try(run_id="yesterday"), use_cluster(cluster, stop=False) as ctx:
         submit(ctx).await_result()
-    # From here on Polars Cloud's clock and the worker's differ by a day.
+    # From here on, the clocks of Polars Cloud and of the worker differ by a day.
     emulator.advance_clock(timedelta(days=1))
     with start_try(run_id="today"), use_cluster(cluster, stop=False) as ctx:
         emulator.add_fault("SubmitQuery", kind)
@@ -1029,7 +1023,7 @@ def test_a_query_whose_destination_merely_begins_alike_is_not_taken_for_the_lost
     def submit_another_tasks() -> None:
         eventually(lambda: calls(emulator, "SubmitQuery") == 2)
         submit_as_somebody_else(pc, emulator, by_day)
-        emulator.clear_faults()  # the connection of the first is reset
+        emulator.clear_faults()  # the first submission's connection is reset
 
     submit(ctx).await_result()
     emulator.add_fault("SubmitQuery", "stall")
@@ -1225,7 +1219,7 @@ def test_by_each_route_the_next_try_of_a_killed_worker_resumes_the_query(
 
 
 def let_pass(emulator: RunningEmulator, supervisor: Supervisor) -> None:
-    """Let the query end once the second try owns it."""
+    """End the query after the second try has adopted it."""
 
     def is_resumed() -> bool:
         return any(
@@ -1408,7 +1402,7 @@ def test_the_next_try_does_not_resume_the_temporary_result_of_other_code(
             yield
 
     kill(body)
-    # Two: the cluster's only worker is busy until the first query is ended with the task.
+    # Two: the cluster's only worker is busy until the first query is canceled.
     with start_try(2), use_cluster(CLUSTER, stop=False) as ctx:
         detach(ONE_ROW.remote(ctx).execute(blocking=False))
     eventually(lambda: query_statuses(emulator) == ["Canceled", "Success"])
@@ -1699,7 +1693,7 @@ def test_queries_without_a_context_run_on_the_cluster_of_their_own_coroutines_bl
 ) -> None:
     async def ask(name: str) -> None:
         with use_cluster({**CLUSTER, "name": name}):
-            await asyncio.sleep(0)  # the other one opens its block
+            await asyncio.sleep(0)  # the other thread opens its block
             query = TWO_ROWS.remote().single_node().sink_parquet(f"{DIRECTORY}{name}.parquet")
             await query.await_result_async()
 

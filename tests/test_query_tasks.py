@@ -1,4 +1,4 @@
-"""`query_tasks.py`: a task succeeds when the queries that it returns have succeeded."""
+"""`query_tasks.py`: a task succeeds when its returned queries have succeeded."""
 
 import asyncio
 import os
@@ -62,26 +62,20 @@ RESULT = {FILE: RESULTS[FILE]}
 
 
 @pytest.fixture(autouse=True)
-def told(
-    pc: ModuleType,
-    supervisor: Supervisor,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The log tells what it tells in Airflow, and a slow machine defers no short query."""
-    caplog.set_level("INFO", "polars_remote")
+def defer_late(pc: ModuleType, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Defer no short query, even on a slow machine."""
     monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 300.0)
 
 
 @pytest.fixture
 def deferring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task is deferred at once if its queries have not ended."""
+    """Defer a task at once if its queries have not ended."""
     monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.0)
 
 
 @pytest.fixture
 def hold(emulator: RunningEmulator) -> Callable[[], None]:
-    """Let the next query take until `end_held` lets it end."""
+    """Hold the next query until `end_held`."""
     return lambda: emulator.add_fault("SubmitQuery", "query_takes", seconds=HELD)
 
 
@@ -109,7 +103,7 @@ def ask_on_a_cluster_of_its_own() -> Any:
 
 
 def using(cluster: dict[str, Any], function: Callable[[Any], Any]) -> Callable[[], Any]:
-    """What a task runs whose cluster runs on."""
+    """Body of a task whose cluster is not stopped."""
 
     def ask() -> Any:
         with use_cluster(cluster, stop=False) as ctx:
@@ -120,7 +114,7 @@ def using(cluster: dict[str, Any], function: Callable[[Any], Any]) -> Callable[[
 
 @contextmanager
 def once_it_is_looked_at(emulator: RunningEmulator, act: Callable[[], None]) -> Iterator[None]:
-    """Act when the worker has looked at its query and is waiting for it."""
+    """Call a function when the worker has polled its query and waits."""
     looks = calls(emulator, "GetQueryStatus")
 
     def wait_and_act() -> None:
@@ -165,7 +159,7 @@ def ask_for_a_tuple(ctx: Any) -> Any:
 
 
 SHAPES: list[tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = [
-    # What is returned for it, made of what stands for the one query and for the other.
+    # The return value, made from placeholders of two queries.
     (ask_for_one, lambda one, other: one),
     (ask_for_a_list, lambda one, other: [one, other]),
     (ask_for_a_dict, lambda one, other: {"all": one, "first": other}),
@@ -188,7 +182,7 @@ in_each_shape = pytest.mark.parametrize(
 
 
 def extra(task: TriedTask, asset: Asset = REPORTS) -> Any:
-    """What the task tells of an asset with its event."""
+    """Return the extra of the task's asset event."""
     return task.context["outlet_events"][asset].extra
 
 
@@ -366,7 +360,7 @@ def test_the_cluster_of_a_short_query_is_stopped(
 
 @pytest.fixture
 def event_loop() -> Iterator[None]:
-    """A loop that is closed: Airflow's own is left to the end of the task's process."""
+    """A new event loop, closed at the end; Airflow leaves its own open until the process ends."""
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     yield
@@ -457,7 +451,7 @@ def test_polars_cloud_is_not_called_for_results_from_a_cluster_that_nobody_stops
     hold()
     deferral_of(task.run)
     end_held()
-    # Outside this test the worker's process ends with the deferral, and its threads with it.
+    # In Airflow, the worker's process and its threads end with the deferral.
     eventually(lambda: all(each.name != "polars-cloud-wait" for each in threading.enumerate()))
     before = len(emulator.journal())
     assert task.resume({"results": RESULT}) == [FILE]
@@ -593,7 +587,7 @@ def test_a_query_that_is_canceled_from_elsewhere_fails_the_task_for_good(
 
 
 def stop_cluster(emulator: RunningEmulator) -> str:
-    """Stop the only cluster, as somebody else would; its id."""
+    """Stop the only cluster, as another user does; return its id."""
     [cluster] = emulator.state()["clusters"]
     emulator.call("POST", f"compute/{cluster['id']}/stop")
     return str(cluster["id"])
@@ -651,7 +645,7 @@ def test_a_query_whose_cluster_was_stopped_as_it_was_submitted_is_submitted_anew
 
 
 def query_by_hand(cluster: dict[str, Any], uri: str = OTHER_FILE) -> Any:
-    """Submit a query on a context that is not of `use_cluster`."""
+    """Submit a query on a context that `use_cluster` did not create."""
     import polars_cloud
 
     with current_scope().session.turn():
@@ -774,7 +768,7 @@ def test_a_plain_task_may_not_return_a_query(
 def resume_stored(
     task: TriedTask, deferred: TaskDeferred, event: dict[str, Any] | None = None
 ) -> Any:
-    """Let the task go on with what Airflow itself has stored of its deferral."""
+    """Resume the task with the deferral that Airflow itself has stored."""
     return task._resume("resume", {**(deferred.kwargs or {}), "event": event or {}})
 
 
@@ -814,7 +808,9 @@ def test_without_its_record_a_query_whose_result_nobody_has_seen_is_lost(
     message = f"The record of the query for {lost} is gone. It may still run, but nobody waits"
     with pytest.raises(QueryLostError, match=message) as raised:
         resume_stored(task, deferred, {"results": seen})
-    assert not isinstance(raised.value, AirflowFailException)  # the next try asks anew
+    assert not isinstance(
+        raised.value, AirflowFailException
+    )  # the next try submits the query again
     assert query_statuses(emulator) == ["InProgress", "InProgress"]
     assert supervisor.variables == {}
 
@@ -858,7 +854,7 @@ def test_a_cluster_whose_use_is_still_on_record_is_stopped_although_its_task_is_
 
 @pytest.fixture
 def sigterm(emulator: RunningEmulator) -> Iterator[Callable[[TriedTask], None]]:
-    """Send SIGTERM to a task that waits in its worker, to Airflow's own handler."""
+    """Send SIGTERM to a task that waits in its worker, with Airflow's own handler."""
     before = signal.getsignal(signal.SIGTERM)
 
     def send(task: TriedTask) -> None:
@@ -930,13 +926,13 @@ def test_a_worker_that_is_shut_down_leaves_the_queries_of_its_task_to_the_next_t
 
 
 def ask_two_clusters() -> Any:
-    """Of two queries the first ends at once, and the other one is held."""
+    """Submit two queries to two clusters: the first ends at once, the second is held."""
     with use_cluster(CLUSTER) as shop, use_cluster(OTHER_CLUSTER) as warehouse:
         return [sink(shop), sink(warehouse, OTHER_FILE, ONE_ROW)]
 
 
 def stop_the_first_cluster(emulator: RunningEmulator) -> None:
-    """As its idle timeout does."""
+    """Stop the first cluster, as its idle timeout does."""
     eventually(lambda: query_statuses(emulator)[0] == "Success")
     [cluster_id] = (
         each["id"] for each in emulator.state()["clusters"] if each["manifest"] == "shop"
@@ -960,7 +956,7 @@ def test_a_result_outlives_its_cluster_while_the_task_is_deferred_for_another_qu
     task = TriedTask(ask_and_see_the_first_end)
     deferral_of(task.run)
     stop_the_first_cluster(emulator)
-    deferral_of(task.resume)  # handed back, as it is from time to time
+    deferral_of(task.resume)  # resumed, as happens after each trigger timeout
     end_held()
     assert task.resume() == [[FILE], [OTHER_FILE]]
     assert supervisor.variables == {}
@@ -1005,9 +1001,9 @@ def test_why_a_trigger_has_failed_is_logged(
     end_held()
     lines = ["Traceback (most recent call last):\n", "ValueError: not a time\n"]
     assert task.resume_without_trigger("Trigger failure", traceback=lines) == [FILE]
-    told = [each.message for each in caplog.records if each.levelname == "WARNING"]
-    assert told[:2] == [line.rstrip() for line in lines]
-    assert "(ValueError: not a time)" in told[2]
+    warnings = [each.message for each in caplog.records if each.levelname == "WARNING"]
+    assert warnings[:2] == [line.rstrip() for line in lines]
+    assert "(ValueError: not a time)" in warnings[2]
 
 
 @pytest.mark.usefixtures("deferring")
@@ -1060,8 +1056,8 @@ def test_what_the_function_tells_of_an_asset_survives(
 @pytest.mark.usefixtures("deferring")
 def test_what_airflow_can_store_of_an_asset_survives(hold: Callable[[], None]) -> None:
     def ask_and_tell() -> Any:
-        told: Any = {"day": date(2026, 1, 2)}
-        get_current_context()["outlet_events"][REPORTS].extra = told
+        extra: Any = {"day": date(2026, 1, 2)}
+        get_current_context()["outlet_events"][REPORTS].extra = extra
         return ask()
 
     task = TriedTask(ask_and_tell, outlets=[REPORTS])
@@ -1193,7 +1189,7 @@ def query_region(region: str, *, factor: int = 1) -> dict[str, Any]:
 
 @pytest.fixture
 def dag() -> DAG:
-    """Each way to use the decorator."""
+    """A DAG with each way to use the decorator."""
     with DAG("shop", schedule=None) as dag:
         query_region("North").set_upstream(query_once())
         query_once.override(task_id="overridden", retries=7, outlets=[REPORTS])()

@@ -1,4 +1,4 @@
-"""`ownership/record.py`: who owns which query and which cluster is on record, for everybody."""
+"""`ownership/record.py`: the record of the owners of queries and clusters."""
 
 import json
 import os
@@ -42,7 +42,7 @@ RUN = OWNER._replace(task_id="start_cluster", whole_run=True)
     autouse=True,
 )
 def lists_variables(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Airflow does from 3.3 on, and as it did before."""
+    """With and without a list of Variables, as in Airflow 3.3 and in older versions."""
     monkeypatch.setattr(variable_keys, "LISTS_VARIABLES", request.param)
 
 
@@ -59,7 +59,7 @@ def put_task(owner: Owner, ti_id: str = "1") -> str:
 
 
 def is_used(besides: Owner, manifest: str = "shop") -> bool:
-    """Whether anybody besides this owner uses the cluster."""
+    """Return whether another owner uses the cluster."""
     use = ClusterUse(besides, "polars_cloud", manifest)
     return has_other_users(CloudSession("polars_cloud"), use)
 
@@ -246,7 +246,7 @@ OLD_TASK = {
     "waits_for": {},
     "deadline": None,
 }
-"""An entry by the release before the second."""
+"""An entry in the format of the first release."""
 OLD_WAIT = {
     "returned": {"polars_cloud_query": "s3://bucket/two"},
     "since": 2.5,
@@ -258,7 +258,7 @@ OLD_USE = {"owner": list(OWNER), "manifest": "shop", "conn_id": "polars_cloud"}
 
 
 def contains(new: Any, old: Any) -> bool:
-    """Whether the new entry has all that is in the old one, and the same."""
+    """Return whether the new entry contains each item of the old one."""
     if isinstance(old, dict):
         return all(key in new and contains(new[key], value) for key, value in old.items())
     return bool(new == old)
@@ -266,7 +266,7 @@ def contains(new: Any, old: Any) -> bool:
 
 def test_an_entry_of_the_release_before_is_read(supervisor: Supervisor) -> None:
     key = record.task_key(OWNER, "1")
-    record.put(key, TaskRecord(OWNER, "polars_cloud"))  # where Variables are not listed
+    record.put(key, TaskRecord(OWNER, "polars_cloud"))  # on an Airflow that cannot list Variables
     supervisor.variables[key] = json.dumps(OLD_TASK | {"waits_for": OLD_WAIT})
     query = QueryRecord("cluster-1", "shop", ["query-0"])
     submitted = QueryRecord(
@@ -306,7 +306,7 @@ def test_the_release_before_finds_all_that_it_needs(
     record.put(key, TaskRecord.load(OLD_TASK | {"waits_for": waits_for}))
     written = json.loads(supervisor.variables[key])
     assert contains(written, OLD_TASK | {"waits_for": waits_for})
-    # It takes each key that it finds for a fact, and `{}` for no wait.
+    # It takes each key as set, and `{}` as no wait.
     assert not OLD_SUBMITTED.keys() & written["queries"]["s3://bucket/two"].keys()
     assert bool(written["waits_for"]) is bool(waits_for)
 
@@ -373,7 +373,7 @@ def test_a_task_uses_a_cluster_until_airflow_has_ended_it(
     supervisor.states["manual__1"]["other"] = state
     key = put_use(OWNER._replace(task_id="other"))
     assert is_used(OWNER) is is_active
-    # Whoever stops the cluster erases it, or the sweep does.
+    # The user that stops the cluster, or the sweep, erases it.
     assert key in supervisor.variables
 
 
@@ -419,7 +419,7 @@ def test_the_user_of_another_cluster_is_no_user_of_this_one(supervisor: Supervis
 
 @contextmanager
 def airflows_own_line_to(supervisor: Supervisor, answers: Event) -> Iterator[Event]:
-    """Airflow's own way from a task to its supervisor; gives the sign that a call has come in."""
+    """Airflow's connection from a task to its supervisor; yields an event that a call sets."""
     near, far = socketpair()
     called = Event()
 

@@ -1,4 +1,4 @@
-"""`cloud/retry.py`: what passes is retried, what does not is an error at once."""
+"""`cloud/retry.py`: temporary errors are retried, others are raised at once."""
 
 import signal
 import sys
@@ -40,7 +40,7 @@ def query(pc: ModuleType) -> Any:
 
 @pytest.fixture
 def session(pc: ModuleType, supervisor: Supervisor) -> CloudSession:
-    """The calls of a task, which has logged in."""
+    """Session of a task that has logged in."""
     session = CloudSession("polars_cloud")
     session.log_in()
     return session
@@ -68,7 +68,7 @@ def test_an_http_error_that_may_pass_is_waited_for(
 
 
 def test_too_many_requests_are_waited_for() -> None:
-    # The client itself asks five times, for ten seconds.
+    # The client itself tries five times, within ten seconds.
     assert is_transient(ValueError("Status 429 Too Many Requests with body: "))
 
 
@@ -204,7 +204,9 @@ def test_an_outage_that_ends_just_within_the_budget_is_survived(
     began = time.monotonic()
 
     def is_back() -> bool:
-        if time.monotonic() < began + 1.9:  # the pauses double: 0.2, 0.6, 1.4 s and then too late
+        if (
+            time.monotonic() < began + 1.9
+        ):  # the delays double: attempts at 0.2, 0.6 and 1.4 s; the next would be too late
             raise ConnectionError
         return True
 
@@ -214,7 +216,7 @@ def test_an_outage_that_ends_just_within_the_budget_is_survived(
 def test_an_outage_that_outlasts_the_time_limit_is_an_error(
     query: Any, emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Each of these calls is the last that the limit leaves time for.
+    # Each of these calls is the last one within the limit.
     monkeypatch.setattr("polars_remote.cloud.retry.LAST_TRY_SECONDS", 60.0)
     fault = {"kind": "grpc_error", "code": "UNAVAILABLE", "message": "down", "times": 1_000}
     emulator.add_fault("GetQueryStatus", **fault)

@@ -1,4 +1,4 @@
-"""Which types the files of the shop's tables may have: right rows, or a refusal in words."""
+"""Column types of the shop's files: right rows, or an error that names the column."""
 
 import importlib
 import sys
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("pc")
 
 @pytest.fixture(scope="module")
 def tables() -> dict[str, pl.DataFrame]:
-    """Two days of the sample data, of which `sales` loses odd quantities."""
+    """Two days of the sample data; `sales` without odd quantities."""
     days = pl.col("date") > DAY - timedelta(days=2)
     tables = {name: table.filter(days) for name, table in shop_tables(DAY).items()}
     return {**tables, "sales": tables["sales"].filter(pl.col("quantity") > 0)}
@@ -42,7 +42,7 @@ def tables() -> dict[str, pl.DataFrame]:
 def write(
     emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch, tables: dict[str, pl.DataFrame]
 ) -> Callable[..., None]:
-    """Write the tables, of which `sales` has two files, to the data location."""
+    """Write the tables to the data location, `sales` as two files."""
     monkeypatch.setattr(shop, "DATA", DATA)
     monkeypatch.setattr(preflight, "DATA", DATA)
 
@@ -56,7 +56,7 @@ def write(
 
 
 def sum_sales(sales: pl.LazyFrame) -> pl.LazyFrame:
-    """A query that reads a column of each type of the schema."""
+    """Return a query that reads a column of each type of the schema."""
     return (
         sales.filter(pl.col("date") == DAY, pl.col("status") == "completed")
         .group_by("product")
@@ -74,7 +74,7 @@ def cast(column: str, kind: pl.DataType | type[pl.DataType]) -> Edit:
 
 
 def date_as(kind: pl.Datetime, hour: int = 0) -> Edit:
-    """The date as a moment of that day in the zone of the type."""
+    """Return an expression for a time on that date, in the type's time zone."""
     moment = pl.col("date").cast(pl.Datetime(kind.time_unit)) + pl.duration(hours=hour)
     return lambda sales: sales.with_columns(date=moment.dt.replace_time_zone(kind.time_zone))
 
@@ -191,7 +191,7 @@ REFUSED_IN_A_LATER_FILE: dict[str, tuple[Edit, str]] = {
     **{
         name: (edit, f"{LATER}: {problem}")
         for name, (edit, problem) in REFUSED_IN_ALL_FILES.items()
-        if name != "a date without values"  # there is no row of it
+        if name != "a date without values"  # the file has no row
     },
 }
 

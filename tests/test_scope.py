@@ -1,4 +1,4 @@
-"""`ownership/scope.py`, `kills.py`: what a task has started ends with the task alone."""
+"""`ownership/scope.py`, `kills.py`: queries and clusters of a task end with the task."""
 
 import asyncio
 import os
@@ -10,7 +10,6 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from threading import Event
-from types import ModuleType
 from typing import Any
 
 import polars as pl
@@ -42,12 +41,6 @@ ENDED = ["failed", "success", "skipped", "restarting", "upstream_failed", "remov
 NOT_ENDED = ["running", "queued", "scheduled", "up_for_retry", None]
 
 Hang = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def info_log(pc: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
-    """The log has the lines that it has in Airflow."""
-    caplog.set_level("INFO", "polars_remote")
 
 
 def test_a_second_copy_of_the_library_is_warned_of(
@@ -82,7 +75,7 @@ def submit(ctx: Any, uri: str = FILE) -> Any:
 
 @pytest.fixture
 def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task soon gives up a query that it has forgotten."""
+    """Wait only briefly for a query that the task has not returned."""
     monkeypatch.setattr("polars_remote.waiting.deferral.IN_WORKER_SECONDS", 0.1)
 
 
@@ -218,7 +211,7 @@ def test_a_cancel_that_fails_is_logged_and_the_query_stays_on_record_for_the_nex
     [entry] = entries(supervisor, "task")
     assert entry["queries"][FILE]["query_id"] == get_query_id(query)
 
-    # The task has failed: its next try asks for everything anew.
+    # The task has failed, so its next try submits all queries again.
     with pytest.raises(ConnectionError, match="An earlier try's queries still run"), start_try(2):
         raise AssertionError("the body ran beside the query of the first try")
     emulator.clear_faults()
@@ -302,7 +295,7 @@ def test_a_thread_that_outlives_its_task_submits_nothing(
 
 @pytest.fixture
 def sigterm(emulator: RunningEmulator) -> Iterator[Callable[[Any], None]]:
-    """Let Airflow's own handler run in a try while it waits for its query."""
+    """Send SIGTERM to a try that waits for its query, with Airflow's own handler."""
     before = signal.getsignal(signal.SIGTERM)
 
     def send(ti: Any) -> None:
@@ -404,7 +397,7 @@ def test_a_coroutine_that_is_cancelled_as_its_worker_shuts_down_leaves_everythin
     with start_try(raises=asyncio.CancelledError) as ti, use_cluster(CLUSTER) as ctx:
         hang(ctx)
         supervisor.states["manual__1"]["run_query"] = "running"
-        with suppress(TaskKilled):  # Airflow's loop turns the one into the other
+        with suppress(TaskKilled):  # Airflow's event loop converts one exception into the other
             ti.task.on_kill()
         raise asyncio.CancelledError
     assert [query["cancels"] for query in emulator.state()["queries"]] == [0]
@@ -432,7 +425,7 @@ def test_sigterm_while_airflow_does_not_answer_leaves_everything_to_the_next_try
     with start_try(2), use_cluster(CLUSTER) as ctx:
         second = hang(ctx)
         assert get_query_id(second) == get_query_id(first)
-        second.cancel()  # nobody has to wait for it before the cluster stops
+        second.cancel()  # its end need not be awaited before the cluster stops
         detach(second)
 
 
@@ -462,7 +455,7 @@ def test_ending_takes_no_longer_than_airflow_waits_after_sigterm(
         emulator.add_fault("GetQueryStatus", "stall", times=1_000)
         ti.task.on_kill()
     assert f"Could not end query {get_query_id(query)} for {FILE}" in caplog.text
-    # Left to whoever comes next, and no longer to be resumed.
+    # Still on record for the next process, and not resumable.
     assert [entry["over"] for entry in entries(supervisor, "task")] == [True]
 
 
@@ -616,7 +609,7 @@ def test_what_the_next_try_has_not_resumed_ends_with_it(
 
     kill(body)
     with start_try(2):
-        pass  # its code has no query any more
+        pass  # its code no longer submits a query
     assert query_statuses(emulator) == ["Canceled"]
     assert supervisor.variables == {}
 

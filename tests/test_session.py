@@ -1,4 +1,4 @@
-"""`cloud/session.py`: the login of a Connection, its turns in one process, and the workspace."""
+"""`cloud/session.py`: logins of Connections, their turns in one process, and the workspace."""
 
 from collections.abc import Callable
 from functools import partial
@@ -28,7 +28,7 @@ Calls = dict[str, Callable[[], object]]
 def connections(
     emulator: RunningEmulator, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two Connections, each with an account of its own, and a process that has not logged in."""
+    """Two Connections with different accounts, in a process that has not logged in."""
     client_id, secret = emulator.add_service_account("second")
     monkeypatch.setenv("AIRFLOW_CONN_SECOND", f"http://{client_id}:{secret}@")
     monkeypatch.setattr(sessions, "_login", type(sessions._login)())
@@ -36,7 +36,7 @@ def connections(
 
 @pytest.fixture
 def list_with(pc: ModuleType) -> Calls:
-    """The call that is made with each Connection, and only with this one."""
+    """Return a call, by Connection, that succeeds only with its account."""
     return {FIRST: pc.Workspace.list, SECOND: pc.Organization.list}
 
 
@@ -49,13 +49,13 @@ def call_in_turn(list_with: Calls, conn_id: str) -> None:
 
 
 def in_threads(function: Callable[[str], None], conn_ids: list[str]) -> None:
-    """Call the function with each Connection's id, all at the same time."""
+    """Call the function with each Connection's id, concurrently."""
     for thread in [start_thread(partial(function, conn_id)) for conn_id in conn_ids]:
         thread.result(SECONDS)
 
 
 def callers(emulator: RunningEmulator, name: str) -> list[str]:
-    """Return whose token came with each call whose path ends in this name."""
+    """Return the account of each call whose path ends in this name."""
     return [each["account"] for each in emulator.journal() if each["path"].endswith(f"/{name}")]
 
 
@@ -134,7 +134,7 @@ def test_a_turn_inside_a_turn_of_the_same_account_waits_for_nobody(list_with: Ca
     with CloudSession(FIRST).turn():
         other = start_thread(partial(call_in_turn, list_with, SECOND))
         eventually(lambda: waiting() == [SECOND], SECONDS)
-        inner = start_thread(partial(call_in_turn, list_with, FIRST))  # in this turn, too
+        inner = start_thread(partial(call_in_turn, list_with, FIRST))  # within the same turn, too
         inner.result(SECONDS)
         call_in_turn(list_with, FIRST)
         assert not other.done()
@@ -173,7 +173,7 @@ def test_an_account_that_is_always_busy_does_not_keep_another_one_from_its_turn(
     eventually(lambda: turns or waiting() == [SECOND, FIRST], SECONDS)
     may_end.set()
     busy.result(SECONDS)
-    take_turn(FIRST)  # before any thread that has waited can have noticed
+    take_turn(FIRST)  # before a waiting thread can continue
     for thread in (second, late):
         thread.result(SECONDS)
     assert turns == [SECOND, FIRST, FIRST]

@@ -1,4 +1,4 @@
-"""`settings.py`: each variable has a default, and a wrong value is refused in one sentence."""
+"""`settings.py`: each variable has a default, and a wrong value raises a one-sentence error."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def read_settings() -> ModuleType:
-    """Read the variables as a new process does; the module that everybody imports stays."""
+    """Read the variables as a new process does, and leave the imported module unchanged."""
     assert settings.__file__ is not None
     spec = spec_from_file_location(settings.__name__, settings.__file__)
     assert spec is not None

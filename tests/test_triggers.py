@@ -1,4 +1,4 @@
-"""`waiting/triggers.py` and `waiting/in_triggerer.py`: many tasks wait in one process."""
+"""`waiting/triggers.py`, `waiting/in_triggerer.py`: many tasks wait in one process."""
 
 import asyncio
 import contextlib
@@ -47,15 +47,14 @@ Defer = Callable[..., PolarsCloudTrigger]
 
 
 @pytest.fixture(autouse=True)
-def at_once(pc: ModuleType, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
-    """Triggers fire as soon as there is news; the log shows what it shows in Airflow."""
+def fire_at_once(pc: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let triggers fire without delay."""
     monkeypatch.setattr(deferral, "LONGEST_RESUME_DELAY", 0.0)
-    caplog.set_level("INFO", "polars_remote")
 
 
 @pytest.fixture
 def defer(emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor) -> Defer:
-    """Make a task with two queries, each of a minute unless told otherwise, and defer it."""
+    """Defer a task with two queries, each of a minute by default."""
 
     def defer(fault: str = "query_takes", try_number: int = 1, **fields: Any) -> PolarsCloudTrigger:
         fields = fields or ({"seconds": 60} if fault == "query_takes" else {})
@@ -75,14 +74,14 @@ def defer(emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
 
 
 def import_class(path: str) -> type[PolarsCloudTrigger]:
-    """Import a trigger as the triggerer does, by the path that Airflow has stored."""
+    """Import a trigger by the path that Airflow has stored, as the triggerer does."""
     module, _, name = path.rpartition(".")
     found: type[PolarsCloudTrigger] = getattr(importlib.import_module(module), name)
     return found
 
 
 def sent_to_triggerer(trigger: PolarsCloudTrigger) -> PolarsCloudTrigger:
-    """Return the trigger as the triggerer makes it of what Airflow has stored."""
+    """Return the trigger as the triggerer creates it from Airflow's database."""
     path, arguments = trigger.serialize()
     made = import_class(path)(**json.loads(json.dumps(arguments)))
     assert type(made) is type(trigger)
@@ -90,7 +89,7 @@ def sent_to_triggerer(trigger: PolarsCloudTrigger) -> PolarsCloudTrigger:
 
 
 def first_event(trigger: PolarsCloudTrigger) -> Any:
-    """Return what the trigger fires first."""
+    """Return the trigger's first event."""
 
     async def fire() -> TriggerEvent:
         async for event in trigger.run():
@@ -102,7 +101,7 @@ def first_event(trigger: PolarsCloudTrigger) -> Any:
 
 @contextlib.contextmanager
 def running(trigger: PolarsCloudTrigger) -> Iterator[list[Any]]:
-    """Run the trigger in a thread, and give what it has fired."""
+    """Run the trigger in a thread, and yield its events."""
     fired: list[Any] = []
     with ThreadPoolExecutor(1) as thread:
         done = thread.submit(lambda: fired.append(first_event(trigger)))
@@ -111,13 +110,13 @@ def running(trigger: PolarsCloudTrigger) -> Iterator[list[Any]]:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Wait for a condition, and let the event loop go on meanwhile."""
+    """Wait for a condition without blocking the event loop."""
     while not condition():
         await asyncio.sleep(0.02)
 
 
 def in_loop(act: Callable[[], Awaitable[None]]) -> None:
-    """Run what a triggerer does."""
+    """Run a coroutine in an event loop, as the triggerer does."""
     asyncio.run(asyncio.wait_for(act(), SECONDS))
 
 
@@ -195,7 +194,7 @@ def test_a_trigger_cancels_the_queries_of_a_task_that_is_out_of_time(
     trigger.resume_at = trigger.deadline = time.time()
     assert first_event(trigger) == {"results": {}}
     assert query_statuses(emulator) == ["Canceled", "Canceled"]
-    # The task itself does the rest.
+    # The resumed task does the rest.
     assert cluster_statuses(emulator) == ["Idle"]
     assert entries(supervisor, "task")
 
@@ -393,7 +392,7 @@ def test_a_triggerer_that_stops_cancels_nothing(
 def cancel_until_done(
     trigger: PolarsCloudTrigger, polls: Callable[[], object] = lambda: True
 ) -> None:
-    """Run a trigger, and cancel it again and again as Airflow 3.2 does."""
+    """Run a trigger, and cancel it repeatedly, as Airflow 3.2 does."""
 
     async def cancel() -> None:
         run = asyncio.ensure_future(anext(aiter(trigger.run())))
@@ -415,7 +414,7 @@ EndDeferred = Callable[[PolarsCloudTrigger, str | None], None]
 def end_deferred(
     monkeypatch: pytest.MonkeyPatch, emulator: RunningEmulator, supervisor: Supervisor
 ) -> EndDeferred:
-    """Change the state of a task whose trigger polls, and let Airflow 3.2 tell its trigger."""
+    """Change the state of a deferred task, and cancel its trigger as Airflow 3.2 does."""
     monkeypatch.setattr(triggers, "TELLS_TRIGGERS", False)
     monkeypatch.setattr(in_triggerer, "LAST_LINES_SECONDS", SECONDS)
 
@@ -556,7 +555,7 @@ def test_a_trigger_tells_why_the_cluster_has_not_started(emulator: RunningEmulat
 
 
 class Sweeps:
-    """The sweeps that have begun and ended, and what each has left."""
+    """Sweeps that have begun and ended, and the orphans that each one could not end."""
 
     def __init__(self) -> None:
         self.begun = 0
@@ -566,14 +565,14 @@ class Sweeps:
 
 
 task_of_log = ContextVar("task_of_log", default="nobody's")
-"""Stands for Airflow's own variable, by which the triggerer writes into a task's log."""
+"""Stands for Airflow's own variable, which selects a task's log in the triggerer."""
 
 
 @pytest.fixture
 def sweeps(
     monkeypatch: pytest.MonkeyPatch, pc: ModuleType, supervisor: Supervisor
 ) -> Iterator[Sweeps]:
-    """Sweep all the time, and let the last sweep end before the test does."""
+    """Sweep continuously; the last sweep ends before the test does."""
     sweeps = Sweeps()
 
     def count(run: str = "", *, besides: Collection[str] = ()) -> list[Left]:
@@ -595,7 +594,7 @@ def sweeps(
 
 
 def sweep_until(condition: Callable[[], object]) -> None:
-    """Let a triggerer, in which another task waits, sweep until the condition holds."""
+    """Sweep, in a triggerer in which another task waits, until the condition holds."""
 
     async def wait() -> None:
         with watching_task("polars_cloud/task/other"):
@@ -613,7 +612,7 @@ def leave_orphan(
     file: str = FILES[0],
     **options: Any,
 ) -> None:
-    """Run a plain task whose worker is killed in the middle of its query."""
+    """Run a plain task whose worker is killed while its query runs."""
 
     def body() -> Iterator[None]:
         with use_cluster(CLUSTER | {"name": task_id}) as ctx:
@@ -627,7 +626,7 @@ def leave_orphan(
 
 
 def rewrite(supervisor: Supervisor, task_id: str, **fields: Any) -> None:
-    """Change fields of all entries of a task."""
+    """Change fields in all entries of a task."""
     for key, value in supervisor.variables.items():
         entry = json.loads(value)
         if entry["owner"][2] == task_id:

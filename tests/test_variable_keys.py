@@ -1,4 +1,4 @@
-"""`compat/variable_keys.py`: the record's keys are found where Airflow lists no Variables."""
+"""`compat/variable_keys.py`: the record's keys, on an Airflow that cannot list Variables."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ USERS = f"polars_cloud/cluster/{record.digest('shop')}/"
 
 @pytest.fixture(autouse=True)
 def lists_no_variables(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An Airflow before 3.3."""
+    """Behave as an Airflow before 3.3."""
     monkeypatch.setattr(variable_keys, "LISTS_VARIABLES", False)
 
 
@@ -75,7 +75,7 @@ class Unwritable(dict[str, str]):
 def test_what_another_writer_undoes_is_repeated(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, change: Callable[[str], None]
 ) -> None:
-    """Another task has read a list before this one writes it, and writes it afterwards."""
+    """Another task reads a list before this task writes it, and writes the list later."""
     key = use_key(OWNER)
     if change is variable_keys.remove:
         variable_keys.add(key)

@@ -1,4 +1,4 @@
-"""Every version is the same wherever it is named, and the locks are complete."""
+"""Each version is the same in all files, and the locks are complete."""
 
 import re
 import tomllib
@@ -30,7 +30,7 @@ def minor(full: str) -> str:
 
 
 def pythons() -> list[str]:
-    """The Pythons that the Makefile takes, newest first."""
+    """Python versions that the Makefile accepts, newest first."""
     [found] = re.findall(r"^PYTHON_VERSIONS := (.*)", read("Makefile"), re.MULTILINE)
     return str(found).split()
 

@@ -33,16 +33,16 @@ StartTry = Callable[..., AbstractContextManager[RuntimeTaskInstance]]
 
 
 class Supervisor:
-    """In place of the process that stands between a task and Airflow.
+    """Stands for the process between a task and Airflow.
 
     Attributes
     ----------
     variables
         Airflow's Variables.
     states
-        By run, the states of its tasks as Airflow names them: `task` or, mapped, `task_0`.
+        Task states by run and by name: `task`, or `task_0` if it is mapped.
     knows_states
-        Cleared while Airflow does not tell the states of tasks.
+        Event that is cleared while Airflow does not return task states.
     """
 
     def __init__(self) -> None:
@@ -111,22 +111,22 @@ def start_try(
     raises: type[BaseException] | None = None,
     match: str | None = None,
 ) -> Iterator[RuntimeTaskInstance]:
-    """Run the body as a try of a task, on the supervisor that is set.
+    """Run the body as a try of a task, with the current supervisor.
 
-    A try in the body of another one stands for a task on another worker.
+    A try inside the body of another try stands for a task on another worker.
 
     Parameters
     ----------
     upstream
         Id of the task before this one.
     task
-        The operator; one that does nothing unless given.
+        The operator; by default, one that does nothing.
     resumes
-        Id of the try, if this is one that was deferred and goes on.
+        Id of the deferred try to resume.
     scope
-        Whether the body is logged in, as below `@authenticate`.
+        True to run the body logged in, as below `@authenticate`.
     raises, match
-        The error that the try is to end with.
+        The error that must end the try.
     """
     from airflow.sdk.execution_time.task_runner import SUPERVISOR_COMMS
 
@@ -150,7 +150,7 @@ def start_try(
     context["dag_run"] = SimpleNamespace(
         clear_number=clear_number, start_date=run_start, run_after=datetime.now(UTC)
     )
-    if resumes:  # not before there is a context, which would be made from it
+    if resumes:  # not before a context exists, which would be created from it
         ti._ti_context_from_server = SimpleNamespace(next_method="resume")  # type: ignore[assignment]
     states, name = SUPERVISOR_COMMS.states[run_id], _name(task.task_id, map_index)  # type: ignore[attr-defined]
     states[name] = "running"
@@ -162,7 +162,7 @@ def start_try(
                 yield ti
             states[name] = "success"
         except TaskKilled:
-            raise  # whoever killed it has set the state
+            raise  # the test has set the state of a killed task
         except TaskDeferred:
             states[name] = "deferred"
             raise
@@ -180,15 +180,15 @@ def logged_in(conn_id: str) -> Iterator[TaskScope]:
 
 
 class FrozenTry(Generic[T]):
-    """A try whose worker stands still in the middle of it: for ever, unless it wakes up.
+    """A try whose worker is frozen, until `wake`.
 
-    To everybody else a worker that never wakes up is one that got SIGKILL: nothing of the end of
-    the try is run, no `finally` either.
+    Others cannot tell a worker that never wakes up from one that got SIGKILL: no code at the end
+    of the try runs, not even a `finally`.
 
     Attributes
     ----------
     result
-        What the body yielded when its worker stood still.
+        Value that the body yielded when its worker froze.
     """
 
     def __init__(self, body: Callable[[], Iterator[T]], conn_id: str) -> None:
@@ -202,7 +202,7 @@ class FrozenTry(Generic[T]):
         self.result = self._stood_still.result()
 
     def wake(self, error: BaseException) -> None:
-        """Raise the error where the try stood still, and wait for the end of the try."""
+        """Raise the error where the try is frozen, and wait for the end of the try."""
         with set_current_context(self._context):
             self._woken.set_exception(error)
             self._thread.join()
@@ -228,7 +228,7 @@ def freeze(
     conn_id: str = "polars_cloud",
     **options: Any,
 ) -> FrozenTry[T]:
-    """Run the body as a try, and let its worker stand still where it yields."""
+    """Run the body as a try, and freeze its worker where the body yields."""
     from airflow.sdk.execution_time.task_runner import SUPERVISOR_COMMS
 
     with start_try(try_number, scope=False, **options) as ti:
@@ -239,17 +239,17 @@ def freeze(
 
 
 def kill(body: Callable[[], Iterator[T]], try_number: int = 1, **options: Any) -> T:
-    """Run the body as a try, and kill its worker where it yields; what it yielded."""
+    """Run the body as a try, kill its worker where it yields, and return the yielded value."""
     return freeze(body, try_number, **options).result
 
 
 class TriedTask:
-    """A `@query_task`, whose tries run on workers that parse its DAG anew each time.
+    """A `@query_task`, each of whose tries runs on a worker that parses its DAG again.
 
     Attributes
     ----------
     operator, ti, context
-        Of the latest try.
+        Those of the latest try.
     """
 
     def __init__(
@@ -263,16 +263,16 @@ class TriedTask:
         self._number = 1
 
     def run(self, try_number: int = 1, **options: Any) -> Any:
-        """Start a try; what the task returns."""
+        """Run a try, and return the task's return value."""
         self._number = try_number
         return self._run(lambda context: self.operator.execute(context), **options)
 
     def resume(self, event: dict[str, Any] | None = None) -> Any:
-        """Let the latest try go on with what its trigger has seen; nothing unless given."""
+        """Resume the latest try with its trigger's event, empty by default."""
         return self._resume("resume", {"event": event or {}})
 
     def resume_without_trigger(self, error: str = "Trigger timeout", **more: Any) -> Any:
-        """Let the latest try go on although its trigger has not fired."""
+        """Resume the latest try although its trigger has not fired."""
         return self._resume("__fail__", {"error": error, **more})
 
     def _resume(self, next_method: str, next_kwargs: dict[str, Any]) -> Any:
@@ -291,7 +291,7 @@ class TriedTask:
 
 
 def deferral_of(run: Callable[..., Any], *args: Any, **options: Any) -> TaskDeferred:
-    """Run a try that is to end in a deferral."""
+    """Run a try that must be deferred."""
     with pytest.raises(TaskDeferred) as raised:
         run(*args, **options)
     return raised.value
