@@ -95,6 +95,25 @@ class Expected:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Scenarios that stand under one heading of docs/failures.md.
+
+    Attributes
+    ----------
+    heading
+        What goes wrong.
+    outcome
+        How the DAGs handle it.
+    scenarios
+        By what happens.
+    """
+
+    heading: str
+    outcome: str
+    scenarios: Mapping[str, "Scenario"]
+
+
+@dataclass(frozen=True)
 class Scenario:
     """A failure or a user's action, and its outcomes.
 
@@ -169,37 +188,7 @@ OUT_OF_ORDER: Mapping[str, tuple[Fault, ...]] = {
     ),
 }
 
-SCENARIOS: Mapping[str, Scenario] = {
-    "the only try is killed, and a later task turns the run green": Scenario(
-        with_running_queries({}, kill_only_try),
-        {
-            "notified": Expected(
-                "success",
-                submits=1,
-                cancels=1,
-                failed=frozenset({"ask"}),
-                cause="Process terminated by signal",
-            )
-        },
-    ),
-    "the same, in a DAG without callbacks": Scenario(
-        with_running_queries({}, kill_only_try, after=defer_once),
-        {
-            "notified_without_callbacks": Expected(
-                "success",
-                submits=2,
-                cancels=1,
-                failed=frozenset({"ask"}),
-                clusters=2,
-                clusters_left=1,
-                cause="Process terminated by signal",
-            )
-        },
-    ),
-    "a user marks the task success while cancels are refused": Scenario(
-        with_running_queries({}, mark_success_while_cancels_are_refused),
-        {"notified": Expected("success", submits=1, cancels=None, cause="Could not end query")},
-    ),
+QUERIES: Mapping[str, Scenario] = {
     "a query fails": Scenario(
         meet(always("SubmitQuery", "query_fails", error="SchemaError: no such type")),
         {
@@ -219,6 +208,13 @@ SCENARIOS: Mapping[str, Scenario] = {
             "remote_engine": failing("ask", submits=2, cause="no such type"),
             "published_line": failing("ask", submits=2, cause="no such type"),
         },
+    ),
+    "the first of two queries fails": Scenario(
+        meet(
+            fault("SubmitQuery", "query_fails", error="SchemaError: no such type"),
+            fault("SubmitQuery", "query_hangs", nth=2),
+        ),
+        {"two_queries": Expected("success", tries=2, submits=4, cancels=1, cause="no such type")},
     ),
     "nobody waits for a query": Scenario(
         meet(always("SubmitQuery", "query_hangs")),
@@ -283,46 +279,9 @@ SCENARIOS: Mapping[str, Scenario] = {
             )
         },
     ),
-    "a user marks the task failed": Scenario(
-        with_running_queries({"manual_shutdown": 2}, mark_task_failed, takes=LONG),
-        {
-            "status_check": failing(
-                STATUS, tries=1, submits=1, cancels=1, clusters_left=1, cause=CANCELED
-            ),
-            "context_manager_shutdown": failing(
-                CONTEXT, tries=1, submits=1, cancels=1, cause=CANCELED
-            ),
-            "manual_shutdown": failing(MANUAL, tries=1, submits=2, cancels=1, cause=CANCELED),
-            "context_manager_shutdown_by_proxy": failing(
-                CONTEXT, tries=1, submits=1, cancels=1, cause=CANCELED
-            ),
-        },
-    ),
-    "a user clears the running task": Scenario(
-        with_running_queries({}, clear_task),
-        {
-            "status_check": Expected(
-                "success", tries=2, submits=2, cancels=1, clusters_left=1, cause=CANCELED
-            ),
-            "context_manager_shutdown": Expected(
-                "success", tries=2, submits=2, cancels=1, cause=CANCELED
-            ),
-        },
-    ),
-    "a user marks the run failed": Scenario(
-        with_running_queries({"manual_shutdown": 2}, mark_run_failed),
-        {
-            "status_check": failing(
-                STATUS, tries=1, submits=1, cancels=1, clusters_left=1, cause=CANCELED
-            ),
-            "context_manager_shutdown": failing(
-                CONTEXT, tries=1, submits=1, cancels=1, cause=CANCELED
-            ),
-            "manual_shutdown": failing(
-                MANUAL, SHELVES, tries=1, submits=2, cancels=2, cause=CANCELED
-            ),
-        },
-    ),
+}
+
+CLUSTERS: Mapping[str, Scenario] = {
     "the cluster does not start": Scenario(
         meet(always("POST manifest/start", "startup_fails", message="no machines left")),
         {
@@ -330,6 +289,21 @@ SCENARIOS: Mapping[str, Scenario] = {
             "context_manager_shutdown": failing(CONTEXT, submits=0, cause="no machines left"),
             "manifest_reuse": failing(REFUNDS, submits=0, cause="no machines left"),
             "manual_shutdown": failing("start_cluster", submits=0, cause="no machines left"),
+        },
+    ),
+    "the cluster takes minutes to start": Scenario(
+        while_the_cluster_starts(let_queries_end),
+        {
+            "manual_shutdown": Expected(
+                "success", submits=2, clusters=1, cause="no worker slot is held"
+            ),
+            "manifest_reuse": Expected(
+                "success",
+                submits=1,
+                clusters=1,
+                clusters_left=1,
+                cause="no worker slot is held",
+            ),
         },
     ),
     "the cluster is lost in mid-query": Scenario(
@@ -369,6 +343,9 @@ SCENARIOS: Mapping[str, Scenario] = {
             )
         },
     ),
+}
+
+CALLS: Mapping[str, Scenario] = {
     **{
         f"429, 500, 503 and a reset {phase.replace('_', ' ')}": Scenario(
             meet(*faults),
@@ -439,6 +416,17 @@ SCENARIOS: Mapping[str, Scenario] = {
             "context_manager_shutdown": failing(CONTEXT, submits=2, cancels=2, cause="down"),
         },
     ),
+    "Polars Cloud restarts in mid-query": Scenario(
+        with_running_queries({}, restart_polars_cloud),
+        {
+            "status_check": Expected("success", submits=1, clusters_left=1, cause=UNAVAILABLE),
+            "context_manager_shutdown": Expected("success", submits=1, cause=UNAVAILABLE),
+            "context_manager_shutdown_by_proxy": Expected("success", submits=1, cause=UNAVAILABLE),
+        },
+    ),
+}
+
+LOGINS_AND_MANIFESTS: Mapping[str, Scenario] = {
     "the login expires in mid-wait": Scenario(
         meet(SLOW, fault("GetQueryStatus", "tokens_expire", nth=2)),
         {
@@ -479,12 +467,53 @@ SCENARIOS: Mapping[str, Scenario] = {
         outdated_manifest(polars_version="1.41.2"),
         {"manual_shutdown": Expected("success", submits=2, cause=REGISTERED_ANEW)},
     ),
-    "Polars Cloud restarts in mid-query": Scenario(
-        with_running_queries({}, restart_polars_cloud),
+    "the cluster's size was changed in the code": Scenario(
+        outdated_manifest(cluster_size=1, idle_timeout_mins=20),
         {
-            "status_check": Expected("success", submits=1, clusters_left=1, cause=UNAVAILABLE),
-            "context_manager_shutdown": Expected("success", submits=1, cause=UNAVAILABLE),
-            "context_manager_shutdown_by_proxy": Expected("success", submits=1, cause=UNAVAILABLE),
+            "manifest_reuse": Expected(
+                "success",
+                submits=1,
+                clusters_left=1,
+                cause="cluster_size 1 → 2, idle_timeout_mins 20 → 10",
+            )
+        },
+    ),
+    "one task is cleared after Polars was upgraded": Scenario(
+        upgrade_and_clear_one_task,
+        {
+            # The clusters of the old and the new version both idle.
+            "manifest_reuse": Expected(
+                "success", tries=2, submits=2, clusters_left=2, cause=REGISTERED_ANEW
+            )
+        },
+    ),
+}
+
+WORKERS: Mapping[str, Scenario] = {
+    "the only try is killed, and a later task turns the run green": Scenario(
+        with_running_queries({}, kill_only_try),
+        {
+            "notified": Expected(
+                "success",
+                submits=1,
+                cancels=1,
+                failed=frozenset({"ask"}),
+                cause="Process terminated by signal",
+            )
+        },
+    ),
+    "the only try is killed, in a DAG without callbacks": Scenario(
+        with_running_queries({}, kill_only_try, after=defer_once),
+        {
+            "notified_without_callbacks": Expected(
+                "success",
+                submits=2,
+                cancels=1,
+                failed=frozenset({"ask"}),
+                clusters=2,
+                clusters_left=1,
+                cause="Process terminated by signal",
+            )
         },
     ),
     "the worker is killed after submitting": Scenario(
@@ -503,6 +532,10 @@ SCENARIOS: Mapping[str, Scenario] = {
             ),
         },
     ),
+    "the worker of two queries is killed": Scenario(
+        with_running_queries({"two_queries": 2}, kill_worker, takes=LONG),
+        {"two_queries": Expected("success", tries=2, submits=2, cause="Resuming query")},
+    ),
     "the worker is killed at every try": Scenario(
         with_running_queries({}, kill_worker_at_every_try),
         {
@@ -520,62 +553,30 @@ SCENARIOS: Mapping[str, Scenario] = {
             ),
         },
     ),
-    "the scheduler restarts in mid-query": Scenario(
-        with_running_queries({}, restart_scheduler, takes=LONG),
+    "the second try is killed before it has done anything": Scenario(
+        with_running_queries({}, kill_second_try_at_once),
         {
+            "status_check": failing(
+                STATUS, submits=1, cancels=1, clusters_left=1, cause="Process terminated by signal"
+            ),
+            "context_manager_shutdown": failing(
+                CONTEXT, submits=1, cancels=1, cause="Process terminated by signal"
+            ),
+        },
+    ),
+    "the worker is killed while the cluster starts": Scenario(
+        kill_worker_while_the_cluster_starts,
+        {
+            "context_manager_shutdown": Expected(
+                "success", tries=2, submits=1, clusters=1, cause="Cluster .* stopped"
+            ),
             "status_check": Expected(
-                "success", tries=2, submits=1, clusters_left=1, cause="Resuming query"
-            )
+                "success", tries=2, submits=1, clusters_left=1, clusters=1, cause="wrote"
+            ),
+            "manual_shutdown": Expected(
+                "success", tries=2, submits=2, clusters=1, cause="Cluster .* stopped"
+            ),
         },
-    ),
-    "failed tasks are cleared after the cluster was stopped": Scenario(
-        clear_only_failed,
-        {"manual_shutdown": Expected("success", tries=3, submits=4, cause="Cluster .* stopped")},
-    ),
-    "failed tasks are cleared before the run's callback has run": Scenario(
-        clear_before_the_callback,
-        {"manual_shutdown": Expected("success", tries=3, submits=4, cause="Cluster .* stopped")},
-    ),
-    "two runs of a DAG share a cluster": Scenario(
-        beside(),
-        {"parallel_single_node": Expected("success", submits=10, cause="Cluster .* stopped")},
-    ),
-    "two DAGs share a manifest": Scenario(
-        beside("_beside"),
-        {"parallel_single_node": Expected("success", submits=10, cause="Cluster .* stopped")},
-    ),
-    "a task with two queries is cleared and its code was changed": Scenario(
-        with_running_queries({"two_queries": 2}, clear_task_whose_code_was_changed),
-        {"two_queries": Expected("success", tries=2, submits=4, cancels=2, cause="Canceled query")},
-    ),
-    "the worker is killed, and the task is cleared and its code was changed": Scenario(
-        with_running_queries(
-            {"two_queries_retried_later": 2}, clear_killed_task_whose_code_was_changed
-        ),
-        {
-            "two_queries_retried_later": Expected(
-                "success", tries=2, submits=4, cancels=2, cause="it submits its queries anew"
-            )
-        },
-    ),
-    "the worker of two queries is killed": Scenario(
-        with_running_queries({"two_queries": 2}, kill_worker, takes=LONG),
-        {"two_queries": Expected("success", tries=2, submits=2, cause="Resuming query")},
-    ),
-    "a user marks the task success": Scenario(
-        with_running_queries({"two_queries": 2}, mark_task("success")),
-        {"two_queries": Expected("success", submits=2, cancels=2, cause="Canceled query")},
-    ),
-    "a user marks the task skipped": Scenario(
-        with_running_queries({"two_queries": 2}, mark_task("skipped")),
-        {"two_queries": Expected("success", submits=2, cancels=2, cause="Canceled query")},
-    ),
-    "the first of two queries fails": Scenario(
-        meet(
-            fault("SubmitQuery", "query_fails", error="SchemaError: no such type"),
-            fault("SubmitQuery", "query_hangs", nth=2),
-        ),
-        {"two_queries": Expected("success", tries=2, submits=4, cancels=1, cause="no such type")},
     ),
     "a frozen worker wakes up when the next try has resumed its query": Scenario(
         with_running_queries({}, freeze_worker, takes=LONG),
@@ -607,6 +608,14 @@ SCENARIOS: Mapping[str, Scenario] = {
             ),
         },
     ),
+    "the scheduler restarts in mid-query": Scenario(
+        with_running_queries({}, restart_scheduler, takes=LONG),
+        {
+            "status_check": Expected(
+                "success", tries=2, submits=1, clusters_left=1, cause="Resuming query"
+            )
+        },
+    ),
     "Airflow's API server is away in mid-query": Scenario(
         with_running_queries({}, take_api_server_away, takes=LONG),
         {
@@ -615,73 +624,93 @@ SCENARIOS: Mapping[str, Scenario] = {
             )
         },
     ),
-    "the second try is killed before it has done anything": Scenario(
-        with_running_queries({}, kill_second_try_at_once),
+}
+
+USERS: Mapping[str, Scenario] = {
+    "a user marks the task failed": Scenario(
+        with_running_queries({"manual_shutdown": 2}, mark_task_failed, takes=LONG),
         {
             "status_check": failing(
-                STATUS, submits=1, cancels=1, clusters_left=1, cause="Process terminated by signal"
+                STATUS, tries=1, submits=1, cancels=1, clusters_left=1, cause=CANCELED
             ),
             "context_manager_shutdown": failing(
-                CONTEXT, submits=1, cancels=1, cause="Process terminated by signal"
+                CONTEXT, tries=1, submits=1, cancels=1, cause=CANCELED
+            ),
+            "manual_shutdown": failing(MANUAL, tries=1, submits=2, cancels=1, cause=CANCELED),
+            "context_manager_shutdown_by_proxy": failing(
+                CONTEXT, tries=1, submits=1, cancels=1, cause=CANCELED
             ),
         },
     ),
-    "the worker is killed while the cluster starts": Scenario(
-        kill_worker_while_the_cluster_starts,
+    "a user marks the task success": Scenario(
+        with_running_queries({"two_queries": 2}, mark_task("success")),
+        {"two_queries": Expected("success", submits=2, cancels=2, cause="Canceled query")},
+    ),
+    "a user marks the task skipped": Scenario(
+        with_running_queries({"two_queries": 2}, mark_task("skipped")),
+        {"two_queries": Expected("success", submits=2, cancels=2, cause="Canceled query")},
+    ),
+    "a user marks the task success while cancels are refused": Scenario(
+        with_running_queries({}, mark_success_while_cancels_are_refused),
+        {"notified": Expected("success", submits=1, cancels=None, cause="Could not end query")},
+    ),
+    "a user marks the task failed while its cluster starts": Scenario(
+        while_the_cluster_starts(mark_task("failed")),
         {
-            "context_manager_shutdown": Expected(
-                "success", tries=2, submits=1, clusters=1, cause="Cluster .* stopped"
+            "manual_shutdown": failing(
+                "start_cluster", tries=1, submits=0, clusters=1, cause=CANCELED_TRIGGER
             ),
+        },
+    ),
+    "a user clears the running task": Scenario(
+        with_running_queries({}, clear_task),
+        {
             "status_check": Expected(
-                "success", tries=2, submits=1, clusters_left=1, clusters=1, cause="wrote"
+                "success", tries=2, submits=2, cancels=1, clusters_left=1, cause=CANCELED
             ),
-            "manual_shutdown": Expected(
-                "success", tries=2, submits=2, clusters=1, cause="Cluster .* stopped"
+            "context_manager_shutdown": Expected(
+                "success", tries=2, submits=2, cancels=1, cause=CANCELED
             ),
         },
     ),
-    "the cluster's size was changed in the code": Scenario(
-        outdated_manifest(cluster_size=1, idle_timeout_mins=20),
+    "a task with two queries is cleared and its code was changed": Scenario(
+        with_running_queries({"two_queries": 2}, clear_task_whose_code_was_changed),
+        {"two_queries": Expected("success", tries=2, submits=4, cancels=2, cause="Canceled query")},
+    ),
+    "the worker is killed, and the task is cleared and its code was changed": Scenario(
+        with_running_queries(
+            {"two_queries_retried_later": 2}, clear_killed_task_whose_code_was_changed
+        ),
         {
-            "manifest_reuse": Expected(
-                "success",
-                submits=1,
-                clusters_left=1,
-                cause="cluster_size 1 → 2, idle_timeout_mins 20 → 10",
+            "two_queries_retried_later": Expected(
+                "success", tries=2, submits=4, cancels=2, cause="it submits its queries anew"
             )
         },
     ),
-    "one task is cleared after Polars was upgraded": Scenario(
-        upgrade_and_clear_one_task,
-        {
-            # The clusters of the old and the new version both idle.
-            "manifest_reuse": Expected(
-                "success", tries=2, submits=2, clusters_left=2, cause=REGISTERED_ANEW
-            )
-        },
+    "failed tasks are cleared after the cluster was stopped": Scenario(
+        clear_only_failed,
+        {"manual_shutdown": Expected("success", tries=3, submits=4, cause="Cluster .* stopped")},
     ),
     "failed tasks of uneven length are cleared after the cluster was stopped": Scenario(
         clear_only_failed_of_uneven_length,
         {"manual_shutdown": Expected("success", tries=3, submits=6, cause="Cluster .* stopped")},
     ),
-    "two scopes in one run, and one ends first": Scenario(
-        with_running_queries({}, open_gate, takes=LONG),
-        {"two_scopes": Expected("success", submits=2, clusters=2, cause="Cluster .* stopped")},
+    "failed tasks are cleared before the run's callback has run": Scenario(
+        clear_before_the_callback,
+        {"manual_shutdown": Expected("success", tries=3, submits=4, cause="Cluster .* stopped")},
     ),
-    "a query is left to itself beside a scope": Scenario(
-        with_running_queries({}, leave_query, takes=LONG),
+    "a user marks the run failed": Scenario(
+        with_running_queries({"manual_shutdown": 2}, mark_run_failed),
         {
-            "left_beside_scope": Expected(
-                "success", submits=2, clusters=2, clusters_left=1, cause="Cluster .* stopped"
-            )
-        },
-    ),
-    "five days of a backfill at once": Scenario(
-        side_by_side(5),
-        {
-            "complete_pipeline": Expected(
-                "success", submits=20, clusters=1, cause="Cluster .* stopped|other users"
-            )
+            "status_check": failing(
+                STATUS, tries=1, submits=1, cancels=1, clusters_left=1, cause=CANCELED
+            ),
+            "context_manager_shutdown": failing(
+                CONTEXT, tries=1, submits=1, cancels=1, cause=CANCELED
+            ),
+            "manual_shutdown": failing(
+                MANUAL, SHELVES, tries=1, submits=2, cancels=2, cause=CANCELED
+            ),
         },
     ),
     "a user marks the deferred task failed": Scenario(
@@ -733,6 +762,17 @@ SCENARIOS: Mapping[str, Scenario] = {
             ),
         },
     ),
+    "a user marks the deferred task while there is no triggerer": Scenario(
+        with_running_queries({}, end_without_triggerer, deferred=True),
+        {
+            "manifest_reuse": Expected(
+                "success", submits=2, cancels=1, clusters_left=1, cause="no worker slot is held"
+            )
+        },
+    ),
+}
+
+TRIGGERERS: Mapping[str, Scenario] = {
     "tasks that return several queries are deferred": Scenario(
         with_running_queries({"returned_queries": 5}, let_queries_end, takes=LONG, deferred=True),
         {
@@ -764,14 +804,6 @@ SCENARIOS: Mapping[str, Scenario] = {
         with_running_queries({}, freeze_triggerer, takes=LONG, deferred=True),
         {"multi_stage": Expected("success", submits=3, clusters=1, cause="Cluster .* stopped")},
     ),
-    "a user marks the deferred task while there is no triggerer": Scenario(
-        with_running_queries({}, end_without_triggerer, deferred=True),
-        {
-            "manifest_reuse": Expected(
-                "success", submits=2, cancels=1, clusters_left=1, cause="no worker slot is held"
-            )
-        },
-    ),
     "no triggerer watches a deferred task": Scenario(
         wait_without_triggerer,
         {
@@ -790,33 +822,44 @@ SCENARIOS: Mapping[str, Scenario] = {
             )
         },
     ),
-    "the cluster takes minutes to start": Scenario(
-        while_the_cluster_starts(let_queries_end),
+}
+
+SHARED_CLUSTERS: Mapping[str, Scenario] = {
+    "two runs of a DAG share a cluster": Scenario(
+        beside(),
+        {"parallel_single_node": Expected("success", submits=10, cause="Cluster .* stopped")},
+    ),
+    "two DAGs share a manifest": Scenario(
+        beside("_beside"),
+        {"parallel_single_node": Expected("success", submits=10, cause="Cluster .* stopped")},
+    ),
+    "two scopes in one run, and one ends first": Scenario(
+        with_running_queries({}, open_gate, takes=LONG),
+        {"two_scopes": Expected("success", submits=2, clusters=2, cause="Cluster .* stopped")},
+    ),
+    "a query is left to itself beside a scope": Scenario(
+        with_running_queries({}, leave_query, takes=LONG),
         {
-            "manual_shutdown": Expected(
-                "success", submits=2, clusters=1, cause="no worker slot is held"
-            ),
-            "manifest_reuse": Expected(
-                "success",
-                submits=1,
-                clusters=1,
-                clusters_left=1,
-                cause="no worker slot is held",
-            ),
+            "left_beside_scope": Expected(
+                "success", submits=2, clusters=2, clusters_left=1, cause="Cluster .* stopped"
+            )
         },
     ),
-    "a user marks the task failed while its cluster starts": Scenario(
-        while_the_cluster_starts(mark_task("failed")),
+    "five days of a backfill at once": Scenario(
+        side_by_side(5),
         {
-            "manual_shutdown": failing(
-                "start_cluster", tries=1, submits=0, clusters=1, cause=CANCELED_TRIGGER
-            ),
+            "complete_pipeline": Expected(
+                "success", submits=20, clusters=1, cause="Cluster .* stopped|other users"
+            )
         },
     ),
     "many mapped tasks of uneven length": Scenario(
         meet(),
         {"many_tasks": Expected("success", submits=24, clusters=1, cause="Cluster .* stopped")},
     ),
+}
+
+DAG_FILES: Mapping[str, Scenario] = {
     "the DAG file is edited in mid-query": Scenario(
         with_running_queries({}, edit_dag, takes=LONG, deferred=True),
         {"multi_stage": Expected("success", submits=3, cause="Cluster .* stopped")},
@@ -833,6 +876,65 @@ SCENARIOS: Mapping[str, Scenario] = {
             )
         },
     ),
+}
+
+GROUPS = (
+    Group(
+        "A query fails, hangs or is canceled",
+        "The task fails, with the query's own error if it has one. The task's other queries are "
+        "canceled.",
+        QUERIES,
+    ),
+    Group(
+        "A cluster does not start, is lost or does not stop",
+        "The task is retried, and starts the cluster again. The result of a task does not depend "
+        "on the stop: a stop that is refused is a warning in the log.",
+        CLUSTERS,
+    ),
+    Group(
+        "Polars Cloud is unavailable, or a reply is lost",
+        "Each call is retried for up to `POLARS_CLOUD_OUTAGE` seconds. Queries keep running. If "
+        "the outage is longer, the task fails.",
+        CALLS,
+    ),
+    Group(
+        "The login or the manifest is not valid any more",
+        "The task logs in again, and registers or changes the manifest as the code says. If the "
+        "credentials are refused, the task fails.",
+        LOGINS_AND_MANIFESTS,
+    ),
+    Group(
+        "A worker, the scheduler or Airflow's API server stops",
+        "Queries keep running, and the next try resumes them. After the last try, the DAG's "
+        "callbacks, the triggerer or the next user of the cluster cancel them.",
+        WORKERS,
+    ),
+    Group(
+        "A user marks or clears a task or a run",
+        "The queries of the task are canceled. A cleared task submits new ones, and starts the "
+        "cluster again if it has stopped.",
+        USERS,
+    ),
+    Group(
+        "A triggerer stops, or no triggerer watches the task",
+        "Another triggerer continues to watch the queries. Without one, the task waits in its "
+        "worker.",
+        TRIGGERERS,
+    ),
+    Group(
+        "Several tasks, runs or DAGs share a cluster",
+        "The last user stops the cluster. No query is canceled by another user's stop.",
+        SHARED_CLUSTERS,
+    ),
+    Group(
+        "A DAG file is edited, paused or deleted",
+        "Queries keep running. A run of a paused or deleted DAG ends when the DAG is back.",
+        DAG_FILES,
+    ),
+)
+
+SCENARIOS: Mapping[str, Scenario] = {
+    what: scenario for group in GROUPS for what, scenario in group.scenarios.items()
 }
 
 SHOWN_WITHOUT_SCHEDULER: Mapping[str, str] = {

@@ -16,8 +16,8 @@ from polars_cloud_emulator.protocol.client_check import CLIENT_VERSION
 from polars_cloud_emulator.testing import RunningEmulator
 from polars_remote import errors
 from polars_remote.compat.versions import AirflowFailException
-from tests.failures.scenarios import SCENARIOS, SHOWN_WITHOUT_SCHEDULER
-from tests.failures.table import table
+from tests.failures.scenarios import GROUPS, SCENARIOS, SHOWN_WITHOUT_SCHEDULER
+from tests.failures.table import exceptions, listing, overview
 from tests.test_versions import AIRFLOW, minor, pythons
 
 README = ROOT / "README.md"
@@ -130,11 +130,16 @@ def test_the_table_of_settings_names_each_variable_that_is_read_and_its_default(
     assert dict(rows) == defaults | no_default
 
 
-def test_the_table_of_failures_says_what_is_tested() -> None:
+def test_the_tables_of_failures_say_what_is_tested() -> None:
     page = (ROOT / "docs" / "failures.md").read_text()
-    assert table() in page, f"write this into docs/failures.md:\n{table()}"
-    rows = len(table().splitlines()) - 2
-    assert f"[{rows} kinds of failure]" in README.read_text()
+    for table in (overview(), exceptions(), listing()):
+        assert table in page, f"write this into docs/failures.md:\n{table}"
+    assert f"<summary>All {len(SCENARIOS)} kinds</summary>" in page
+    assert f"[{len(SCENARIOS)} kinds of failure]" in README.read_text()
+
+
+def test_each_failure_stands_in_one_group() -> None:
+    assert len(SCENARIOS) == sum(len(group.scenarios) for group in GROUPS)
 
 
 def test_each_failure_that_needs_no_scheduler_names_an_existing_test() -> None:
