@@ -22,7 +22,7 @@ class Clock:
         return self._latest
 
     def now_for_logins(self) -> datetime:
-        """Return the time without skipped time, which a client's clock does not skip."""
+        """Return the time without skipped time, because a client's clock does not skip it."""
         return datetime.now(UTC) + self._ahead
 
     def advance(self, by: timedelta) -> None:

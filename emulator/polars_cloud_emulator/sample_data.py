@@ -47,7 +47,7 @@ def shop_tables(last_day: date) -> dict[str, pl.DataFrame]:
     Each has a column `date` and is sorted by it. The same `last_day` gives equal tables.
     """
     first_day = last_day - timedelta(days=DAYS - 1)
-    # Stock follows from all sales since Monday, also from those before the first day.
+    # Stock depends on all sales since Monday, including those before the first day.
     monday = first_day - timedelta(days=first_day.weekday())
     days = pl.select(date=pl.date_range(monday, last_day))
     products = _products()

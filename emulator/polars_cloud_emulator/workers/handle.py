@@ -175,7 +175,7 @@ class Worker:
             # The cluster's variables are set later, because Python and the loader use some of them.
             env=dict.fromkeys(FOLDERS, str(work)) | LIBRARIES,
             cwd=work.parent,
-            # Ctrl-C in the emulator's terminal is the emulator's to handle.
+            # Ctrl-C in the emulator's terminal must not reach the workers.
             start_new_session=True,
         )
         path = f"{python.parent}{os.pathsep}{self._variables.get('PATH', os.defpath)}"

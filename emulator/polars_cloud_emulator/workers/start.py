@@ -1,9 +1,9 @@
 """Entry point of a worker process.
 
 Arguments: the file descriptor of the connection to the emulator, the worker's folder, and the
-import paths of the emulator's package. The environment variables are read from standard input, so
-that they are set after Python has started, which ignores a PYTHONPATH then, and before Polars is
-imported.
+import paths of the emulator's package. The environment variables are read from standard input after
+Python has started, so that a PYTHONPATH has no effect, and before Polars is imported, so that the
+variables of Polars have.
 """
 
 import importlib
