@@ -923,7 +923,7 @@ GROUPS = (
     ),
     Group(
         "Several tasks, runs or DAGs share a cluster",
-        "The last user stops the cluster. No query is canceled by another user's stop.",
+        "The last user stops the cluster. While a task uses it, no other task, run or DAG does.",
         SHARED_CLUSTERS,
     ),
     Group(

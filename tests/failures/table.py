@@ -53,9 +53,9 @@ def _left_running(scenario: Scenario) -> str:
 
 def _left_by(dag_id: str, expected: Expected) -> str:
     if expected.queries_left:
-        return "the query, to its end"
+        return "the query, until it ends"
     if expected.clusters_left and not dag_id.startswith(IDLE_BY_DESIGN):
-        return "the cluster, to its idle timeout"
+        return "the cluster, until its idle timeout"
     return NOTHING
 
 
