@@ -923,7 +923,7 @@ GROUPS = (
     ),
     Group(
         "Several tasks, runs or DAGs share a cluster",
-        "The last user stops the cluster. While a task uses it, no other task, run or DAG does.",
+        "The last user stops the cluster. No other task, run or DAG stops it while a task uses it.",
         SHARED_CLUSTERS,
     ),
     Group(
