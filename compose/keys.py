@@ -1,6 +1,6 @@
-"""Make this clone's own secrets, once, and refuse settings that contradict each other.
+"""Refuse settings that contradict each other, and create this clone's secrets at its first start.
 
-Nothing of the kind is in the repository or an image.
+The repository and the images contain no secrets.
 """
 
 import base64
@@ -15,33 +15,33 @@ KEYS = Path("/keys")
 
 
 def refuse_a_mix() -> None:
-    """End with a sentence when account and emulator would meet, in a setting or in the database."""
+    """Exit with an error if the settings or the database mix the account and the emulator."""
     emulator = os.environ["POLARS_CLOUD_EMULATOR"]
     if emulator == "1" and os.environ["POLARS_CLOUD_CLIENT_ID"]:
         sys.exit(
-            "Refused: POLARS_CLOUD_CLIENT_ID is set, but Airflow is to talk to the emulator. "
-            "For your account set POLARS_CLOUD_EMULATOR=0 in .env too."
+            "Refused: POLARS_CLOUD_CLIENT_ID is set, but POLARS_CLOUD_EMULATOR is 1. "
+            "To use your account, set POLARS_CLOUD_EMULATOR=0 in .env too."
         )
     first_start = KEYS / "polars-cloud-emulator"
     if not first_start.exists():
         first_start.write_text(emulator)
     if first_start.read_text() != emulator:
         sys.exit(
-            "Refused: this database has run with POLARS_CLOUD_EMULATOR="
-            f"{first_start.read_text()}, and its DAGs are paused or not accordingly. Begin anew "
-            "with 'docker compose down --volumes'."
+            "Refused: this database was created with POLARS_CLOUD_EMULATOR="
+            f"{first_start.read_text()}, which also decided whether its DAGs are paused. To delete "
+            "it and its history: docker compose down --volumes"
         )
 
 
 def refuse_data_out_of_reach() -> None:
-    """End with a sentence when the emulator's queries would not reach the DAGs' data."""
+    """Exit with an error if the emulator's queries cannot reach the DAGs' data."""
     data = urlsplit(os.environ.get("POLARS_CLOUD_DATA", ""))
     match os.environ["POLARS_CLOUD_EMULATOR_OBJECT_STORE"]:
         case "emulator":
             if data.scheme == "s3" and data.netloc != "your-bucket":
                 sys.exit(
-                    f"Refused: POLARS_CLOUD_DATA is {data.geturl()}, but the emulator has an "
-                    "object store of its own. For yours set "
+                    f"Refused: POLARS_CLOUD_DATA is {data.geturl()}, but the emulator uses its own "
+                    "object store. To use your bucket, set "
                     "POLARS_CLOUD_EMULATOR_OBJECT_STORE=environment in .env too."
                 )
         case "environment":
@@ -54,14 +54,19 @@ def refuse_data_out_of_reach() -> None:
         case other:
             sys.exit(
                 f"Refused: POLARS_CLOUD_EMULATOR_OBJECT_STORE is {other}; "
-                "it can be emulator or environment."
+                "set it to emulator or environment."
             )
 
 
 def main() -> None:
     refuse_a_mix()
+    ports = {"Airflow": "AIRFLOW_PORT"}
     if os.environ["POLARS_CLOUD_EMULATOR"] == "1":
         refuse_data_out_of_reach()
+        ports["The emulator"] = "POLARS_CLOUD_EMULATOR_PORT"
+    # Docker's error about a taken port does not name the variable.
+    for service, variable in ports.items():
+        print(f"{service} uses port {os.environ[variable]}. If it is taken, set {variable}.")
     if (KEYS / "airflow.env").exists():
         return
     database_password = secrets.token_urlsafe(24)
@@ -73,7 +78,7 @@ def main() -> None:
         "AIRFLOW__API_AUTH__JWT_SECRET": secrets.token_urlsafe(48),
         "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": database,
     }
-    # Last: its presence says that all of them are there.
+    # Written last: if this file exists, all secrets do.
     (KEYS / "airflow.env").write_text("".join(f"{k}={v}\n" for k, v in variables.items()))
 
 
