@@ -1,20 +1,19 @@
-# What both images below have: the official image, and the client.
+# For both images below: the official image with the client.
 FROM apache/airflow:3.3.2-python3.13 AS client
 COPY requirements.lock /opt/airflow/
-# Without dependencies, as the lock names them all: nothing that Airflow has is moved to another
-# version.
+# --no-deps, because the lock names every dependency: no package of Airflow changes its version.
 RUN pip install --no-cache-dir --no-deps --require-hashes \
         --requirement /opt/airflow/requirements.lock
 
-# The Airflow that is deployed.
+# The image to deploy.
 FROM client AS airflow
 ENV PYTHONPATH=/opt/airflow
 COPY plugins /opt/airflow/plugins
 COPY include /opt/airflow/include
 COPY dags /opt/airflow/dags
 
-# The emulator and what the tests need: never deployed. Its workers must have Airflow's Python and
-# Polars; an edit of a DAG does not build it anew.
+# The emulator and what the tests need; never deployed. The emulator's workers need the same Python
+# and Polars as Airflow. No COPY of the DAGs: an edit of one must not build this image again.
 FROM client AS dev
 COPY requirements-dev.lock /opt/airflow/
 RUN uv pip install --no-cache --compile-bytecode --require-hashes \
