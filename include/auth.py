@@ -17,7 +17,7 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, ParamSpec, TypeVar, get_type_hints, overload
 
-from polars_remote.ownership.scope import has_begun, task_scope
+from polars_remote.ownership.scope import has_open_scope, task_scope
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -72,22 +72,22 @@ def authenticate(
 
             @functools.wraps(function)
             async def wrapper(*args: Any, **kwargs: Any) -> Any:
-                if has_begun(conn_id):
+                if has_open_scope(conn_id):
                     return await function(*args, **kwargs)
                 with task_scope(conn_id) as scope:
                     await asyncio.to_thread(scope.begin)
                     returned = await function(*args, **kwargs)
-                    return await asyncio.to_thread(scope.settle, returned)
+                    return await asyncio.to_thread(scope.await_returned_queries, returned)
 
         else:
 
             @functools.wraps(function)
             def wrapper(*args: Any, **kwargs: Any) -> Any:
-                if has_begun(conn_id):
+                if has_open_scope(conn_id):
                     return function(*args, **kwargs)
                 with task_scope(conn_id) as scope:
                     scope.begin()
-                    return scope.settle(function(*args, **kwargs))
+                    return scope.await_returned_queries(function(*args, **kwargs))
 
         # TaskFlow would resolve a postponed return annotation in the wrapper's module, not in the
         # DAG file. Resolve it here.

@@ -30,7 +30,7 @@ from polars_remote.cloud.client import (
     misspecified_error,
 )
 from polars_remote.cloud.manifests import Cluster, find_manifest
-from polars_remote.cloud.session import CloudSession, find_connection, talks_to_emulator
+from polars_remote.cloud.session import CloudSession, find_connection, uses_emulator
 from polars_remote.clusters import start_and_wait, use_cluster
 from polars_remote.compat.copies import FOLDER, describe, find_hidden_copies
 from polars_remote.compat.versions import AirflowFailException
@@ -244,7 +244,7 @@ def check_connection() -> str:
 
 def check_login(session: CloudSession) -> str:
     session.log_in()
-    return f"accepted by {'the emulator' if talks_to_emulator() else 'Polars Cloud'}"
+    return f"accepted by {'the emulator' if uses_emulator() else 'Polars Cloud'}"
 
 
 def check_workspace(session: CloudSession) -> str:

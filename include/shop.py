@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from polars_remote.cloud.session import talks_to_emulator
+from polars_remote.cloud.session import uses_emulator
 from polars_remote.compat.versions import AirflowFailException
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def check_data_location() -> None:
     url = urlsplit(DATA)
     if not url.scheme or not url.netloc:
         problem = f"is '{DATA}', which has no {'bucket' if url.scheme else 'scheme'}"
-    elif DATA == PLACEHOLDER and not talks_to_emulator():
+    elif DATA == PLACEHOLDER and not uses_emulator():
         problem = f"is not set, and its default {PLACEHOLDER} exists only in the emulator"
     else:
         return

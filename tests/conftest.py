@@ -115,7 +115,7 @@ def ti(start_try: "StartTry", emulator: RunningEmulator) -> Iterator["RuntimeTas
 @pytest.fixture(autouse=True)
 def always_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check ownership at each call, because a test freezes a worker only for a moment."""
-    monkeypatch.setattr("polars_remote.ownership.entry.OWNER_SECONDS", -1.0)
+    monkeypatch.setattr("polars_remote.ownership.entry.OWNERSHIP_SECONDS", -1.0)
 
 
 @pytest.fixture

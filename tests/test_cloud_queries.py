@@ -11,8 +11,8 @@ from polars_cloud_emulator.model.workspace import WORKSPACE_ID
 from polars_cloud_emulator.testing import RunningEmulator, eventually
 from polars_remote.cloud.client import connect_query, get_cluster_id, get_query_id
 from polars_remote.cloud.queries import (
+    cancel_query,
     describe,
-    end_query,
     find_live_cluster,
     find_new_query,
     find_query,
@@ -142,7 +142,7 @@ def test_a_query_that_its_cluster_does_not_know_has_no_status(
 ) -> None:
     unknown = connect_query(str(uuid4()), ctx)
     assert find_status(session, unknown) is None
-    end_query(session, unknown)
+    cancel_query(session, unknown)
     assert calls(emulator, "CancelQuery") == 0
 
 
@@ -160,7 +160,7 @@ def test_a_status_that_is_refused_is_an_error(
 def test_a_canceled_query_has_ended(
     session: CloudSession, query: Any, emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
 ) -> None:
-    end_query(session, query)
+    cancel_query(session, query)
     assert query_statuses(emulator) == ["Canceled"]
     assert f"Canceled query {describe(query)}" in caplog.text
 
@@ -169,7 +169,7 @@ def test_a_query_that_has_ended_is_not_canceled(
     session: CloudSession, query: Any, emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
 ) -> None:
     query.cancel()
-    end_query(session, query)
+    cancel_query(session, query)
     assert calls(emulator, "CancelQuery") == 1
     assert "Canceled" not in caplog.text
 
@@ -180,7 +180,7 @@ def test_a_query_that_somebody_else_has_canceled_has_ended(
     emulator.add_fault("SubmitQuery", "query_hangs")
     query = submit(ctx)
     emulator.call("POST", f"query/{get_query_id(query)}/cancel")
-    end_query(session, query)
+    cancel_query(session, query)
     assert query_statuses(emulator) == ["Canceled"]
     assert calls(emulator, "CancelQuery") == 0
 
@@ -189,7 +189,7 @@ def test_a_query_whose_status_is_not_known_is_canceled(
     session: CloudSession, query: Any, emulator: RunningEmulator
 ) -> None:
     emulator.add_fault("GetQueryStatus", "connection_reset")
-    end_query(session, query)
+    cancel_query(session, query)
     assert query_statuses(emulator) == ["Canceled"]
 
 
@@ -198,7 +198,7 @@ def test_a_cancel_that_does_not_arrive_or_has_no_answer_is_repeated(
     session: CloudSession, query: Any, emulator: RunningEmulator, kind: str
 ) -> None:
     emulator.add_fault("CancelQuery", kind)
-    end_query(session, query)
+    cancel_query(session, query)
     assert query_statuses(emulator) == ["Canceled"]
 
 
@@ -209,7 +209,7 @@ def test_a_cancel_that_never_arrives_is_an_error(
     emulator.add_fault("CancelQuery", "connection_reset", times=1_000)
     # The client sends all calls over one connection, so the reset can hit the status call.
     with pytest.raises((TimeoutError, RuntimeError), match=r"still running|transport error"):
-        end_query(session, query)
+        cancel_query(session, query)
     eventually(lambda: query_statuses(emulator) == ["InProgress"])
     assert "Canceled" not in caplog.text
 

@@ -25,7 +25,7 @@ from polars_remote.errors import (
     QueryNotAwaitedError,
 )
 from polars_remote.ownership import end, record
-from polars_remote.ownership.end import Left, end_orphans, end_use
+from polars_remote.ownership.end import EndFailure, end_orphans, end_use
 from polars_remote.ownership.record import ClusterUse, Owner
 from polars_remote.waiting import deferral
 from tests.manifest_body import MANIFEST_BODY
@@ -56,7 +56,7 @@ USES: dict[str, Callable[[Any], Any]] = {
 @pytest.fixture
 def short_wind_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait only briefly for a cluster to become idle."""
-    monkeypatch.setattr(end, "WIND_UP_SECONDS", 0.1)
+    monkeypatch.setattr(end, "IDLE_WAIT_SECONDS", 0.1)
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def wait_for_a_look(emulator: RunningEmulator) -> None:
 
 def end_while_the_cluster_is_looked_at(
     emulator: RunningEmulator, background: ThreadPoolExecutor, use: ClusterUse
-) -> Future[list[Left]]:
+) -> Future[list[EndFailure]]:
     """End the use; delay its status call for the cluster until the faults are cleared.
 
     It has read the record of other users once before.
@@ -749,7 +749,7 @@ def test_a_cluster_that_was_starting_when_its_worker_was_killed_is_found_and_wai
         assert cluster_statuses(emulator) == ["Starting"]
         emulator.advance_clock(STARTUP)
 
-    monkeypatch.setattr(clusters, "STARTING_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(clusters, "START_POLL_SECONDS", 0.1)
     start_slowly(emulator)
     with ThreadPoolExecutor() as background:
         started = background.submit(start_up)
@@ -772,7 +772,7 @@ def test_a_cluster_that_stops_while_it_is_waited_for_is_an_error(
         )  # the try has found the query, and waits
         by_name().stop()
 
-    monkeypatch.setattr(clusters, "STARTING_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(clusters, "START_POLL_SECONDS", 0.1)
     start_slowly(emulator)
     with ThreadPoolExecutor() as background:
         stopped = background.submit(stop)

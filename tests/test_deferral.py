@@ -425,8 +425,8 @@ def test_the_end_of_a_query_is_seen_without_a_poll(
     hold: Callable[[], None],
     end_held: Callable[[], None],
 ) -> None:
-    monkeypatch.setattr(in_worker, "FIRST_PAUSE", HOUR.total_seconds())
-    monkeypatch.setattr(in_worker, "LONGEST_PAUSE", 0.1)  # until an interrupted call is repeated
+    monkeypatch.setattr(in_worker, "FIRST_POLL_SECONDS", HOUR.total_seconds())
+    monkeypatch.setattr(in_worker, "LONGEST_POLL_SECONDS", 0.1)  # between long polls
     hold()
     with start_try(), use_cluster(CLUSTER, stop=False) as ctx, once_it_waits(emulator, end_held):
         asked = calls(emulator, "GetQueryStatus")
@@ -442,7 +442,7 @@ def test_the_end_of_a_query_is_seen_although_the_call_that_waits_for_it_was_cut(
     hold: Callable[[], None],
     end_held: Callable[[], None],
 ) -> None:
-    monkeypatch.setattr(in_worker, "LONGEST_PAUSE", HOUR.total_seconds())  # until it is repeated
+    monkeypatch.setattr(in_worker, "LONGEST_POLL_SECONDS", HOUR.total_seconds())
     hold()
     emulator.add_fault("GetQueryResult", "grpc_error", code="ABORTED", message="cut")
     with start_try(), use_cluster(CLUSTER, stop=False) as ctx, once_it_waits(emulator, end_held):

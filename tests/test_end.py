@@ -35,7 +35,7 @@ def own_login(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def short_wind_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait only briefly for a cluster to become idle."""
-    monkeypatch.setattr(end, "WIND_UP_SECONDS", 0.1)
+    monkeypatch.setattr(end, "IDLE_WAIT_SECONDS", 0.1)
 
 
 @pytest.fixture
@@ -368,7 +368,7 @@ def test_a_task_that_somebody_watches_is_no_orphan(
     query_and_die(emulator, supervisor)
     [key] = (key for key in supervisor.variables if key.startswith(record.TASKS))
     supervisor.states["manual__1"]["run_query"] = "running"
-    assert end_orphans(besides={key}) == []
+    assert end_orphans(excluding={key}) == []
     assert query_statuses(emulator) == ["InProgress"]
 
 

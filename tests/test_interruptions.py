@@ -128,7 +128,7 @@ def workers_calls(pc: ModuleType, supervisor: Supervisor, monkeypatch: pytest.Mo
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "OUTAGE_SECONDS", 0.1)
-    monkeypatch.setattr(end, "WIND_UP_SECONDS", 1.0)
+    monkeypatch.setattr(end, "IDLE_WAIT_SECONDS", 1.0)
     monkeypatch.setattr(deferral, "IN_WORKER_SECONDS", 0.1)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from polars_cloud_emulator.testing import RunningEmulator
 from polars_remote import detach, use_cluster
-from polars_remote.ownership.labels import LONGEST, get_labels, shorten
+from polars_remote.ownership.labels import MAX_LABEL_BYTES, get_labels, shorten
 from tests.tries import StartTry
 
 LONG = {"dag_id": "märkte_" * 20, "task_id": "x" * 200, "run_id": "scheduled__2026-11-23T00:00:00Z"}
@@ -23,7 +23,7 @@ def test_labels_of_a_mapped_task_name_its_map_index(start_try: StartTry) -> None
 
 @pytest.mark.parametrize("label", ["dag=" + "x" * 28, "dag=" + "ü" * 14])
 def test_a_label_of_32_bytes_is_kept(label: str) -> None:
-    assert len(label.encode()) == LONGEST == 32
+    assert len(label.encode()) == MAX_LABEL_BYTES == 32
     assert shorten(label) == label
 
 
@@ -32,7 +32,7 @@ def test_a_longer_label_is_cut_between_letters(letter: str) -> None:
     for before in ("dag=", "dag=_", "dag=__", "dag=___"):
         shortened = shorten(before + letter * 40)
         # Apart from the text that does not fit, at most a part of one letter is lost.
-        assert LONGEST - len(letter.encode()) < len(shortened.encode()) <= LONGEST
+        assert MAX_LABEL_BYTES - len(letter.encode()) < len(shortened.encode()) <= MAX_LABEL_BYTES
         assert shortened.startswith(before + letter)
         assert "\N{REPLACEMENT CHARACTER}" not in shortened
 

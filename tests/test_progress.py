@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from polars_remote.waiting import progress
-from polars_remote.waiting.progress import Progress, describe_progress, get_pause
+from polars_remote.waiting.progress import Progress, describe_progress, get_poll_interval
 
 MINUTE = 60
 HOURS = 3
@@ -63,16 +63,16 @@ def test_a_line_is_logged_once(clock: Clock) -> None:
 
 @pytest.mark.parametrize("age", [0, 1, 10, 30, 59, 60, 61, 120, 200, 299, 299.9])
 def test_in_the_first_five_minutes_a_query_is_polled_each_two_seconds(age: float) -> None:
-    assert 0.2 <= get_pause(age) <= 2
+    assert 0.2 <= get_poll_interval(age) <= 2
 
 
 @pytest.mark.parametrize("age", [300, 301, 600, 1000, 1600, 3600, 86_400, 30 * 86_400])
 def test_later_a_query_is_polled_each_ten_seconds(age: float) -> None:
-    assert 1 <= get_pause(age) <= 10
+    assert 1 <= get_poll_interval(age) <= 10
 
 
 def test_an_older_query_is_polled_no_more_often() -> None:
-    pauses = [get_pause(age) for age in range(HOURS * 60 * MINUTE)]
+    pauses = [get_poll_interval(age) for age in range(HOURS * 60 * MINUTE)]
     assert pauses == sorted(pauses)
     assert pauses[0] < 1 < pauses[-1]
 

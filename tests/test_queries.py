@@ -860,7 +860,7 @@ def test_a_query_is_not_sent_before_the_cluster_that_a_killed_worker_started_is_
         standing = SimpleNamespace(sleep=stand_still, monotonic=time.monotonic)
         of_first_try.setattr("polars_remote.clusters.time", standing)
         kill(body)
-    monkeypatch.setattr("polars_remote.clusters.STARTING_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr("polars_remote.clusters.START_POLL_SECONDS", 0.1)
     with ThreadPoolExecutor() as background:
         starting_up = background.submit(start_up)
         with start_try(2), use_cluster(CLUSTER) as ctx:
@@ -932,7 +932,7 @@ def test_a_query_whose_cluster_is_stopped_twice_fails(ctx: Any, emulator: Runnin
 def test_a_query_that_has_run_for_a_while_when_its_cluster_is_stopped_fails(
     ctx: Any, emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("polars_remote.queries.STOP_RACE_SECONDS", 0.0)
+    monkeypatch.setattr("polars_remote.queries.RESUBMIT_SECONDS", 0.0)
     emulator.add_fault("SubmitQuery", "query_hangs")
     query = submit(ctx)
     stop_cluster(emulator, ctx)

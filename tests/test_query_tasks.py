@@ -600,7 +600,7 @@ def test_a_cluster_that_has_stopped_before_the_query_ended_is_an_error(
     supervisor: Supervisor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(query_tasks, "STOP_RACE_SECONDS", 0.0)
+    monkeypatch.setattr(query_tasks, "RESUBMIT_SECONDS", 0.0)
     task = TriedTask(ask)
     hold()
     deferral_of(task.run)
@@ -648,7 +648,7 @@ def query_by_hand(cluster: dict[str, Any], uri: str = OTHER_FILE) -> Any:
     """Submit a query on a context that `use_cluster` did not create."""
     import polars_cloud
 
-    with current_scope().session.turn():
+    with current_scope().session.logged_in():
         workspace = current_scope().session.find_workspace()
         ctx = polars_cloud.ComputeContext(workspace=workspace, name=cluster["name"])
         ctx.start(wait=True)

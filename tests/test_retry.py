@@ -217,7 +217,7 @@ def test_an_outage_that_outlasts_the_time_limit_is_an_error(
     query: Any, emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Each of these calls is the last one within the limit.
-    monkeypatch.setattr("polars_remote.cloud.retry.LAST_TRY_SECONDS", 60.0)
+    monkeypatch.setattr("polars_remote.cloud.retry.LAST_ATTEMPT_SECONDS", 60.0)
     fault = {"kind": "grpc_error", "code": "UNAVAILABLE", "message": "down", "times": 1_000}
     emulator.add_fault("GetQueryStatus", **fault)
     with time_limit(60.0):

@@ -102,7 +102,7 @@ def test_two_accounts_at_the_same_time_never_call_with_each_others_login(
     def call_often(conn_id: str) -> None:
         session = CloudSession(conn_id)
         for _ in range(5):
-            with session.turn():
+            with session.logged_in():
                 for _ in range(3):
                     session.call(list_with[conn_id])
 
@@ -124,14 +124,14 @@ def test_threads_of_one_account_call_at_the_same_time() -> None:
     all_are_in = Barrier(6)
 
     def act(conn_id: str) -> None:
-        with CloudSession(conn_id).turn():
+        with CloudSession(conn_id).logged_in():
             all_are_in.wait(SECONDS)
 
     in_threads(act, [SECOND] * 6)
 
 
 def test_a_turn_inside_a_turn_of_the_same_account_waits_for_nobody(list_with: Calls) -> None:
-    with CloudSession(FIRST).turn():
+    with CloudSession(FIRST).logged_in():
         other = start_thread(partial(call_in_turn, list_with, SECOND))
         eventually(lambda: waiting() == [SECOND], SECONDS)
         inner = start_thread(partial(call_in_turn, list_with, FIRST))  # within the same turn, too
@@ -155,13 +155,13 @@ def test_an_account_that_is_always_busy_does_not_keep_another_one_from_its_turn(
     turns: list[str] = []
 
     def take_turn(conn_id: str) -> None:
-        with CloudSession(conn_id).turn():
+        with CloudSession(conn_id).logged_in():
             turns.append(conn_id)
 
     may_end, has_begun = Event(), Event()
 
     def be_busy() -> None:
-        with CloudSession(FIRST).turn():
+        with CloudSession(FIRST).logged_in():
             has_begun.set()
             assert may_end.wait(SECONDS)
 
@@ -186,7 +186,7 @@ def test_a_login_that_is_refused_raises_and_lets_others_have_their_turn(
     may_end, has_begun = Event(), Event()
 
     def be_busy() -> None:
-        with CloudSession(FIRST).turn():
+        with CloudSession(FIRST).logged_in():
             has_begun.set()
             assert may_end.wait(SECONDS)
 

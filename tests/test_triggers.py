@@ -27,7 +27,7 @@ from polars_remote.cloud.manifests import register_manifest
 from polars_remote.cloud.session import EMULATOR, CloudSession
 from polars_remote.errors import LoginRefusedError
 from polars_remote.ownership import record
-from polars_remote.ownership.end import Left, end_orphans
+from polars_remote.ownership.end import EndFailure, end_orphans
 from polars_remote.ownership.record import Owner, Wait
 from polars_remote.ownership.scope import current_scope
 from polars_remote.waiting import deferral, in_triggerer, triggers
@@ -317,7 +317,7 @@ def test_a_call_without_a_reply_holds_up_nothing_and_is_abandoned(
 def test_an_outage_while_a_cluster_starts_is_ridden_out(
     emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(in_triggerer, "CLUSTER_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(in_triggerer, "START_POLL_SECONDS", 0.1)
     with running(starting(emulator, kind="startup_takes", seconds=60)) as fired:
         emulator.add_fault("GET compute/{id}", "http_error", times=3, status=503)
         eventually(lambda: emulator.state()["faults"] == [])
@@ -415,8 +415,8 @@ def end_deferred(
     monkeypatch: pytest.MonkeyPatch, emulator: RunningEmulator, supervisor: Supervisor
 ) -> EndDeferred:
     """Change the state of a deferred task, and cancel its trigger as Airflow 3.2 does."""
-    monkeypatch.setattr(triggers, "TELLS_TRIGGERS", False)
-    monkeypatch.setattr(in_triggerer, "LAST_LINES_SECONDS", SECONDS)
+    monkeypatch.setattr(triggers, "CALLS_ON_KILL", False)
+    monkeypatch.setattr(in_triggerer, "KEEP_LOG_OPEN_SECONDS", SECONDS)
 
     def end(trigger: PolarsCloudTrigger, state: str | None) -> None:
         supervisor.states["manual__1"]["run_query"] = state
@@ -480,7 +480,7 @@ def test_a_trigger_of_a_triggerer_that_stops_waits_for_no_answer_of_airflows(
     supervisor: Supervisor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(in_triggerer, "LAST_LINES_SECONDS", 0.5)
+    monkeypatch.setattr(in_triggerer, "KEEP_LOG_OPEN_SECONDS", 0.5)
     trigger = defer("query_hangs")
     supervisor.knows_states.clear()
     end_deferred(trigger, "deferred")
@@ -536,7 +536,7 @@ def starting(emulator: RunningEmulator, **fault: Any) -> ClusterTrigger:
 def test_a_trigger_fires_without_news_when_the_cluster_is_running(
     emulator: RunningEmulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(in_triggerer, "CLUSTER_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(in_triggerer, "START_POLL_SECONDS", 0.1)
     with running(starting(emulator, kind="startup_takes", seconds=60)) as fired:
         seen = calls(emulator, emulator.state()["clusters"][0]["id"])
         eventually(lambda: calls(emulator, emulator.state()["clusters"][0]["id"]) > seen + 2)
@@ -560,7 +560,7 @@ class Sweeps:
     def __init__(self) -> None:
         self.begun = 0
         self.at_once = 0
-        self.left: list[list[Left]] = []
+        self.left: list[list[EndFailure]] = []
         self.in_context: list[str] = []
 
 
@@ -575,13 +575,13 @@ def sweeps(
     """Sweep continuously; the last sweep ends before the test does."""
     sweeps = Sweeps()
 
-    def count(run: str = "", *, besides: Collection[str] = ()) -> list[Left]:
+    def count(run: str = "", *, excluding: Collection[str] = ()) -> list[EndFailure]:
         sweeps.begun += 1
         sweeps.at_once = max(sweeps.at_once, sweeps.begun - len(sweeps.left))
         sweeps.in_context.append(task_of_log.get())
-        left: list[Left] = []
+        left: list[EndFailure] = []
         try:
-            left = end_orphans(run, besides=besides)
+            left = end_orphans(run, excluding=excluding)
             return left
         finally:
             sweeps.left.append(left)

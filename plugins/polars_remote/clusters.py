@@ -31,13 +31,13 @@ from .cloud.manifests import Cluster, register_manifest
 from .cloud.queries import open_own_cluster
 from .errors import ClusterNotStartedError, ClusterRefusedError
 from .ownership.costs import Cost, describe_unknown
-from .ownership.end import end_use, has_other_users, log_left
+from .ownership.end import end_use, has_other_users, log_failures
 from .ownership.record import ClusterUse, get_use
 from .ownership.scope import TaskScope, current_scope, task_scope
 from .queries import RecordingClient
 from .query_tasks import query_task
 from .waiting.deferral import check_deadline, defer_until_started
-from .waiting.in_worker import refuse_forgotten
+from .waiting.in_worker import check_all_awaited
 
 if TYPE_CHECKING:
     from polars_cloud import ComputeContext
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 OPTIONS = {"name", *SPEC, "insecure", "labels"}
 """Options of a cluster: those of `ComputeContext` but for the workspace."""
 
-STARTING_PAUSE_SECONDS = 1.0
+START_POLL_SECONDS = 1.0
 """Worker poll interval in seconds for a cluster that is starting."""
 
 
@@ -94,7 +94,7 @@ def use_cluster(cluster: Cluster, *, stop: bool = True) -> Iterator[ComputeConte
         client = RecordingClient(scope, ctx, cluster["uri"], lambda ctx: None)
     else:
         use = ClusterUse(scope.record.owner, scope.record.conn_id, cluster["name"], stops=stop)
-        with scope.clusters.turn(use.manifest):
+        with scope.clusters.lock_manifest(use.manifest):
             ctx = _open_use(scope, use, cluster)
             scope.clusters.open_block(use.manifest)
         client = RecordingClient(scope, ctx, use.manifest, functools.partial(start_and_wait, scope))
@@ -104,7 +104,7 @@ def use_cluster(cluster: Cluster, *, stop: bool = True) -> Iterator[ComputeConte
             yield ctx
         client.close()
         if not scope.can_return_queries:
-            refuse_forgotten(scope, client.names)
+            check_all_awaited(scope, client.names)
         elif scope.queries.get_unended(client.names):
             return  # the cluster is used until the task ends
     except BaseException as error:
@@ -209,7 +209,7 @@ def start_for_run(cluster: Cluster, conn_id: str) -> None:
         use = ClusterUse(scope.record.owner._replace(whole_run=True), conn_id, cluster["name"])
         ctx = _open_use(scope, use, cluster)
         start_and_wait(scope, ctx)
-        scope.clusters.keep(use)  # last: a failed setup has no teardown
+        scope.clusters.remove_use(use)  # last: a failed setup has no teardown
         logger.info("Cluster %s of manifest %s is running", get_cluster_id(ctx), use.manifest)
 
 
@@ -231,8 +231,8 @@ def stop_for_run(cluster: Cluster, conn_id: str, started_by: str) -> list[Cost]:
             use = stored
         else:
             logger.info("The cost is in the log of whoever ended this run's use of the cluster")
-        left, costs = end_use(scope.session, use, waits=True)
-        log_left(left)
+        left, costs = end_use(scope.session, use, waits_for_stop=True)
+        log_failures(left)
         return costs or [
             describe_unknown(use, each, "its use could not be ended") for each in use.clusters
         ]
@@ -258,7 +258,7 @@ def start_and_wait(scope: TaskScope, ctx: ComputeContext) -> None:
         scope.check_killed()  # signals do not reach a thread
         check_deadline(scope)
         defer_until_started(scope, cluster_id, after=time.monotonic() - began)
-        time.sleep(STARTING_PAUSE_SECONDS)
+        time.sleep(START_POLL_SECONDS)
     if not status.is_available():
         _, reason = session.call(get_cluster_status, cluster_id, session.find_workspace())
         raise ClusterNotStartedError(f"Cluster {cluster_id} did not start: {reason or status.name}")
@@ -310,7 +310,7 @@ def _open_use(scope: TaskScope, use: ClusterUse, cluster: Cluster) -> ComputeCon
     cluster_id = get_cluster_id(ctx)
     if cluster_id:
         use.add_cluster(cluster_id, *get_size(ctx), has_started=False)
-    scope.clusters.record(use)  # before the first query starts the cluster
+    scope.clusters.record_use(use)  # before the first query starts the cluster
     if cluster_id:
         is_used()  # cancels orphans: our query would wait behind them
     logger.info("Using cluster %s of manifest %s", cluster_id or "(to be started)", use.manifest)

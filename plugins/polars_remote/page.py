@@ -38,7 +38,7 @@ p { margin: .25rem 0 } ul { margin: .25rem 0; padding-left: 1.25rem } a { color:
   .quiet { color: #9aa6b4 } }
 """
 
-ENDS_ORPHANS = (
+ENDED_BY = (
     "the triggerer, within two minutes, or clean_up at the end of its run"
     if LISTS_VARIABLES
     else "clean_up at the end of its run, the next try of its task, or the next user of the cluster"
@@ -67,17 +67,17 @@ def app() -> FastAPI:
     from fastapi import Depends, FastAPI
     from fastapi.responses import HTMLResponse
 
-    made = FastAPI(openapi_url=None, dependencies=[Depends(require_access_to_variables())])
+    api = FastAPI(openapi_url=None, dependencies=[Depends(require_access_to_variables())])
     headers = {
         "cache-control": "no-store",
         "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'",
     }
 
-    @made.get("/", response_class=HTMLResponse)
+    @api.get("/", response_class=HTMLResponse)
     def show() -> HTMLResponse:
         return HTMLResponse(render(read_record(), time.time()), headers=headers)
 
-    return made
+    return api
 
 
 def read_record() -> InUse:
@@ -116,10 +116,10 @@ def render(found: InUse, now: float) -> str:
                 if query.manifest == manifest:
                     queries[task.owner].append(query)
         owners = dict.fromkeys([use.owner for use in of_manifest] + list(queries))
-        parts = [_cluster(manifest, of_manifest, now)]
+        parts = [_render_cluster(manifest, of_manifest, now)]
         for owner in owners:
             seen_at = next((use.seen_at for use in of_manifest if use.owner == owner), None)
-            parts.append(_owner(owner, seen_at, queries[owner], is_active(owner)))
+            parts.append(_render_owner(owner, seen_at, queries[owner], is_active(owner)))
         sections.append(f"<section>{''.join(parts)}</section>")
     sections += [
         f"<section class=orphan>Entry {escape(key)} cannot be read. Look at it under Admin, "
@@ -132,12 +132,12 @@ def render(found: InUse, now: float) -> str:
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
         "<meta http-equiv=refresh content=30>"
         f"<style>{STYLE}</style></head><body><h1>Polars Cloud: in use</h1>"
-        f"<p class=quiet>As the DAGs have recorded it, at {_time(now)}. "
+        f"<p class=quiet>As the DAGs have recorded it, at {_format_time(now)}. "
         f"<a href='../'>Airflow</a></p>{content}</body></html>"
     )
 
 
-def _cluster(manifest: str, uses: Iterable[ClusterUse], now: float) -> str:
+def _render_cluster(manifest: str, uses: Iterable[ClusterUse], now: float) -> str:
     """Return the head of a cluster's section."""
     lines = [f"<h2>{escape(manifest)}</h2>"]
     latest: dict[str, list[ClusterUse]] = defaultdict(list)
@@ -153,7 +153,7 @@ def _cluster(manifest: str, uses: Iterable[ClusterUse], now: float) -> str:
             else "vCPUs not known"
         )
         lines.append(
-            f"<p>Cluster {escape(cluster_id)}<br><span class=quiet>since {_time(since)}: "
+            f"<p>Cluster {escape(cluster_id)}<br><span class=quiet>since {_format_time(since)}: "
             f"{so_far}</span></p>"
         )
     if not latest:
@@ -162,7 +162,7 @@ def _cluster(manifest: str, uses: Iterable[ClusterUse], now: float) -> str:
     return "".join(lines)
 
 
-def _owner(
+def _render_owner(
     owner: Owner,
     seen_at: float | None,
     queries: Iterable[QueryRecord],
@@ -180,23 +180,23 @@ def _owner(
     if owner.whole_run:
         line += " for the whole run"
     if seen_at:
-        line += f" <span class=quiet>since {_time(seen_at)}</span>"
-    items = "".join(f"<li>{_query(each)}</li>" for each in queries)
-    orphan = "" if is_active else f"<p><b>No owner any more</b>: ended by {ENDS_ORPHANS}</p>"
+        line += f" <span class=quiet>since {_format_time(seen_at)}</span>"
+    items = "".join(f"<li>{_render_query(each)}</li>" for each in queries)
+    orphan = "" if is_active else f"<p><b>No owner any more</b>: ended by {ENDED_BY}</p>"
     return (
         f"<div class={'owner' if is_active else 'orphan'}><p>{line}</p>{orphan}"
         f"{f'<ul>{items}</ul>' if items else ''}</div>"
     )
 
 
-def _query(query: QueryRecord) -> str:
+def _render_query(query: QueryRecord) -> str:
     text = f"Query {escape(query.query_id)}" if query.query_id else "Query that is being submitted"
     if urlsplit(query.page).scheme in ("http", "https"):
         text = f"<a href='{escape(query.page)}'>{text}</a>"
     if query.submitted_at:
-        text += f" <span class=quiet>since {_time(query.submitted_at)}</span>"
+        text += f" <span class=quiet>since {_format_time(query.submitted_at)}</span>"
     return text + (f"<br>to {escape(query.destination)}" if query.destination else "")
 
 
-def _time(moment: float) -> str:
+def _format_time(moment: float) -> str:
     return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

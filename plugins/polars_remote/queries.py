@@ -27,7 +27,7 @@ from .cloud.client import (
     uses_proxy,
 )
 from .cloud.plans import Plan, read_plan, set_sink_uuid
-from .cloud.queries import describe, end_query, get_page
+from .cloud.queries import cancel_query, describe, get_page
 from .cloud.retry import start_thread
 from .cloud.session import CloudSession
 from .errors import QueryRefusedError
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STOP_RACE_SECONDS = 30.0
+RESUBMIT_SECONDS = 30.0
 """Maximum age in seconds of a query that is submitted anew after its cluster was stopped."""
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def detach(query: DirectQuery) -> str:
     scope, query_id = current_scope(), get_query_id(query)
     name = scope.queries.find_name(query_id)
     if name and (record := scope.queries.get_record(name)):
-        scope.clusters.leave_running(record.manifest)
+        scope.clusters.leave_to_idle_timeout(record.manifest)
     scope.queries.forget(query_id)
     return query_id
 
@@ -143,7 +143,7 @@ class RecordingClient:
                 "which there is none of in proxy mode: use connection_mode direct"
             )
         tables = (table.name for table in found.tables)
-        name = self._scope.queries.reserve((*found.destinations, *tables), found.digest)
+        name = self._scope.queries.reserve_name((*found.destinations, *tables), found.digest)
         try:
             self._check_open(name)
             query = self._resume(name, found)
@@ -167,12 +167,12 @@ class RecordingClient:
                 try:
                     self._check_open(name)
                 except QueryRefusedError:  # a thread submitted it as the block ended
-                    end_query(self._scope.session, query)
+                    cancel_query(self._scope.session, query)
                     raise
                 self._submit_again[name] = lambda: self._submit_once(name, found, submit, anew=True)
                 logger.info("Submitted query %s", describe(query))
         except BaseException:
-            self._scope.queries.release(name)
+            self._scope.queries.release_name(name)
             raise
         self._queries[get_query_id(query)] = name, query
         return UUID(get_query_id(query))
@@ -205,7 +205,7 @@ class RecordingClient:
         self._submit_again.pop(name, None)
         record = self._scope.queries.get_record(name)
         if results[name].status.name != "SUCCESS" and record and record.query_id == str(query_id):
-            self._scope.queries.release(name)  # the task may submit it again
+            self._scope.queries.release_name(name)  # the task may submit it again
         return get_result_info(results[name])
 
     def cancel_direct_query(self, query_id: UUID) -> None:
@@ -227,7 +227,7 @@ class RecordingClient:
         record = self._scope.queries.get_record(name)
         if submit is None or record is None or record.submitted_at is None:
             return None
-        if time.time() - record.submitted_at > STOP_RACE_SECONDS or not self._was_stopped(record):
+        if time.time() - record.submitted_at > RESUBMIT_SECONDS or not self._was_stopped(record):
             return None
         logger.warning(
             "Cluster %s was stopped under query %s, which is submitted anew",
@@ -278,7 +278,7 @@ class RecordingClient:
             record.submitted_at = record.submitted_at or time.time()
             add_datasets(record, plan)
             self.names.add(name)
-            self._scope.queries.put(name, record, query)
+            self._scope.queries.record_query(name, record, query)
         return query
 
     def _submit_once(
@@ -300,7 +300,7 @@ class RecordingClient:
                 has_location=plan.has_location,
             )
             add_datasets(record, plan)
-            scope.queries.put(name, record)
+            scope.queries.record_query(name, record)
             self.names.add(name)
             try:
                 query = self._submit_unless_accepted(record, submit)
@@ -313,19 +313,19 @@ class RecordingClient:
         record.query_id, record.page = get_query_id(query), get_page(query)
         record.submitted_at = time.time()
         self._known[record.cluster_id].append((record.query_id, destination))
-        scope.queries.put(name, record, query)
+        scope.queries.record_query(name, record, query)
         return query
 
     def _submit_unless_accepted(
         self, record: QueryRecord, submit: Callable[[], DirectQuery]
     ) -> DirectQuery:
         submission = _Submission(self._scope.session, self._ctx, record, submit)
-        kept: DirectQuery | None = None
+        chosen: DirectQuery | None = None
         try:
-            kept = self._scope.session.call(submission.attempt)
+            chosen = self._scope.session.call(submission.attempt)
         finally:
-            submission.end(kept)
-        return kept
+            submission.cancel_duplicates(chosen)
+        return chosen
 
     def _find_known(self, destination: str) -> list[str]:
         """Return ids of queries with this destination that the cluster already has.
@@ -361,8 +361,8 @@ class _Submission:
         self._was_tried = False
         self._lock = threading.Lock()
         self._accepted: list[DirectQuery] = []
-        self._is_over = False
-        self._kept_id = ""
+        self._has_ended = False
+        self._chosen_id = ""
 
     def attempt(self) -> DirectQuery:
         """Submit the query, unless an earlier attempt was accepted."""
@@ -376,27 +376,27 @@ class _Submission:
         query = self._submit()
         with self._lock:
             self._accepted.append(query)
-            is_late = self._is_over and get_query_id(query) != self._kept_id
+            is_late = self._has_ended and get_query_id(query) != self._chosen_id
         if is_late:
             self._cancel(query)
         return query
 
-    def end(self, kept: DirectQuery | None) -> None:
-        """Cancel all accepted queries except `kept`, now or when their replies arrive.
+    def cancel_duplicates(self, chosen: DirectQuery | None) -> None:
+        """Cancel all accepted queries except `chosen`, now or when their replies arrive.
 
         Parameters
         ----------
-        kept
+        chosen
             None if the caller was interrupted. A query with a destination can be found later, and
             is not canceled here.
         """
         with self._lock:
-            self._is_over = True
-            self._kept_id = get_query_id(kept) if kept else ""
+            self._has_ended = True
+            self._chosen_id = get_query_id(chosen) if chosen else ""
             accepted = list(self._accepted)
-        if kept or not self._record.destination:
+        if chosen or not self._record.destination:
             for query in accepted:
-                if get_query_id(query) != self._kept_id:
+                if get_query_id(query) != self._chosen_id:
                     start_thread(functools.partial(self._cancel, query))
 
     def _find_accepted(self) -> DirectQuery | None:
@@ -411,7 +411,7 @@ class _Submission:
 
     def _cancel(self, query: DirectQuery) -> None:
         try:
-            end_query(self._session, query)
+            cancel_query(self._session, query)
         except Exception as error:
             logger.warning("Could not cancel a query (%s): %s", error, describe(query))
 

@@ -17,8 +17,8 @@ from airflow.sdk import Asset, Context, get_current_context
 from airflow.sdk.bases.decorator import DecoratedOperator, Task, task_decorator_factory
 
 from .cloud.client import get_cluster_status, get_query_id, is_query, is_result
-from .compat.internals import has_lost_its_trigger
-from .compat.versions import TRIGGERS_CAN_ASK, from_json, to_json
+from .compat.internals import is_trigger_failure
+from .compat.versions import TRIGGERS_CAN_CALL_AIRFLOW, from_json, to_json
 from .errors import (
     ClusterNotStartedError,
     QueryCanceledError,
@@ -30,15 +30,15 @@ from .ownership import record
 from .ownership.end import find_recorded
 from .ownership.record import Owner, Result, Wait
 from .ownership.scope import TaskScope, task_scope
-from .queries import STOP_RACE_SECONDS, get_recording_client
+from .queries import RESUBMIT_SECONDS, get_recording_client
 from .settings import DEFERS
 from .waiting import deferral
 from .waiting.deferral import check_deadline, defer_until_ended
 from .waiting.in_worker import (
+    check_all_awaited,
     check_result,
-    get_written,
     log_result,
-    refuse_forgotten,
+    to_result,
     wait_until_ended,
 )
 
@@ -120,14 +120,14 @@ class QueryTask(DecoratedOperator, PythonOperator):
             "op_kwargs": op_kwargs,
         }
         super().__init__(kwargs_to_upstream=function, **function, **options)
-        self.defers = DEFERS and TRIGGERS_CAN_ASK
+        self.defers = DEFERS and TRIGGERS_CAN_CALL_AIRFLOW
         self.page = ""
 
     def resume_execution(
         self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context
     ) -> Any:
         """Resume after a deferral, even if the trigger failed or never ran."""
-        if has_lost_its_trigger(next_method):
+        if is_trigger_failure(next_method):
             arguments = next_kwargs or {}
             lines = "".join(arguments.get("traceback") or ()).splitlines()
             cause = lines[-1] if lines else str(arguments.get("error"))
@@ -178,12 +178,12 @@ class QueryTask(DecoratedOperator, PythonOperator):
                     f"Cluster {wait.cluster} did not start: {event['failed']}"
                 )
             try:
-                return self._go_on(scope, context, wait, event.get("results", {}))
-            except _StoppedAtOnce as error:
+                return self._collect_results(scope, context, wait, event.get("results", {}))
+            except _StoppedDuringSubmission as error:
                 logger.warning("%s: the task submits it anew", error)
         return self.execute(context)
 
-    def _go_on(
+    def _collect_results(
         self, scope: TaskScope, context: Context, wait: Wait, seen: Mapping[str, Any]
     ) -> Any:
         """Add the results that the trigger has seen, and wait for the other queries."""
@@ -204,14 +204,14 @@ class QueryTask(DecoratedOperator, PythonOperator):
             self._wait(scope, wait, {name: _reconnect(scope, name) for name in left})
         return _finish(context, returned, wait.results)
 
-    def settle(self, scope: TaskScope, returned: Any) -> Any:
+    def await_returned_queries(self, scope: TaskScope, returned: Any) -> Any:
         """Wait for the queries that the task's function has returned."""
         context = get_current_context()
         queries: dict[str, DirectQuery] = {}
         results: dict[str, Result] = {}
         unrecorded: list[DirectQuery] = []
 
-        def put_name(value: Any) -> Any:
+        def replace_by_name(value: Any) -> Any:
             if is_result(value):
                 if value.status.name == "FAILED":
                     value.raise_err()
@@ -220,7 +220,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
                         f"Somebody canceled this query: {value.finished_task_info.id}"
                     )
                 name = scope.queries.find_name(str(value.finished_task_info.id)) or str(id(value))
-                results[name] = get_written(value)
+                results[name] = to_result(value)
             elif not is_query(value):
                 return value
             elif found := scope.queries.find_name(get_query_id(value)):
@@ -231,13 +231,13 @@ class QueryTask(DecoratedOperator, PythonOperator):
                 return value
             return {QUERY: name}
 
-        named = map_queries(put_name, returned)
+        named = map_queries(replace_by_name, returned)
         if unrecorded:
             _refuse(unrecorded)
-        refuse_forgotten(scope, besides=queries)
+        check_all_awaited(scope, excluding=queries)
         if not queries and not results:
             return returned
-        scope.queries.end_adopted(besides=queries)
+        scope.queries.cancel_adopted(excluding=queries)
         self.page = _find_page(scope, _find_names(named))
         wait = Wait(
             since=time.time(),
@@ -262,21 +262,21 @@ class QueryTask(DecoratedOperator, PythonOperator):
         found = wait_until_ended(
             scope,
             # Over this worker's own connection, if it has one.
-            {**queries, **scope.queries.get_open(queries)},
+            {**queries, **scope.queries.get_connected(queries)},
             resubmit=resubmit,
             **seconds,
         )
-        queries = {**queries, **scope.queries.get_open(queries)}  # some were submitted anew
+        queries = {**queries, **scope.queries.get_connected(queries)}  # some were submitted anew
         for name, result in found.items():
             check_result(scope, name, queries[name], result)
             if result.status.name == "FAILED":
                 result.raise_err()
-            wait.results[name] = get_written(result)
+            wait.results[name] = to_result(result)
         if left := [name for name in queries if name not in found]:
             defer_until_ended(scope, left, wait)
 
 
-class _StoppedAtOnce(Exception):
+class _StoppedDuringSubmission(Exception):
     """The cluster was stopped during the submission; the task submits the query anew."""
 
 
@@ -312,19 +312,19 @@ def _reconnect(scope: TaskScope, name: str) -> DirectQuery:
         f"{query.query_id} ended"
     )
     age = time.time() - (query.submitted_at or 0.0)
-    if status == "STOPPED" and not reason and age < STOP_RACE_SECONDS:
-        raise _StoppedAtOnce(error)
+    if status == "STOPPED" and not reason and age < RESUBMIT_SECONDS:
+        raise _StoppedDuringSubmission(error)
     raise error
 
 
 def _finish(context: Context, named: Any, results: Mapping[str, Result]) -> Any:
     """Replace the queries in the return value by results, and add results to outlet events."""
 
-    def put(part: str, value: Any) -> Any:
+    def get_part(part: str, value: Any) -> Any:
         return getattr(results[value[QUERY]], part) if _is_name(value) else value
 
     location, rows = (
-        map_queries(functools.partial(put, part), named) for part in ("location", "rows")
+        map_queries(functools.partial(get_part, part), named) for part in ("location", "rows")
     )
     events = context["outlet_events"]
     for outlet in context["outlets"]:

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from polars_remote.compat.versions import TRIGGERS_CAN_ASK
+from polars_remote.compat.versions import TRIGGERS_CAN_CALL_AIRFLOW
 from tests.failures.deployment import Deployment, running_deployment
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect the tests that need deferred tasks, on an Airflow without them."""
-    if TRIGGERS_CAN_ASK:
+    if TRIGGERS_CAN_CALL_AIRFLOW:
         return
     deferred = [item for item in items if item.get_closest_marker("deferred")]
     config.hook.pytest_deselected(items=deferred)

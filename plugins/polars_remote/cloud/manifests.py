@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REGISTRATIONS = 5
+MAX_REGISTRATIONS = 5
 """Maximum attempts while other tasks change the manifest."""
 
 Cluster = Mapping[str, Any]
@@ -122,7 +122,7 @@ def _find_changes(session: CloudSession, registered: ComputeContext, cluster: Cl
 
 def _register(session: CloudSession, wanted: ComputeContext, name: str) -> ComputeContext:
     refusal = ValueError()
-    for _ in range(REGISTRATIONS):
+    for _ in range(MAX_REGISTRATIONS):
         try:
             session.call(wanted.register, name)
         except ValueError as error:

@@ -107,7 +107,7 @@ def find_status(session: CloudSession, query: DirectQuery) -> QueryStatus | None
         return None
 
 
-def end_query(session: CloudSession, query: DirectQuery) -> None:
+def cancel_query(session: CloudSession, query: DirectQuery) -> None:
     """Cancel the query unless it has ended.
 
     Raises

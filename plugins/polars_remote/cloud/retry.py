@@ -44,7 +44,7 @@ TRANSIENT_TEXT = re.compile(
     r"|Error parsing access token JSON: (?!.*missing field `access_token`)"
 )
 
-LAST_TRY_SECONDS = 1.0
+LAST_ATTEMPT_SECONDS = 1.0
 """Seconds reserved for the last attempt before `time_limit` ends."""
 
 SIGNAL_SECONDS = 0.5
@@ -77,7 +77,7 @@ def retry(function: Callable[[], T], *, call_timeout: float | None = OUTAGE_SECO
     began = time.monotonic()
     ends = began + OUTAGE_SECONDS
     if (limit := _deadline.get()) is not None:
-        ends = min(ends, limit - LAST_TRY_SECONDS)
+        ends = min(ends, limit - LAST_ATTEMPT_SECONDS)
 
     def attempt() -> T:
         timeout = call_timeout

@@ -71,19 +71,19 @@ class CloudSession:
         ValueError
             Any other answer, in the words of Polars Cloud.
         """
-        with _login.held_by(self.conn_id, renew=True):
+        with _login.use(self.conn_id, renew=True):
             pass
 
     def check_account(self) -> None:
         """Raise `LoginRefusedError` if the Connection opens clusters of your own alone."""
-        with self.turn():
+        with self.logged_in():
             if _login.without_account:
                 raise _login.without_account
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def logged_in(self) -> Iterator[None]:
         """Keep this login for the calls in the body. Raises what `log_in` raises."""
-        with _login.held_by(self.conn_id):
+        with _login.use(self.conn_id):
             yield
 
     def call(
@@ -100,7 +100,7 @@ class CloudSession:
             As `log_in` and `retry`.
         """
         bound = functools.partial(function, *arguments)
-        with self.turn():
+        with self.logged_in():
             try:
                 return retry(bound, call_timeout=call_timeout)
             except Exception as error:
@@ -140,20 +140,20 @@ class _Login:
         self._waiting: list[str] = []
         self.without_account: NoAccountError | None = None
         """Why the Connection whose turn it is does not log in."""
-        self._holding = ContextVar[str | None]("holding", default=None)
+        self._current = ContextVar[str | None]("current", default=None)
         """Connection for which the current thread, or the one that started it, has the turn."""
 
     @contextmanager
-    def held_by(self, conn_id: str, *, renew: bool = False) -> Iterator[None]:
-        if self._holding.get() == conn_id:
+    def use(self, conn_id: str, *, renew: bool = False) -> Iterator[None]:
+        if self._current.get() == conn_id:
             yield
             return
         self._begin(conn_id, renew)
-        token = self._holding.set(conn_id)
+        token = self._current.set(conn_id)
         try:
             yield
         finally:
-            self._holding.reset(token)
+            self._current.reset(token)
             with self._turns:
                 self._users -= 1
                 self._turns.notify_all()
@@ -243,7 +243,7 @@ def find_connection(conn_id: str) -> Connection | LoginRefusedError:
     if not connection.password:
         return _refuse(conn_id, "has no password")
     is_emulators = connection.login == EMULATOR or connection.login.startswith(f"{EMULATOR}-")
-    if is_emulators != talks_to_emulator():
+    if is_emulators != uses_emulator():
         return LoginRefusedError(
             f"The Airflow Connection {conn_id!r} was not used: its login is the emulator's, but "
             "this worker talks to Polars Cloud. Set the client ID of a service account."
@@ -278,7 +278,7 @@ def find_access(conn_id: str) -> ClusterAccess | LoginRefusedError:
     return ClusterAccess(ca_cert, headers, domain_name)
 
 
-def talks_to_emulator() -> bool:
+def uses_emulator() -> bool:
     """Return whether this worker's Polars Cloud is the emulator."""
     return os.environ.get("POLARS_CLOUD_DOMAIN", "").startswith("emulator@")
 

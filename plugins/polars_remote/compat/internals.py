@@ -76,7 +76,7 @@ def is_resumed(context: Context) -> bool:
     return from_server is not None and from_server.next_method is not None
 
 
-def has_lost_its_trigger(next_method: str) -> bool:
+def is_trigger_failure(next_method: str) -> bool:
     """Return whether the task is resumed because its trigger failed or timed out."""
     return next_method == TRIGGER_FAIL_REPR
 

@@ -18,11 +18,11 @@ if VERSION < OLDEST:
 LISTS_VARIABLES = VERSION >= (3, 3)
 """Whether Airflow lists Variables by the prefix of their keys."""
 
-TELLS_TRIGGERS = VERSION >= (3, 3)
+CALLS_ON_KILL = VERSION >= (3, 3)
 """Whether Airflow calls `on_kill` of a trigger whose task a user has ended. Airflow 3.2 only
 cancels the trigger, as it does when the triggerer stops."""
 
-TRIGGERS_CAN_ASK = VERSION >= (3, 2)
+TRIGGERS_CAN_CALL_AIRFLOW = VERSION >= (3, 2)
 """Whether a thread of the triggerer can ask Airflow. On Airflow 3.1 it reads the answers to other
 triggers, and the triggerer ends."""
 
@@ -64,10 +64,10 @@ def from_json(value: Any) -> Any:
 
 
 __all__ = [
+    "CALLS_ON_KILL",
     "COUNTS_CLEARED_TASKS",
     "LISTS_VARIABLES",
-    "TELLS_TRIGGERS",
-    "TRIGGERS_CAN_ASK",
+    "TRIGGERS_CAN_CALL_AIRFLOW",
     "AirflowFailException",
     "AirflowNotFoundException",
     "AirflowTaskTimeout",

@@ -23,7 +23,7 @@ from .record import ClusterUse
 
 logger = logging.getLogger(__name__)
 
-STOPPING_SECONDS = 10.0
+STOP_WAIT_SECONDS = 10.0
 """How long to wait for a cluster that is stopping: only then its end is known."""
 
 Span = tuple[float, float]
@@ -39,7 +39,7 @@ def log_costs(
     others: Collection[ClusterUse],
     *,
     is_last: bool,
-    waits: bool,
+    waits_for_stop: bool,
 ) -> list[Cost]:
     """Log what a run's uses of a manifest's clusters cost, and return it; never raises.
 
@@ -51,11 +51,11 @@ def log_costs(
         Uses by other runs, and those of this run that are charged already.
     is_last
         Whether the run was the last that used the cluster.
-    waits
+    waits_for_stop
         Whether to wait some seconds until the cluster has stopped.
     """
     return [
-        _log_cost(session, cluster_id, uses, others, is_last=is_last, waits=waits)
+        _log_cost(session, cluster_id, uses, others, is_last=is_last, waits_for_stop=waits_for_stop)
         for cluster_id in dict.fromkeys(each for use in uses for each in use.clusters)
     ]
 
@@ -67,13 +67,13 @@ def _log_cost(
     others: Collection[ClusterUse],
     *,
     is_last: bool,
-    waits: bool,
+    waits_for_stop: bool,
 ) -> Cost:
     use = uses[0]
     try:
         # A task that leaves its cluster to the idle timeout ends without a call.
         bill = None if others else _get_recorded_bill(use, cluster_id)
-        bill = bill or _get_bill(session, cluster_id, waits=waits)
+        bill = bill or _get_bill(session, cluster_id, waits_for_stop=waits_for_stop)
         now = time.time()
         mine = _get_spans(cluster_id, uses, now)
         of_runs = defaultdict[str, list[ClusterUse]](list)
@@ -187,11 +187,11 @@ def _get_recorded_bill(use: ClusterUse, cluster_id: str) -> ClusterBill | None:
     return ClusterBill("LEFT TO ITS IDLE TIMEOUT", use.seen_at, None, use.nodes, use.vcpus)
 
 
-def _get_bill(session: CloudSession, cluster_id: str, *, waits: bool) -> ClusterBill:
+def _get_bill(session: CloudSession, cluster_id: str, *, waits_for_stop: bool) -> ClusterBill:
     """Return the cluster's bill, if it is worth the wait after the cluster has stopped."""
     deadline = time.monotonic()
-    if waits and time_left(math.inf) == math.inf:  # a task that is killed does not wait
-        deadline += STOPPING_SECONDS
+    if waits_for_stop and time_left(math.inf) == math.inf:  # a task that is killed does not wait
+        deadline += STOP_WAIT_SECONDS
     while True:
         bill = session.call(get_cluster_bill, cluster_id, session.find_workspace())
         if bill.status != "STOPPING" or time.monotonic() > deadline:

@@ -21,7 +21,7 @@ from airflow.sdk import Context
 
 from ..cloud.client import get_cluster_id, misspecified_error
 from ..cloud.manifests import find_manifest
-from ..cloud.queries import end_query, find_query
+from ..cloud.queries import cancel_query, find_query
 from ..cloud.retry import time_left, time_limit
 from ..cloud.session import CloudSession
 from ..compat.internals import has_supervisor
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WIND_UP_SECONDS = 10.0
+IDLE_WAIT_SECONDS = 10.0
 """Maximum seconds to wait for the cluster to become idle."""
 
 PARSE_SECONDS = 10.0
 """Seconds reserved in the DAG processor for parsing the file and for final log lines."""
 
-ENDS_AT_ONCE = 8
+MAX_CONCURRENT_CANCELS = 8
 """Maximum concurrent cancellations of a task."""
 
 Uncharged = dict[str, tuple[list[ClusterUse], list[ClusterUse]]]
@@ -52,11 +52,11 @@ FindQuery = Callable[[CloudSession, str, QueryRecord], "DirectQuery | None"]
 class EndedUse(NamedTuple):
     """What could not be ended, and what the run's use of each cluster cost, if it has ended."""
 
-    left: list[Left]
+    left: list[EndFailure]
     costs: list[Cost]
 
 
-class Left(NamedTuple):
+class EndFailure(NamedTuple):
     """A query, use or entry that could not be ended, its owner if known, and why."""
 
     what: str
@@ -95,22 +95,22 @@ def clean_up(context: Context | None = None) -> None:
         seconds = conf.getfloat("dag_processor", "dag_file_processor_timeout") - PARSE_SECONDS
         with time_limit(max(seconds, PARSE_SECONDS)):
             left = end_orphans(record.digest(context["dag"].dag_id, context["run_id"]))
-    log_left(left)
+    log_failures(left)
 
 
-def end_orphans(run: str = "", *, besides: Collection[str] = ()) -> list[Left]:
+def end_orphans(run: str = "", *, excluding: Collection[str] = ()) -> list[EndFailure]:
     """End all orphans, and return those that could not be ended.
 
     Parameters
     ----------
     run
         `Owner.run`; all runs if empty.
-    besides
+    excluding
         Keys of watched tasks. Their cluster uses are left alone, too: without them, nobody would
         stop the cluster when the queries have ended.
     """
-    left: list[Left] = []
-    watched = {record.get_owner_part(key) for key in besides}
+    left: list[EndFailure] = []
+    watched = {record.get_owner_part(key) for key in excluding}
     done: set[str] = set()
     # Queries first: only a cluster without running queries can be stopped.
     for prefix, of_run, get in (
@@ -130,12 +130,12 @@ def _end_orphan(
     get: Callable[[str], TaskRecord | ClusterUse | None],
     run: str,
     done: set[str],
-) -> list[Left]:
+) -> list[EndFailure]:
     """End the entry if its owner has ended; add a task's remaining cluster uses to `done`."""
     try:
         entry = get(key)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        return [Left(f"entry {key}", None, f"it cannot be read ({error!r})")]
+        return [EndFailure(f"entry {key}", None, f"it cannot be read ({error!r})")]
     if entry is None:
         return []
     try:
@@ -145,7 +145,7 @@ def _end_orphan(
                 logger.info("%s is active: nothing of it is ended", entry.owner)
             return []
     except Exception as error:
-        return [Left("the entry", entry.owner, str(error))]
+        return [EndFailure("the entry", entry.owner, str(error))]
     logger.info("Ending orphans of %s", entry.owner)
     session = CloudSession(entry.conn_id)
     if isinstance(entry, ClusterUse):
@@ -155,7 +155,7 @@ def _end_orphan(
     return left
 
 
-def end_task_entry(key: str) -> list[Left]:
+def end_task_entry(key: str) -> list[EndFailure]:
     """End the queries and cluster uses of a deferred task, unless a later try owns them."""
     task = record.get_task(key)
     if task is None:
@@ -172,9 +172,9 @@ def end_task(
     task: TaskRecord,
     *,
     ended: Collection[str] = (),
-    given_up: Collection[str] = (),
+    skip: Collection[str] = (),
     find: FindQuery | None = None,
-) -> list[Left]:
+) -> list[EndFailure]:
     """Cancel a task's queries, end its cluster uses, and erase its entry; never raises.
 
     Queries and uses that could not be ended stay on record, and are returned.
@@ -183,27 +183,27 @@ def end_task(
     ----------
     ended
         Names of queries that have ended.
-    given_up
+    skip
         Names of queries and keys of uses that could not be ended a moment ago.
     find
         Function that connects to a query; by default, by the ids on record.
     """
     queries = {name: each for name, each in task.queries.items() if name not in ended}
-    to_end = {name: each for name, each in queries.items() if name not in given_up}
-    failed_queries = end_queries(session, task.owner, to_end, find)
+    to_end = {name: each for name, each in queries.items() if name not in skip}
+    failed_queries = cancel_recorded_queries(session, task.owner, to_end, find)
     left = [*failed_queries.values()]
     running = {name: each for name, each in queries.items() if name not in to_end}
     running |= {name: queries[name] for name in failed_queries}
     busy = {each.manifest for each in running.values()}
     uses = []
     for use_key in sorted(task.cluster_uses):
-        if use_key in given_up:
+        if use_key in skip:
             uses.append(use_key)
             continue
         try:
             use = record.get_use(use_key)
         except Exception as error:
-            left.append(Left("the use of a cluster", task.owner, str(error)))
+            left.append(EndFailure("the use of a cluster", task.owner, str(error)))
             uses.append(use_key)
             continue
         if use and use.manifest in busy:
@@ -219,30 +219,30 @@ def end_task(
         else:
             record.erase(key)
     except Exception as error:
-        left.append(Left("the entry", task.owner, str(error)))
+        left.append(EndFailure("the entry", task.owner, str(error)))
     return left
 
 
-def end_queries(
+def cancel_recorded_queries(
     session: CloudSession,
     owner: Owner,
     queries: Mapping[str, QueryRecord],
     find: FindQuery | None = None,
-) -> dict[str, Left]:
+) -> dict[str, EndFailure]:
     """Cancel the queries concurrently, and return the failures by name; never raises."""
     if not queries:
         return {}
 
-    def end(name: str, query: QueryRecord) -> Left | None:
+    def end(name: str, query: QueryRecord) -> EndFailure | None:
         try:
             if found := (find or find_recorded)(session, name, query):
-                end_query(session, found)
+                cancel_query(session, found)
         except Exception as error:
             what = f"query {query.query_id or '(id unknown)'} for {name}"
-            return Left(f"{what} on cluster {query.cluster_id}", owner, str(error))
+            return EndFailure(f"{what} on cluster {query.cluster_id}", owner, str(error))
         return None
 
-    with ThreadPoolExecutor(min(len(queries), ENDS_AT_ONCE)) as threads:
+    with ThreadPoolExecutor(min(len(queries), MAX_CONCURRENT_CANCELS)) as threads:
         ends = {
             name: threads.submit(copy_context().run, end, name, each)
             for name, each in queries.items()
@@ -262,7 +262,7 @@ def end_use(
     use: ClusterUse,
     ctx: ComputeContext | None = None,
     *,
-    waits: bool = False,
+    waits_for_stop: bool = False,
 ) -> EndedUse:
     """End a use of a cluster; the last user stops it. Never raises.
 
@@ -274,7 +274,7 @@ def end_use(
     ----------
     ctx
         Context of the cluster, if its id is known.
-    waits
+    waits_for_stop
         Whether to wait some seconds until the cluster has stopped, for the whole of its cost.
     """
     others = _Others(session, use)
@@ -283,7 +283,7 @@ def end_use(
     try:
         is_last = not others.are_active() and others.stop_unless_used(ctx)
         if not is_last:
-            ended = others.keep_for_shares()
+            ended = others.record_ended_use()
         record.erase(use.key)
         is_erased = True
         if not is_last and (others.are_active() or not others.stop_unless_used(ctx)):
@@ -291,16 +291,18 @@ def end_use(
         uncharged = others.find_uncharged(ended)
         others.erase_ended()
     except Exception as error:
-        left = [Left(f"the use of the cluster of manifest {use.manifest}", use.owner, str(error))]
+        left = [
+            EndFailure(f"the use of the cluster of manifest {use.manifest}", use.owner, str(error))
+        ]
         if is_erased:
             try:
                 record.put(use.key, use)
                 if ended:
                     record.erase(ended.key)
             except Exception as error:
-                left.append(Left("the entry", use.owner, str(error)))
+                left.append(EndFailure("the entry", use.owner, str(error)))
         return EndedUse(left, [])
-    return EndedUse([], others.log_costs(uncharged, waits=waits))
+    return EndedUse([], others.log_costs(uncharged, waits_for_stop=waits_for_stop))
 
 
 def has_other_users(session: CloudSession, use: ClusterUse) -> bool:
@@ -314,7 +316,7 @@ class _Others:
     def __init__(self, session: CloudSession, use: ClusterUse) -> None:
         self._session = session
         self._use = use
-        self.want_stop = use.stops
+        self.should_stop = use.stops
         """Whether this user, or one of the users that have ended, is to stop the cluster."""
         self._keys: list[str] = []
         """Keys of all uses but this one, those that have ended included."""
@@ -336,11 +338,11 @@ class _Others:
                 return True
             # The sweep ends uses of other Connections: this process has one login at a time.
             if other.conn_id == self._session.conn_id and self._end_tasks(other):
-                self.want_stop |= other.stops
+                self.should_stop |= other.stops
                 self._orphans[key] = other
         return False
 
-    def keep_for_shares(self) -> ClusterUse | None:
+    def record_ended_use(self) -> ClusterUse | None:
         """Record when this use has ended, if another user needs that for its share of the cost."""
         if not (self._use.clusters and self._active):
             return None
@@ -372,7 +374,7 @@ class _Others:
             logger.warning("The cost of manifest %s is not known: %s", self._use.manifest, error)
             return str(error)
 
-    def log_costs(self, uncharged: Uncharged | str, *, waits: bool) -> list[Cost]:
+    def log_costs(self, uncharged: Uncharged | str, *, waits_for_stop: bool) -> list[Cost]:
         """Log the cost of each run, and return that of this use's run."""
         if isinstance(uncharged, str):
             return [describe_unknown(self._use, each, uncharged) for each in self._use.clusters]
@@ -382,7 +384,7 @@ class _Others:
                 uses,
                 others,
                 is_last=not self._active and not index,
-                waits=waits,
+                waits_for_stop=waits_for_stop,
             )
             for index, (run, (uses, others)) in enumerate(uncharged.items())
         }
@@ -431,7 +433,7 @@ class _Others:
 
     def stop_unless_used(self, ctx: ComputeContext | None) -> bool:
         """Stop the cluster if that is wanted; return False if another user has come."""
-        return not self.want_stop or _stop(self._session, self._use, ctx)
+        return not self.should_stop or _stop(self._session, self._use, ctx)
 
     def _end_tasks(self, use: ClusterUse) -> bool:
         """End the queries of the tasks that used the cluster; return whether all have ended."""
@@ -443,8 +445,8 @@ class _Others:
             if task is None or task.owner.is_active():
                 continue
             logger.info("Ending orphans of %s", task.owner)
-            left = end_queries(self._session, task.owner, task.queries)
-            log_left(left.values())
+            left = cancel_recorded_queries(self._session, task.owner, task.queries)
+            log_failures(left.values())
             all_ended &= not left
             task.queries = {name: task.queries[name] for name in left}
             task.cluster_uses = [each for each in task.cluster_uses if each != use.key]
@@ -470,7 +472,7 @@ def _stop(session: CloudSession, use: ClusterUse, ctx: ComputeContext | None) ->
     if ctx is None or status is None:
         logger.info("Manifest %s does not exist: nothing to stop", manifest)
         return True
-    deadline = time.monotonic() + time_left(WIND_UP_SECONDS)
+    deadline = time.monotonic() + time_left(IDLE_WAIT_SECONDS)
     while status.name == "RUNNING":
         if time.monotonic() > deadline:
             logger.info(
@@ -490,7 +492,7 @@ def _stop(session: CloudSession, use: ClusterUse, ctx: ComputeContext | None) ->
     return True
 
 
-def log_left(left: Iterable[Left]) -> None:
+def log_failures(left: Iterable[EndFailure]) -> None:
     """Log a warning for each failure."""
     for each in left:
         logger.warning("%s. It stays on record, for the next try, clean_up or the sweep", each)

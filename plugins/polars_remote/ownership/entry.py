@@ -12,7 +12,7 @@ from .record import TaskRecord
 
 logger = logging.getLogger(__name__)
 
-OWNER_SECONDS = 5.0
+OWNERSHIP_SECONDS = 5.0
 """Seconds for which a try counts as the latest without asking Airflow. A frozen worker's heartbeats
 must be missing for much longer before Airflow starts the next try."""
 
@@ -48,8 +48,8 @@ class TaskEntry:
         record.put(self.key, self.record)
 
     def is_owned(self) -> bool:
-        """Return whether this try is the latest; asks Airflow at most every `OWNER_SECONDS`."""
-        if time.time() - self._owner_at > OWNER_SECONDS:
+        """Return whether this try is the latest; asks Airflow at most every `OWNERSHIP_SECONDS`."""
+        if time.time() - self._owner_at > OWNERSHIP_SECONDS:
             asked_at = time.time()
             keys = record.find_keys(record.task_key(self.record.owner))
             if max(keys, default="") > self.key:

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 GRACE_SECONDS = 4.0
 """Seconds for ending a killed task's queries; Airflow sends SIGKILL 5 seconds after SIGTERM."""
 
-ANSWER_SECONDS = 1.5
+STATE_CALL_SECONDS = 1.5
 """Share of GRACE_SECONDS for asking Airflow about the task's state."""
 
 ENDED_BY_USER = {"failed", "success", "skipped", "restarting", "upstream_failed", "removed"}
@@ -40,7 +40,7 @@ def is_ended_by_user(owner: Owner) -> bool:
     try:
         states = in_thread(
             lambda: get_task_states(owner.dag_id, owner.run_id, owner.task_id, owner.map_index),
-            ANSWER_SECONDS,
+            STATE_CALL_SECONDS,
         )
     except Exception as error:
         logger.warning(
@@ -59,7 +59,7 @@ def is_ended_by_user(owner: Owner) -> bool:
 
 
 @contextmanager
-def grace(error: BaseException | None) -> Iterator[None]:
+def limit_to_grace_period(error: BaseException | None) -> Iterator[None]:
     """If the error is a kill, limit the calls in the body to the time before SIGKILL."""
     if isinstance(error, TaskKilled):
         with time_limit(error.deadline - time.monotonic()):

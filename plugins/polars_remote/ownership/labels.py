@@ -8,7 +8,7 @@ from uuid import UUID
 
 from airflow.sdk import get_current_context
 
-LONGEST = 32
+MAX_LABEL_BYTES = 32
 """Bytes that Polars Cloud allows for a label."""
 
 
@@ -48,7 +48,7 @@ def get_lineage() -> dict[str, Any]:
 def shorten(label: str) -> str:
     """Cut a label that is too long, and append a digest to keep it unique."""
     text = label.encode()
-    if len(text) <= LONGEST:
+    if len(text) <= MAX_LABEL_BYTES:
         return label
     digest = "~" + hashlib.sha256(text).hexdigest()[:6]
-    return text[: LONGEST - len(digest)].decode(errors="ignore") + digest
+    return text[: MAX_LABEL_BYTES - len(digest)].decode(errors="ignore") + digest

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     Lineage = OperatorLineage[Any, Any]
 
-MOST_INPUTS = 100
+MAX_INPUTS = 100
 """Maximum inputs of a query: the record holds them until the query has ended."""
 
 SCHEMES = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
@@ -32,7 +32,7 @@ def add_datasets(query: QueryRecord, plan: Plan) -> None:
     if "airflow.providers.openlineage" in sys.modules:
         found = (name_dataset(path) for paths in plan.scans for path in merge_files(paths))
         inputs = ((namespace, without_pattern(name)) for namespace, name in found)
-        query.inputs = [*dict.fromkeys(inputs)][:MOST_INPUTS]
+        query.inputs = [*dict.fromkeys(inputs)][:MAX_INPUTS]
         query.outputs = [name_dataset(destination) for destination in plan.destinations]
 
 

@@ -330,7 +330,7 @@ def put(key: str, entry: TaskRecord | ClusterUse) -> None:
         variable_keys.add(key)
         Variable.set(key, value, description=description, serialize_json=True)
 
-    _in_turn(write)
+    _serialized(write)
 
 
 def get_task(key: str) -> TaskRecord | None:
@@ -347,7 +347,7 @@ def get_use(key: str) -> ClusterUse | None:
 
 def find_keys(prefix: str, run: str = "") -> list[str]:
     """Return the keys that begin with the prefix; of one run, if it is given."""
-    return _in_turn(lambda: variable_keys.find(prefix, run))
+    return _serialized(lambda: variable_keys.find(prefix, run))
 
 
 def erase(key: str) -> None:
@@ -357,7 +357,7 @@ def erase(key: str) -> None:
         Variable.delete(key)
         variable_keys.remove(key)
 
-    _in_turn(delete)
+    _serialized(delete)
 
 
 def digest(*parts: object) -> str:
@@ -365,18 +365,18 @@ def digest(*parts: object) -> str:
 
 
 def _get(key: str) -> dict[str, Any] | None:
-    stored: dict[str, Any] | None = _in_turn(lambda: read_variable(key))
+    stored: dict[str, Any] | None = _serialized(lambda: read_variable(key))
     return stored
 
 
-_turn = threading.Lock()
+_lock = threading.Lock()
 
 
-def _in_turn(function: Callable[[], T]) -> T:
+def _serialized(function: Callable[[], T]) -> T:
     """Call in a thread, after an earlier call has finished whose caller was interrupted."""
 
     def call() -> T:
-        with _turn:
+        with _lock:
             return function()
 
     return in_thread(call)

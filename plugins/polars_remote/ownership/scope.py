@@ -27,9 +27,9 @@ from ..compat.internals import get_clear_number, is_resumed
 from ..compat.versions import AirflowTaskTimeout, TaskDeferred
 from ..errors import LoginRefusedError, NotAuthenticatedError, QueryRefusedError
 from . import lineage, record
-from .end import end_queries, end_task, end_use, log_left
+from .end import cancel_recorded_queries, end_task, end_use, log_failures
 from .entry import TaskEntry
-from .kills import TaskKilled, grace, is_ended_by_user
+from .kills import TaskKilled, is_ended_by_user, limit_to_grace_period
 from .record import ClusterUse, Owner, TaskRecord, Wait
 from .task_queries import TaskQueries
 
@@ -53,10 +53,10 @@ class TaskClusters:
         self._queries = queries
         self._blocks = Counter[str]()
         """Number of open `use_cluster` blocks, by manifest."""
-        self._turns = defaultdict[str, threading.RLock](threading.RLock)
+        self._manifest_locks = defaultdict[str, threading.RLock](threading.RLock)
         self._uses: dict[str, ClusterUse] = {}
         """Recorded uses, by manifest."""
-        self.given_up: set[str] = set()
+        self.not_ended: set[str] = set()
         """Keys of uses that could not be ended."""
 
     def check_open(self, manifest: str) -> None:
@@ -68,17 +68,17 @@ class TaskClusters:
             )
 
     @contextmanager
-    def turn(self, manifest: str) -> Iterator[None]:
+    def lock_manifest(self, manifest: str) -> Iterator[None]:
         """Serialize the opening and closing of a manifest's blocks by threads of the task."""
         with self._entry.lock:
-            turn = self._turns[manifest]
-        with turn:
+            lock = self._manifest_locks[manifest]
+        with lock:
             yield
 
     def open_block(self, manifest: str) -> None:
         self._blocks[manifest] += 1
 
-    def record(self, use: ClusterUse) -> None:
+    def record_use(self, use: ClusterUse) -> None:
         """Record a use of a cluster, which ends with the task at the latest.
 
         Raises
@@ -110,7 +110,7 @@ class TaskClusters:
             use.add_cluster(cluster_id, *get_size(ctx), has_started=True)
             record.put(use.key, use)
 
-    def leave_running(self, manifest: str) -> None:
+    def leave_to_idle_timeout(self, manifest: str) -> None:
         """Leave the manifest's cluster to its idle timeout: a detached query runs on it."""
         if (use := self._uses.get(manifest)) and use.stops:
             use.stops = False
@@ -130,13 +130,13 @@ class TaskClusters:
         use
             None: a cluster of your own, which runs on.
         """
-        with grace(error):
+        with limit_to_grace_period(error):
             can_end = self._entry.can_be_ended()
             if error and can_end:
-                self._queries.end(names)
+                self._queries.cancel(names)
             if use is None:
                 return
-            with self.turn(use.manifest):
+            with self.lock_manifest(use.manifest):
                 self._blocks[use.manifest] -= 1
                 if (
                     can_end
@@ -145,7 +145,7 @@ class TaskClusters:
                 ):
                     self._end(use, ctx)
 
-    def keep(self, use: ClusterUse) -> None:
+    def remove_use(self, use: ClusterUse) -> None:
         """Let the use of a cluster outlast the task."""
         with self._entry.lock:
             if use.key in self._entry.record.cluster_uses:
@@ -153,14 +153,14 @@ class TaskClusters:
 
     def _end(self, use: ClusterUse, ctx: ComputeContext) -> None:
         use = self._uses.get(use.manifest, use)
-        left = end_use(self._session, use, ctx, waits=True).left
+        left = end_use(self._session, use, ctx, waits_for_stop=True).left
         if left:
-            self.given_up.add(use.key)
+            self.not_ended.add(use.key)
         else:
-            self.given_up.discard(use.key)
-            self.keep(use)
+            self.not_ended.discard(use.key)
+            self.remove_use(use)
             self._uses.pop(use.manifest, None)
-        log_left(left)
+        log_failures(left)
 
 
 class TaskScope:
@@ -196,9 +196,9 @@ class TaskScope:
         self.queries = TaskQueries(self.entry, self.session, ti.try_number)
         self.clusters = TaskClusters(self.entry, self.session, self.queries)
         # A retry changes neither; a clear of the task changes the second.
-        self._life = context["dag_run"].start_date, ti.max_tries
+        self._clear_id = context["dag_run"].start_date, ti.max_tries
         self._is_killed = False
-        self._is_left = False
+        self._is_detached = False
         self._is_ended_by_user: bool | None = None
 
     @property
@@ -216,7 +216,7 @@ class TaskScope:
 
         All tries have the same, until a user clears the task.
         """
-        parts = (*self.record.owner, *self._life, table)
+        parts = (*self.record.owner, *self._clear_id, table)
         return uuid.uuid5(uuid.NAMESPACE_OID, "\0".join(map(str, parts))).hex
 
     def begin(self) -> None:
@@ -233,19 +233,19 @@ class TaskScope:
         refuse_queries_without_context()
         if self.record.is_stale:
             logger.info("The task was cleared, or has failed: it submits its queries anew")
-            left = end_queries(self.session, self.record.owner, self.record.queries)
+            left = cancel_recorded_queries(self.session, self.record.owner, self.record.queries)
             if left:
-                self.queries.given_up.update(left)
+                self.queries.not_canceled.update(left)
                 reasons = "; ".join(str(each) for each in left.values())
                 raise ConnectionError(f"An earlier try's queries still run. {reasons}")
             self.record.queries = {}
             self.record.is_stale = False
             self.entry.save()
 
-    def settle(self, returned: Any) -> Any:
+    def await_returned_queries(self, returned: Any) -> Any:
         """Return the task's value; a `@query_task` first waits for the queries in it."""
-        settle = getattr(self.task, "settle", None)
-        return settle(self, returned) if settle else returned
+        wait = getattr(self.task, "await_returned_queries", None)
+        return wait(self, returned) if wait else returned
 
     def defer(self, waits_for: Wait, deferral: TaskDeferred) -> NoReturn:
         """Save the entry and defer the task. Its queries and clusters keep running."""
@@ -261,7 +261,7 @@ class TaskScope:
         # A coroutine sees the kill as a cancellation.
         if not isinstance(error, TaskKilled) and not self._is_killed:
             # A block may be closed when the task has been deferred.
-            return not (self._is_left or isinstance(error, TaskDeferred))
+            return not (self._is_detached or isinstance(error, TaskDeferred))
         if self._is_ended_by_user is None:
             self._is_ended_by_user = is_ended_by_user(self.record.owner)
         return self._is_ended_by_user
@@ -272,25 +272,25 @@ class TaskScope:
             self.queries.is_closed = True
         if not self.entry.is_stored:
             return
-        with grace(error):
+        with limit_to_grace_period(error):
             if not self.entry.can_be_ended():
                 return
-            given_up = self.queries.given_up | self.clusters.given_up
+            skip = self.queries.not_canceled | self.clusters.not_ended
             left = end_task(
                 self.session,
                 self.entry.key,
                 self.record,
                 ended=self.queries.ended,
-                given_up=given_up,
+                skip=skip,
                 find=self.queries.connect,
             )
-            log_left(left)
-            self.entry.is_stored = bool(left or given_up)
+            log_failures(left)
+            self.entry.is_stored = bool(left or skip)
 
-    def leave(self) -> None:
+    def detach(self) -> None:
         """Refuse further queries, and leave the rest to the next try or the trigger."""
         with self.entry.lock:
-            self.queries.is_closed = self._is_left = True
+            self.queries.is_closed = self._is_detached = True
 
     def report_datasets(self, _: object) -> Lineage:
         """Return the datasets of the queries that have ended, for the OpenLineage provider."""
@@ -343,7 +343,7 @@ def task_scope(conn_id: str) -> Iterator[TaskScope]:
         if scope.is_finished_by(error):
             scope.close(error)
         else:
-            scope.leave()
+            scope.detach()
         raise
     else:
         scope.close()
@@ -359,7 +359,7 @@ def find_scope() -> TaskScope | None:
     return scope
 
 
-def has_begun(conn_id: str) -> bool:
+def has_open_scope(conn_id: str) -> bool:
     """Return whether the running task has a scope, which all its functions share.
 
     A second scope would overwrite the first one's entry.

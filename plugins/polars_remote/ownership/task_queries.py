@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..cloud.queries import find_status
 from ..cloud.session import CloudSession
 from ..errors import QueryNotAwaitedError, QueryRefusedError
-from .end import end_queries, find_recorded, log_left
+from .end import cancel_recorded_queries, find_recorded, log_failures
 from .entry import TaskEntry
 from .record import QueryRecord, Result
 
@@ -29,7 +29,7 @@ class TaskQueries:
     results
         Records and results of the queries that the task has waited for, by name. The result is None
         if a query has not succeeded.
-    given_up
+    not_canceled
         Names of queries that could not be canceled.
     is_closed
         Set when the task has ended: nothing is submitted any more.
@@ -41,13 +41,13 @@ class TaskQueries:
         self._try_number = try_number
         self._reserved: dict[str, str] = {}
         """Names of queries, by destination and by name."""
-        self._open: dict[str, DirectQuery] = {}
+        self._connected: dict[str, DirectQuery] = {}
         self.ended: set[str] = set()
         self.results: dict[str, tuple[QueryRecord, Result | None]] = {}
-        self.given_up: set[str] = set()
+        self.not_canceled: set[str] = set()
         self.is_closed = False
 
-    def reserve(self, destinations: Collection[str], digest: str) -> str:
+    def reserve_name(self, destinations: Collection[str], digest: str) -> str:
         """Return the name of a query that is about to be submitted.
 
         Raises
@@ -78,7 +78,7 @@ class TaskQueries:
             self._reserved.update(dict.fromkeys([*destinations, name], name))
             return name
 
-    def release(self, name: str) -> None:
+    def release_name(self, name: str) -> None:
         """Take back a reservation: the query was not submitted, or has written nothing."""
         with self._entry.lock:
             reserved = self._reserved.items()
@@ -98,7 +98,7 @@ class TaskQueries:
             return None
         return query
 
-    def put(self, name: str, query: QueryRecord, found: DirectQuery | None = None) -> None:
+    def record_query(self, name: str, query: QueryRecord, found: DirectQuery | None = None) -> None:
         """Record a query before its submission, or with `found` after it was submitted or resumed.
 
         Raises
@@ -111,7 +111,7 @@ class TaskQueries:
             if found is None:
                 self._entry.check_owned()
             else:
-                self._open[name] = found
+                self._connected[name] = found
             self._entry.record.queries[name] = query
             self.ended.discard(name)  # an earlier query of this name may have ended
             self._entry.save()
@@ -141,15 +141,17 @@ class TaskQueries:
         return [
             name
             for name in list(self._entry.record.queries)
-            if name in self._open and name not in self.ended and (names is None or name in names)
+            if name in self._connected
+            and name not in self.ended
+            and (names is None or name in names)
         ]
 
-    def get_open(self, names: Iterable[str]) -> dict[str, DirectQuery]:
+    def get_connected(self, names: Iterable[str]) -> dict[str, DirectQuery]:
         """Return the named queries that this worker is connected to."""
-        return {name: self._open[name] for name in names if name in self._open}
+        return {name: self._connected[name] for name in names if name in self._connected}
 
     def check_awaited(
-        self, names: Collection[str] | None = None, *, besides: Collection[str] = ()
+        self, names: Collection[str] | None = None, *, excluding: Collection[str] = ()
     ) -> None:
         """Raise if nobody has waited for a query of this try.
 
@@ -157,7 +159,7 @@ class TaskQueries:
         ----------
         names
             Check only queries with these names.
-        besides
+        excluding
             Names of queries that will be awaited.
 
         Raises
@@ -165,7 +167,7 @@ class TaskQueries:
         QueryNotAwaitedError
             The task does not know how a query ended.
         """
-        if forgotten := [name for name in self.get_unended(names) if name not in besides]:
+        if forgotten := [name for name in self.get_unended(names) if name not in excluding]:
             raise QueryNotAwaitedError(
                 f"Nobody has waited for the query for {', '.join(forgotten)}, which is canceled "
                 "unless it has ended: call its await_result inside the use_cluster block, return "
@@ -177,19 +179,19 @@ class TaskQueries:
         queries = list(self._entry.record.queries.items())
         return any(each.manifest == manifest for name, each in queries if name not in self.ended)
 
-    def end(self, names: Collection[str]) -> None:
+    def cancel(self, names: Collection[str]) -> None:
         """Cancel the named queries that have not ended, once; never raises."""
         record = self._entry.record
-        to_end = (set(names) & record.queries.keys()) - self.ended - self.given_up
+        to_end = (set(names) & record.queries.keys()) - self.ended - self.not_canceled
         queries = {name: record.queries[name] for name in to_end}
-        left = end_queries(self._session, record.owner, queries, self.connect)
+        left = cancel_recorded_queries(self._session, record.owner, queries, self.connect)
         self.ended |= to_end - left.keys()
         for name in to_end - left.keys():
-            self.release(name)  # the task may go on, and submit it again
-        self.given_up.update(left)
-        log_left(left.values())
+            self.release_name(name)  # the task may go on, and submit it again
+        self.not_canceled.update(left)
+        log_failures(left.values())
 
-    def end_adopted(self, *, besides: Collection[str] = ()) -> None:
+    def cancel_adopted(self, *, excluding: Collection[str] = ()) -> None:
         """Cancel earlier tries' queries that this try does not resume.
 
         Such queries remain after the code or a destination has changed. This try's queries may wait
@@ -197,13 +199,15 @@ class TaskQueries:
 
         Parameters
         ----------
-        besides
+        excluding
             Names of queries that are awaited.
         """
         with self._entry.lock:
-            adopted = self._entry.record.queries.keys() - self._open.keys() - self._reserved.keys()
-        self.end(adopted - set(besides))
+            adopted = (
+                self._entry.record.queries.keys() - self._connected.keys() - self._reserved.keys()
+            )
+        self.cancel(adopted - set(excluding))
 
     def connect(self, session: CloudSession, name: str, query: QueryRecord) -> DirectQuery | None:
         """Return the query over the connection of this worker, or over a new one."""
-        return self._open.get(name) or find_recorded(session, name, query)
+        return self._connected.get(name) or find_recorded(session, name, query)

@@ -30,7 +30,7 @@ SHORTEST_TRIGGER_TIMEOUT, LONGEST_TRIGGER_TIMEOUT = 300.0, 1800.0
 """Trigger time-out in seconds: as long as the task has waited so far, within these limits. The
 trigger then resumes the task in any case. Without a triggerer, Airflow does so a little later."""
 
-MARGIN_SECONDS = 60.0
+TIMEOUT_MARGIN_SECONDS = 60.0
 """Seconds between the trigger's time-out and Airflow's."""
 
 
@@ -109,7 +109,7 @@ def _get_times(scope: TaskScope, waits_for: Wait) -> dict[str, Any]:
 
 
 def _defer(scope: TaskScope, waits_for: Wait, trigger: PolarsCloudTrigger) -> None:
-    seconds = trigger.resume_at - time.time() + MARGIN_SECONDS
+    seconds = trigger.resume_at - time.time() + TIMEOUT_MARGIN_SECONDS
     deferral = TaskDeferred(
         trigger=trigger,
         method_name="resume",

@@ -26,10 +26,10 @@ from ..compat.internals import is_dag_test
 from ..compat.versions import LISTS_VARIABLES, AirflowFailException
 from ..errors import QueryLostError
 from ..ownership import record
-from ..ownership.end import end_orphans, end_task_entry, log_left
+from ..ownership.end import end_orphans, end_task_entry, log_failures
 from ..ownership.record import Owner
 from ..settings import OUTAGE_SECONDS
-from .progress import Progress, describe_progress, get_pause
+from .progress import Progress, describe_progress, get_poll_interval
 
 if TYPE_CHECKING:
     from polars_cloud import DirectQuery, QueryStatus
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-CALLS_AT_ONCE = 8
+MAX_CONCURRENT_CALLS = 8
 """Maximum concurrent calls per cluster."""
 
 CALL_SECONDS = 20.0
@@ -47,10 +47,10 @@ CALL_SECONDS = 20.0
 FIRST_SWEEP_SECONDS, SWEEP_SECONDS = 5.0, 60.0
 """First delay and interval of the orphan sweep."""
 
-LAST_LINES_SECONDS = 5.0
+KEEP_LOG_OPEN_SECONDS = 5.0
 """Seconds for which a canceled trigger keeps its task's log open."""
 
-CLUSTER_PAUSE_SECONDS = 3.0
+START_POLL_SECONDS = 3.0
 """Poll interval in seconds for a cluster that is starting."""
 
 
@@ -61,7 +61,7 @@ class WatchedCluster:
         self._session = CloudSession(conn_id)
         self._cluster_id = cluster_id
         self._connecting = asyncio.Lock()
-        self._calls = asyncio.Semaphore(CALLS_AT_ONCE)
+        self._calls = asyncio.Semaphore(MAX_CONCURRENT_CALLS)
         self._connect_query: Callable[[str], DirectQuery] | None = None
         self._uses_proxy = False
 
@@ -92,7 +92,7 @@ class WatchedCluster:
         def call() -> T:
             if not self._uses_proxy:
                 return function(connect(query_id))
-            with time_limit(CALL_SECONDS - 1.0), self._session.turn():
+            with time_limit(CALL_SECONDS - 1.0), self._session.logged_in():
                 return function(connect(query_id))
 
         try:
@@ -104,7 +104,7 @@ class WatchedCluster:
             raise
 
     def _connect(self) -> Callable[[str], DirectQuery]:
-        with time_limit(CALL_SECONDS - 1.0), self._session.turn():
+        with time_limit(CALL_SECONDS - 1.0), self._session.logged_in():
             ctx = find_live_cluster(self._session, self._cluster_id)
             if ctx is None:
                 raise QueryLostError(f"cluster {self._cluster_id} has stopped")
@@ -151,8 +151,8 @@ class Watch:
             await asyncio.sleep(SWEEP_SECONDS)
 
     def _sweep_orphans(self) -> None:
-        left = end_orphans(besides=self.watched)
-        log_left(each for each in left if (each.what, each.owner) not in self._logged)
+        left = end_orphans(excluding=self.watched)
+        log_failures(each for each in left if (each.what, each.owner) not in self._logged)
         self._logged = {(each.what, each.owner) for each in left}
 
 
@@ -210,11 +210,11 @@ async def watch_queries(
         for query, found in zip(left, polls, strict=True):
             if isinstance(found, dict):
                 results[query["destination"]] = found
-        is_over = len(results) == len(queries) or any(
+        should_resume = len(results) == len(queries) or any(
             [outage.exceeds_budget(each) for each in errors]
         )
-        yield {"results": results}, is_over
-        await asyncio.sleep(get_pause(time.time() - since))
+        yield {"results": results}, should_resume
+        await asyncio.sleep(get_poll_interval(time.time() - since))
 
 
 async def _poll(
@@ -240,7 +240,7 @@ async def watch_cluster(
     session = CloudSession(conn_id)
 
     def poll() -> tuple[str, str]:
-        with time_limit(CALL_SECONDS - 1.0), session.turn():
+        with time_limit(CALL_SECONDS - 1.0), session.logged_in():
             return session.call(get_cluster_status, cluster_id, session.find_workspace())
 
     progress = Progress(time.time())
@@ -256,7 +256,7 @@ async def watch_cluster(
             yield {"failed": reason or status} if has_failed else {}, status != "STARTING"
             if progress.should_log():
                 logger.info("Cluster %s is %s", cluster_id, status)
-        await asyncio.sleep(CLUSTER_PAUSE_SECONDS)
+        await asyncio.sleep(START_POLL_SECONDS)
 
 
 class Outage:
@@ -343,7 +343,7 @@ async def end_if_ended(task_key: str) -> None:
         "cluster uses end"
     )
     ending = asyncio.wrap_future(start_thread(end))
-    ends = time.monotonic() + LAST_LINES_SECONDS
+    ends = time.monotonic() + KEEP_LOG_OPEN_SECONDS
     while not ending.done() and (left := ends - time.monotonic()) > 0:
         with suppress(asyncio.CancelledError):
             await asyncio.wait([ending], timeout=left)
@@ -353,7 +353,7 @@ def _end_task(task_key: str) -> None:
     # Airflow stops waiting after this time.
     seconds = conf.getfloat("triggerer", "on_kill_timeout", fallback=30.0)
     with time_limit(seconds - 1.0):
-        log_left(end_task_entry(task_key))
+        log_failures(end_task_entry(task_key))
 
 
 async def _in_thread(function: Callable[[], T]) -> T:

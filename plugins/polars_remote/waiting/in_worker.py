@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 5.0
+FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.5, 5.0
 """First and longest poll interval of the worker in seconds."""
 
 Resubmit = Callable[[str], "DirectQuery | None"]
@@ -52,7 +52,7 @@ def wait_until_ended(
     ends = time.monotonic() + seconds
     since = time.time()
     progress = Progress(since)
-    pause = FIRST_PAUSE
+    pause = FIRST_POLL_SECONDS
     left = dict(queries)
     results: dict[str, QueryResult] = {}
 
@@ -63,7 +63,7 @@ def wait_until_ended(
             del left[name]
             results[name] = result
 
-    with _held(left) as (held, news):
+    with _long_polling(left) as (held, has_ended):
         while True:
             while held:
                 name, result = held.popitem()
@@ -71,10 +71,10 @@ def wait_until_ended(
                     end(name, result)
             if not left or any(each.status.name != "SUCCESS" for each in results.values()):
                 return results
-            if _wait_for(news, scope, min(pause, ends - time.monotonic())):
-                news.clear()
+            if _wait_for(has_ended, scope, min(pause, ends - time.monotonic())):
+                has_ended.clear()
                 continue
-            pause = min(pause * 1.5, LONGEST_PAUSE)
+            pause = min(pause * 1.5, LONGEST_POLL_SECONDS)
             should_log = progress.should_log()
             for name, query in list(left.items()):
                 status = scope.session.call(query.get_status)
@@ -84,20 +84,20 @@ def wait_until_ended(
                     text = describe_progress(query, status, time.time() - since)
                     logger.info("Query %s: %s", get_query_id(query), text)
             if time.time() - since > deferral.IN_WORKER_SECONDS:
-                scope.queries.end_adopted(besides=queries)
+                scope.queries.cancel_adopted(excluding=queries)
             # After the poll, so that a task whose queries have ended is not deferred.
             if time.monotonic() >= ends:
                 return results
 
 
-def _wait_for(news: threading.Event, scope: TaskScope, seconds: float) -> bool:
+def _wait_for(has_ended: threading.Event, scope: TaskScope, seconds: float) -> bool:
     """Wait for news; check for a kill or a time-out, which a thread gets no signal for."""
     ends = time.monotonic() + seconds
     while True:
         scope.check_killed()
         check_deadline(scope)
         left = max(ends - time.monotonic(), 0.0)
-        if news.wait(min(left, SIGNAL_SECONDS)):
+        if has_ended.wait(min(left, SIGNAL_SECONDS)):
             return True
         if left <= SIGNAL_SECONDS:
             return False
@@ -120,7 +120,7 @@ def check_result(scope: TaskScope, name: str, query: DirectQuery, result: QueryR
     """
     query_id = get_query_id(query)
     has_succeeded = result.status.name == "SUCCESS"
-    scope.queries.mark_ended(query_id, get_written(result) if has_succeeded else None)
+    scope.queries.mark_ended(query_id, to_result(result) if has_succeeded else None)
     record = scope.queries.get_record(name)
     if result.status.name == "FAILED":
         logger.error("Query failed: %s", describe(query))
@@ -137,7 +137,7 @@ def check_result(scope: TaskScope, name: str, query: DirectQuery, result: QueryR
         log_result(query_id, result.n_rows_total, result.location or [], submitted_at)
 
 
-def get_written(result: QueryResult) -> Result:
+def to_result(result: QueryResult) -> Result:
     """Return where a query has written its rows, and how many."""
     return Result(location=result.location or [], rows=result.n_rows_total)
 
@@ -151,8 +151,8 @@ def log_result(
     logger.info("Query %s wrote %s rows in %.1f s to %s", query_id, rows, age, places)
 
 
-def refuse_forgotten(
-    scope: TaskScope, names: Collection[str] | None = None, *, besides: Collection[str] = ()
+def check_all_awaited(
+    scope: TaskScope, names: Collection[str] | None = None, *, excluding: Collection[str] = ()
 ) -> None:
     """Raise if nobody awaits a query: its own error if it fails within some seconds.
 
@@ -161,17 +161,17 @@ def refuse_forgotten(
     QueryNotAwaitedError
         The task does not know how a query ended.
     """
-    forgotten = scope.queries.get_open(set(scope.queries.get_unended(names)) - set(besides))
+    forgotten = scope.queries.get_connected(set(scope.queries.get_unended(names)) - set(excluding))
     seconds = deferral.IN_WORKER_SECONDS
     for name, result in wait_until_ended(scope, forgotten, seconds=seconds).items():
         if result.status.name == "FAILED":
             check_result(scope, name, forgotten[name], result)
             result.raise_err()
-    scope.queries.check_awaited(names, besides=besides)
+    scope.queries.check_awaited(names, excluding=excluding)
 
 
 @contextmanager
-def _held(
+def _long_polling(
     queries: Mapping[str, DirectQuery],
 ) -> Iterator[tuple[dict[str, QueryResult], threading.Event]]:
     """Keep one call open per query, which is answered when the query ends.
@@ -179,10 +179,10 @@ def _held(
     Most queries then need no poll. Long calls are sometimes cut, so polls go on.
     """
     held: dict[str, QueryResult] = {}
-    news, is_over = threading.Event(), threading.Event()
+    has_ended, is_closed = threading.Event(), threading.Event()
 
-    def hold(name: str, query: DirectQuery) -> None:
-        while not is_over.is_set():
+    def long_poll(name: str, query: DirectQuery) -> None:
+        while not is_closed.is_set():
             try:
                 result = query.await_result(raise_on_failure=False)
                 if result.status.is_done():
@@ -190,12 +190,12 @@ def _held(
                     break
             except Exception:
                 pass  # the next poll shows whether it matters
-            is_over.wait(LONGEST_PAUSE)
-        news.set()
+            is_closed.wait(LONGEST_POLL_SECONDS)
+        has_ended.set()
 
     for each in queries.items():
-        threading.Thread(target=hold, args=each, name="polars-cloud-wait", daemon=True).start()
+        threading.Thread(target=long_poll, args=each, name="polars-cloud-wait", daemon=True).start()
     try:
-        yield held, news
+        yield held, has_ended
     finally:
-        is_over.set()
+        is_closed.set()

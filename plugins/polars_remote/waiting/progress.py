@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 LOG_AFTER_SECONDS = (60, 120, 300, 600, 1200, 1800)
 """Log progress after these seconds, then every 1,800."""
 
-SHORTEST_PAUSE, PAUSE_OF_SHORT, PAUSE_OF_LONG = 0.5, 1.5, 8.0
+FIRST_POLL_SECONDS, SHORT_QUERY_POLL_SECONDS, LONG_QUERY_POLL_SECONDS = 0.5, 1.5, 8.0
 """Triggerer poll interval in seconds, by query age: at first, in the first 5 minutes, and later."""
 
-SHORT_SECONDS = 300.0
+SHORT_QUERY_SECONDS = 300.0
 
 
-def get_pause(age: float) -> float:
+def get_poll_interval(age: float) -> float:
     """Return the poll interval in seconds for a query of this age."""
-    if age < SHORT_SECONDS:
-        return min(SHORTEST_PAUSE + age / 60, PAUSE_OF_SHORT)
-    return min(age / SHORT_SECONDS * PAUSE_OF_SHORT, PAUSE_OF_LONG)
+    if age < SHORT_QUERY_SECONDS:
+        return min(FIRST_POLL_SECONDS + age / 60, SHORT_QUERY_POLL_SECONDS)
+    return min(age / SHORT_QUERY_SECONDS * SHORT_QUERY_POLL_SECONDS, LONG_QUERY_POLL_SECONDS)
 
 
 class Progress:

@@ -14,7 +14,7 @@ from typing import Any
 
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
-from ..compat.versions import TELLS_TRIGGERS
+from ..compat.versions import CALLS_ON_KILL
 
 
 class PolarsCloudTrigger(BaseTrigger):
@@ -59,7 +59,7 @@ class PolarsCloudTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Fire once, with the news so far."""
-        news: dict[str, Any] = {}
+        event: dict[str, Any] = {}
         try:
             # In a thread: importing Polars would block every other trigger.
             await asyncio.to_thread(importlib.import_module, ".in_triggerer", __package__)
@@ -67,19 +67,19 @@ class PolarsCloudTrigger(BaseTrigger):
 
             with watching_task(self.task_key):
                 async for poll in self.poll():
-                    news, is_over = poll
-                    if is_over or time.time() >= self.resume_at:
+                    event, should_resume = poll
+                    if should_resume or time.time() >= self.resume_at:
                         break
             if self.deadline is not None and time.time() >= self.deadline:
                 await self.cancel()
             await asyncio.sleep(self.not_before - time.time())
         except asyncio.CancelledError:
-            if not TELLS_TRIGGERS:
+            if not CALLS_ON_KILL:
                 from .in_triggerer import end_if_ended
 
                 await end_if_ended(self.task_key)
             raise
-        yield TriggerEvent(news)  # type: ignore[no-untyped-call]
+        yield TriggerEvent(event)  # type: ignore[no-untyped-call]
 
     async def on_kill(self) -> None:
         """End the task's queries and cluster uses: it was marked or cleared, or its run is over."""
