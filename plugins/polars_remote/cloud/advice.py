@@ -1,4 +1,4 @@
-"""Advice on a query's errors."""
+"""Advice for known errors of queries."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import re
 from collections.abc import Collection
 
 BUCKET = re.compile(r"\b(?!https?:)[a-z][a-z0-9+.-]*://[^/\s'\"]+(?=/)")
-"""Bucket URI in an error. An http or https address is the storage service's own."""
+"""Pattern of a bucket URI in an error. http and https addresses belong to the storage service."""
 
 MISSING_MODULE = re.compile(r"No module named '([^']+)'")
 
 
 def add_advice(error: Exception, upstream: Collection[str] = ()) -> None:
-    """Add a note with advice, if the error is known.
+    """Add a note with advice to the error, if the error is known.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ def _find_advice(error: Exception, upstream: Collection[str]) -> str | None:
     if found := BUCKET.search(text):
         bucket = found[0]
         if "NoSuchBucket" in text:
-            return f"The bucket {bucket} does not exist: correct the URI, or create it"
+            return f"The bucket {bucket} does not exist: correct the URI, or create the bucket"
         if "redirect" in text:
             return (
                 f"The bucket {bucket} is not in the cluster's region: use a bucket in "
@@ -42,24 +42,25 @@ def _find_advice(error: Exception, upstream: Collection[str]) -> str | None:
                 "(polars-<workspace>-IAMWorkerRole-...) the right to read, write and list there, "
                 "or correct the URI"
             )
-    # An import that fails here gives the module's name to the error.
+    # If the import had failed on this worker, the error would have a `name`.
     if isinstance(error, ModuleNotFoundError) and error.name is None:
         found = MISSING_MODULE.search(text)
         module = f"the module {found[1]}" if found else "one of its modules"
         return (
-            f"A function of the query needs {module}, which the cluster does not have: define what "
-            "it needs inside the task, or name a package that has it in the cluster's requirements"
+            f"A function of the query imports {module}, which is not installed on the cluster: "
+            "define what the function needs inside the task, or add the package to the cluster's "
+            "requirements"
         )
     if "data type mismatch for column" in text:
         return (
-            "A scanned file has another type (incoming) than the first file or the schema "
-            "(target): the DAG preflight, with the parameter spend, names the file"
+            "A column of a scanned file has another type (incoming) than in the first file or in "
+            "the schema (target): to find the file, run the DAG preflight with the parameter spend"
         )
     if "expanded paths were empty" in text:
-        return "There is no file at the URI of a scan: correct the URI, or write the files first"
+        return "No file exists at the URI of a scan: correct the URI, or write the files first"
     if isinstance(error, FileNotFoundError) and upstream:
         return (
-            "If this was the temporary result of another task, it has expired: "
-            f"clear {' or '.join(upstream)}, which runs this task again as well"
+            "If this file was the temporary result of another task, it has expired: "
+            f"clear {' or '.join(upstream)}; this task then runs again, too"
         )
     return None

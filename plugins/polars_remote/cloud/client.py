@@ -1,4 +1,4 @@
-"""Private names of `polars_cloud`."""
+"""Functions that use private names of `polars_cloud`; no other module does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     QueryInfo = QueryInfoPy
 
 SPEC = {
-    # Option of `ComputeContext`: attribute that keeps it.
+    # Option of `ComputeContext`: attribute that holds its value.
     "cpus": "cpus",
     "memory": "memory",
     "cpu_architectures": "cpu_architectures",
@@ -42,7 +42,7 @@ COMPARED_AS_WRITTEN = {
     "env_vars",
     "idle_timeout_mins",
 }
-"""Options that the client does not normalize."""
+"""Options whose value the client does not normalize."""
 
 
 def not_found_error() -> type[Exception]:
@@ -67,7 +67,7 @@ def frontend_domain() -> str:
 
 
 def get_cluster_id(ctx: ComputeContext) -> str | None:
-    """Return the id of the context's cluster, or None if it was never started.
+    """Return the id of the context's cluster, or None if no cluster was started.
 
     The id of a cluster of your own is the URI of its scheduler.
     """
@@ -84,7 +84,7 @@ def was_available(ctx: ComputeContext) -> bool:
 
 
 def forget_cluster(ctx: ComputeContext) -> None:
-    """Allow the next start: the client refuses to start after a cluster has failed or stopped."""
+    """Reset the context. The client refuses to start a cluster after one has failed or stopped."""
     from polars_cloud import ComputeContextStatus
 
     ctx._compute_id = ctx._direct_client = None
@@ -92,21 +92,21 @@ def forget_cluster(ctx: ComputeContext) -> None:
 
 
 def start_without_waiting(ctx: ComputeContext) -> None:
-    """Start the cluster of the context's manifest: `ctx.start()` blocks until it is running."""
+    """Start the cluster of the context's manifest. `ctx.start()` would wait until it is running."""
     from polars_cloud import ComputeContextStatus
     from polars_cloud.constants import API_CLIENT
 
     name = get_manifest_name(ctx)
-    assert name is not None, "each of our clusters has a manifest"
+    assert name is not None, "every cluster of this library has a manifest"
     cluster = API_CLIENT.start_compute_cluster_manifest(workspace_id=ctx.workspace.id, name=name)
     if cluster.id != ctx._compute_id:
-        ctx._direct_client = None  # is connected to an earlier cluster
+        ctx._direct_client = None  # connected to an earlier cluster
     ctx._compute_id = cluster.id
     ctx._last_known_status = ComputeContextStatus.STARTING
 
 
 def get_cluster_status(cluster_id: str, workspace: Workspace) -> tuple[str, str]:
-    """Return a cluster's status, such as `STARTING`, and why it ended; empty if it is live."""
+    """Return a cluster's status, such as `STARTING`, and the reason of its end; empty if none."""
     from polars_cloud import ComputeContextStatus
     from polars_cloud.constants import API_CLIENT
 
@@ -116,16 +116,18 @@ def get_cluster_status(cluster_id: str, workspace: Workspace) -> tuple[str, str]
 
 
 class ClusterBill(NamedTuple):
-    """What Polars Cloud says about a cluster's time and size.
+    """Times and size of a cluster, according to Polars Cloud.
 
     Attributes
     ----------
     status
-        Such as `STOPPING`.
+        Status of the cluster, such as `STOPPING`.
     started_at, stopped_at
-        When it was requested and when it stopped, in seconds since the epoch; None if unknown.
+        Times of the request and of the stop, in seconds since the epoch; None before the stop.
+    nodes
+        Number of nodes.
     vcpus
-        vCPUs of all nodes; None if unknown.
+        Total vCPUs of all nodes; None if unknown.
     """
 
     status: str
@@ -141,7 +143,7 @@ def get_cluster_bill(cluster_id: str, workspace: Workspace) -> ClusterBill:
 
     cluster = API_CLIENT.get_compute_cluster(workspace.id, UUID(cluster_id))
     status = ComputeContextStatus._from_api_model(cluster.status).name
-    # While it is stopping, the time of its end is not the last one.
+    # While the cluster is stopping, its termination time is not final.
     termination = cluster.termination if status in ("STOPPED", "FAILED") else None
     per_node = cluster.vcpus or cluster.req_cpu_cores
     has_other_nodes = cluster.big_instance_type or cluster.req_big_instance_multiplier
@@ -155,38 +157,38 @@ def get_cluster_bill(cluster_id: str, workspace: Workspace) -> ClusterBill:
 
 
 def get_size(ctx: ComputeContext) -> tuple[int, int | None]:
-    """Return the number of nodes, and the vCPUs of all; None if only an instance type is known."""
+    """Return the number of nodes and their total vCPUs; None if only an instance type is known."""
     return ctx.cluster_size, ctx.cpus * ctx.cluster_size if ctx.cpus else None
 
 
 def get_spec(ctx: ComputeContext) -> dict[str, Any]:
-    """Return a cluster's options by their names; one call if the context has a manifest."""
+    """Return a cluster's options by name. Makes a call if the context has a manifest."""
     from polars_cloud.constants import API_CLIENT
 
     spec = {
         name: getattr(ctx, attribute) for name, attribute in SPEC.items() if hasattr(ctx, attribute)
     }
     spec["log_level"] = spec["log_level"].as_str()
-    if name := get_manifest_name(ctx):  # the context keeps no requirements of it
+    if name := get_manifest_name(ctx):  # the context does not hold the manifest's requirements
         manifest = API_CLIENT.get_compute_cluster_manifest(ctx.workspace.id, name)
         spec["requirements"] = manifest.requirements_txt
     return spec
 
 
 def get_changes(ctx: ComputeContext, options: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the old and new value of each option that differs from the context's, by name.
+    """Return the context's value and the new value of each option that differs, by name.
 
-    The options are in `COMPARED_AS_WRITTEN`.
+    All options must be in `COMPARED_AS_WRITTEN`.
     """
     pairs = {name: (getattr(ctx, SPEC[name]), value) for name, value in options.items()}
     return {name: (old, new) for name, (old, new) in pairs.items() if new and old != new}
 
 
 def unregister_manifest(ctx: ComputeContext, name: str) -> None:
-    """Remove the manifest, if it is there, from the context's workspace."""
+    """Remove the manifest from the context's workspace, if it exists."""
     from polars_cloud.constants import API_CLIENT
 
-    # Another task may have removed it, or this one when the reply was lost.
+    # Another task may have removed it, or an earlier attempt whose reply was lost.
     with suppress(not_found_error()):
         API_CLIENT.unregister_compute_cluster_manifest(workspace_id=ctx.workspace.id, name=name)
 
@@ -196,16 +198,16 @@ def unregister_manifest(ctx: ComputeContext, name: str) -> None:
 
 @dataclass
 class ClusterAccess:
-    """How to reach clusters of your own, from the extra of a Connection.
+    """Access to clusters of your own, from the extra of a Connection.
 
     Attributes
     ----------
     ca_cert
-        Certificate authority in PEM; None: those of the system.
+        Certificate authority as PEM text; None for the system's authorities.
     headers
-        Headers of each call, such as `authorization`.
+        Headers of each call by name, such as `authorization`.
     domain_name
-        Name in the cluster's certificate, if its URI has an address in place of a name.
+        Name in the cluster's certificate, if the URI has an IP address instead of a name.
     """
 
     ca_cert: str | None
@@ -214,12 +216,12 @@ class ClusterAccess:
 
 
 def connect_own_cluster(uri: str, access: ClusterAccess) -> ComputeContext:
-    """Return a context of the cluster, which stands in for a `ComputeContext`.
+    """Return a `ClusterContext` of the cluster, for use as a `ComputeContext`.
 
     Raises
     ------
     Exception
-        The scheduler cannot be reached, or its certificate is not one of the authority's.
+        The scheduler is unreachable, or the authority did not issue its certificate.
     """
     from polars_cloud import ClusterContext, TLSOptions
 
@@ -232,21 +234,21 @@ def connect_own_cluster(uri: str, access: ClusterAccess) -> ComputeContext:
             tls_options=TLSOptions(ca_cert=ca_cert.encode()) if ca_cert else None,
         )
     except Exception as error:
-        # A traceback shows local variables, and the client's frames hold the headers.
+        # Without a traceback: it would show the headers, local variables of the client.
         failed = error.with_traceback(None)
     else:
-        ctx._compute_id = uri  # type: ignore[assignment]  # the client's is a random one
+        ctx._compute_id = uri  # type: ignore[assignment]  # the client's id is random
         return cast("ComputeContext", ctx)
     raise failed
 
 
 def is_own_cluster(cluster_id: str) -> bool:
-    """Return whether this is the id of a cluster of your own."""
+    """Return whether the id is that of a cluster of your own."""
     return "://" in cluster_id
 
 
 def make_lineage(**fields: Any) -> PyLineageContext:
-    """Return what `with_lineage` makes."""
+    """Return a lineage context, as `with_lineage` creates it."""
     from polars_cloud.polars_cloud import PyLineageContext
 
     return PyLineageContext(**fields)
@@ -278,9 +280,10 @@ class QueryClient(Protocol):
 def send_queries_through(client: QueryClient, ctx: ComputeContext) -> None:
     """Make the context send all its queries through this client.
 
-    With polars-cloud 0.12, each route of a query on a direct context ends in `do_query`: sinks,
-    `execute`, `show`, `explain`, `spawn` and `RemoteEngine`. The context calls itself direct in
-    proxy mode, too. `ctx.start()` does nothing then: the client's `do_query` starts the cluster.
+    With polars-cloud 0.12, every way to submit a query on a direct context calls `do_query`:
+    sinks, `execute`, `show`, `explain`, `spawn` and `RemoteEngine`. In proxy mode the context
+    therefore reports itself as direct. `ctx.start()` does nothing, because `do_query` starts the
+    cluster.
     """
     if is_own_cluster(get_cluster_id(ctx) or ""):
         ctx.__class__ = _redirected_own_cluster()
@@ -289,7 +292,7 @@ def send_queries_through(client: QueryClient, ctx: ComputeContext) -> None:
     ctx.__class__ = _redirected_context()
     ctx._redirected_to = client  # type: ignore[attr-defined]
     if not ctx._last_known_status.is_available():
-        forget_cluster(ctx)  # the client sends no query after a stop
+        forget_cluster(ctx)  # after a stop, the context would send no query
 
 
 _default = ContextVar["ComputeContext | None"]("default", default=None)
@@ -297,33 +300,33 @@ _default = ContextVar["ComputeContext | None"]("default", default=None)
 
 @contextmanager
 def default_context(ctx: ComputeContext) -> Iterator[None]:
-    """Let queries of the body that name no context, as in `lf.remote()`, use this one.
+    """Use this context for queries of the block that name none, as in `lf.remote()`.
 
-    All threads and coroutines share the client's own default.
+    The client's own default is not used, because all threads and coroutines share it.
     """
     token = _default.set(ctx)
     try:
         yield
     finally:
-        with suppress(ValueError):  # a generator that is closed elsewhere
+        with suppress(ValueError):  # a generator was closed in another context
             _default.reset(token)
 
 
 def refuse_queries_without_context() -> None:
-    """Refuse queries of this process that name no context, outside of `default_context`.
+    """Refuse queries of this process that name no context, except inside `default_context`.
 
-    For each, the client would start a cluster that nobody stops.
+    For each such query, the client would start a cluster that nothing stops.
     """
     from polars_cloud import set_compute_context
 
     class DefaultContext:
         def __getattribute__(self, name: str) -> Any:
-            """Return the attribute of the default context, its class among them."""
+            """Return an attribute of the default context, including `__class__`."""
             ctx = _default.get()
             if ctx is None:
                 raise QueryRefusedError(
                     "This query was not submitted, because it names no cluster: write "
-                    "lf.remote(ctx), with the context that use_cluster gives"
+                    "lf.remote(ctx), with the context that use_cluster yields"
                 )
             return getattr(ctx, name)
 
@@ -339,7 +342,7 @@ def _redirected_context() -> type[ComputeContext]:
 
         @property
         def connection_mode(self) -> str:
-            """Direct, in proxy mode, too: else the client would pass the recording by."""
+            """Return "direct" even in proxy mode, where the client would bypass the recording."""
             return "direct"
 
         def start(self, *, wait: bool = False) -> None:
@@ -358,21 +361,21 @@ def _redirected_context() -> type[ComputeContext]:
             return status
 
         def register(self, name: str) -> None:
-            """Refuse: the cluster would start under a name that is not on record."""
+            """Refuse: the cluster would start under a name that is not recorded."""
             raise ClusterRefusedError(
-                f"The manifest {name} was not registered on a context of use_cluster: call "
-                "ensure_manifest"
+                f"The manifest {name} was not registered: register() does not work on a context "
+                "of use_cluster. Call ensure_manifest instead"
             )
 
         def unregister(self) -> None:
-            """Refuse: the first query starts the cluster by its manifest."""
+            """Refuse: the first query needs the manifest to start the cluster."""
             raise ClusterRefusedError(
-                f"The manifest {self._name} was not removed, because use_cluster uses it: remove "
-                "it after the block, on a context of your own"
+                f"The manifest {self._name} was not removed, because use_cluster needs it: remove "
+                "it after the block, on a ComputeContext of your own"
             )
 
         def _forget_stop(self) -> None:
-            """Forget the stop: the client would not send the next query."""
+            """Reset the status. After a stop, the context would not send the next query."""
             self._last_known_status = ComputeContextStatus.UNINITIALIZED
 
         def _get_direct_client(self) -> Any:
@@ -389,7 +392,7 @@ def _redirected_own_cluster() -> type[ComputeContext]:
         _redirected_to: QueryClient
 
         def get_status(self) -> ComputeContextStatus:
-            """Return IDLE: nobody starts or stops the cluster here."""
+            """Return IDLE, because this library neither starts nor stops the cluster."""
             return ComputeContextStatus.IDLE
 
         def _get_direct_client(self) -> Any:
@@ -399,9 +402,9 @@ def _redirected_own_cluster() -> type[ComputeContext]:
 
 
 class ProxyClient:
-    """Calls about the queries of a cluster in proxy mode, which Polars Cloud passes on.
+    """Query calls in proxy mode, which Polars Cloud forwards to the cluster.
 
-    Stands in for the client's own connection to a cluster.
+    Replaces the client's own connection to the cluster.
     """
 
     _ctx: ComputeContext
@@ -418,10 +421,10 @@ class ProxyClient:
         execution_id: str | None,
         lineage_context: Any,
     ) -> UUID:
-        """Submit a query; Polars Cloud has no place for `execution_id`, a notebook's cell."""
+        """Submit a query and return its id. Polars Cloud takes no `execution_id`, a notebook's."""
         from polars_cloud.constants import API_CLIENT
 
-        assert self._ctx._compute_id is not None, "it was started, or is running"
+        assert self._ctx._compute_id is not None, "the cluster has been started"
         return API_CLIENT.submit_query(
             self._ctx._compute_id, plan, settings, labels, lineage_context
         )
@@ -432,7 +435,7 @@ class ProxyClient:
         return API_CLIENT.get_query(self._ctx.workspace.id, query_id).query.status_code
 
     def get_direct_query_result(self, query_id: UUID, timeout_ms: int) -> QueryInfo:
-        """Return the result of a query that has ended: no call is held until then.
+        """Return the result of a query that has ended. Never waits, whatever `timeout_ms` is.
 
         Raises
         ------
@@ -454,13 +457,13 @@ class ProxyClient:
 
     def __getattr__(self, name: str) -> Any:
         raise QueryRefusedError(
-            f"{name} needs a connection to the cluster, which there is none of in proxy mode: use "
+            f"{name} needs a direct connection to the cluster, which proxy mode does not have: use "
             "connection_mode direct"
         )
 
 
 class ProxyResult:
-    """Result of a query in proxy mode, with its status, which only a direct one has."""
+    """Result of a query in proxy mode, with the status that only direct results have."""
 
     _result: QueryInfo
 
@@ -473,12 +476,12 @@ class ProxyResult:
 
 
 def uses_proxy(ctx: ComputeContext) -> bool:
-    """Return whether Polars Cloud passes the context's queries on."""
+    """Return whether the context is in proxy mode: Polars Cloud forwards its queries."""
     return ctx._connection_mode.as_str() == "proxy"
 
 
 def get_query_client(ctx: ComputeContext) -> SchedulerClient:
-    """Return the client's own connection to the context's cluster, or what stands in for it."""
+    """Return the client's own connection to the context's cluster, or a `ProxyClient`."""
     from polars_cloud import ComputeContext
 
     if is_own_cluster(get_cluster_id(ctx) or ""):
@@ -486,7 +489,7 @@ def get_query_client(ctx: ComputeContext) -> SchedulerClient:
     if uses_proxy(ctx):
         return cast("SchedulerClient", ProxyClient(ctx))
     client = ComputeContext._get_direct_client(ctx)
-    assert client is not None, "the mode is direct"
+    assert client is not None, "direct contexts have one"
     return client
 
 
@@ -513,12 +516,12 @@ def get_query_id(query: DirectQuery) -> str:
 
 
 def get_result_info(result: QueryResult) -> QueryInfo:
-    """Return what the client's `get_direct_query_result` gave for the result."""
+    """Return the object that `get_direct_query_result` returned for the result."""
     return result.finished_task_info.inner
 
 
 def get_status_code(query: DirectQuery) -> Any:
-    """Return the status of a query as the client's own connection gives it."""
+    """Return a query's status code, over the client's own connection."""
     return query._client.get_direct_query_status(query._query_id)
 
 
@@ -527,14 +530,14 @@ def get_context(query: DirectQuery) -> ComputeContext:
 
 
 def connect_query(query_id: str, ctx: ComputeContext) -> DirectQuery:
-    """Connect to a query by its id, on the cluster that it was submitted to."""
+    """Return the query with this id on the context's cluster."""
     from polars_cloud import DirectQuery
 
     return DirectQuery(UUID(query_id), get_query_client(ctx), ctx)
 
 
 def get_stages(query: DirectQuery) -> tuple[int, int | None]:
-    """Return the number of finished stages, and the total if it is known."""
+    """Return the number of finished stages, and of all stages, or None if unknown."""
     if uses_proxy(get_context(query)):
         return 0, None
     details = query._client.get_query_details(query._query_id)
@@ -542,10 +545,11 @@ def get_stages(query: DirectQuery) -> tuple[int, int | None]:
 
 
 def connect_queries(ctx: ComputeContext) -> Callable[[str], DirectQuery]:
-    """Return a function that connects to the cluster's queries with the current login.
+    """Return a function that returns a query by its id, connected with the current login.
 
-    The client has one login per process. These queries keep their login until it expires, even if
-    another account logs in. Those in proxy mode do not; those of a cluster of your own need none.
+    The client has one login per process. The returned queries use the current login until it
+    expires, even if another account logs in. In proxy mode they use the process's login at the time
+    of the call. On a cluster of your own they need no login.
     """
     if uses_proxy(ctx) or is_own_cluster(get_cluster_id(ctx) or ""):
         return lambda query_id: connect_query(query_id, ctx)
@@ -568,9 +572,9 @@ def connect_queries(ctx: ComputeContext) -> Callable[[str], DirectQuery]:
 
 
 def list_queries(ctx: ComputeContext) -> Iterator[tuple[str, str | None]]:
-    """Yield id and destination of each query that was submitted to the context's cluster.
+    """Yield id and destination of each query on the context's cluster.
 
-    A cluster of your own lists none.
+    A cluster of your own cannot list its queries: nothing is yielded.
     """
     from polars_cloud.constants import API_CLIENT
 

@@ -1,4 +1,4 @@
-"""Register manifests as the code describes them, for the worker's Polars and Python."""
+"""Register manifests with the options in the code, for the worker's Polars and Python."""
 
 from __future__ import annotations
 
@@ -32,18 +32,20 @@ Cluster = Mapping[str, Any]
 def register_manifest(
     session: CloudSession, cluster: Cluster, is_used: Callable[[], bool]
 ) -> ComputeContext:
-    """Register the manifest if it is absent, and anew if its options have changed.
+    """Register the manifest if it does not exist, or again if its options have changed.
 
     A manifest pins the patch versions of Polars and Python, and the client refuses a mismatch. A
-    cluster keeps its size while it is in use. A live cluster of other versions runs on without a
-    manifest until its idle timeout. An option that the code omits keeps its registered value.
+    live cluster of other versions keeps running without a manifest until its idle timeout. The
+    options of a cluster are not changed while the cluster is in use. An option that the code omits
+    keeps its registered value.
 
     Parameters
     ----------
     cluster
         Manifest's name and options.
     is_used
-        Returns whether another task uses the cluster. Called only if it is live and idle.
+        Function that returns whether another task uses the cluster. Called only if the cluster is
+        live and idle.
 
     Returns
     -------
@@ -59,7 +61,7 @@ def register_manifest(
     try:
         registered = find_manifest(session, name)
     except misspecified_error() as error:
-        logger.warning("Manifest %s is registered anew: %s", name, error)
+        logger.warning("Registering manifest %s again: %s", name, error)
         wanted = _unnamed(session, cluster)
         session.call(unregister_manifest, wanted, name)
         return _register(session, wanted, name)
@@ -68,7 +70,7 @@ def register_manifest(
 
     try:
         changes = _find_changes(session, registered, cluster)
-    except not_found_error():  # another task is just changing it
+    except not_found_error():  # another task is changing the manifest
         return _register(session, _unnamed(session, cluster), name)
     if not changes:
         return registered
@@ -76,14 +78,14 @@ def register_manifest(
     is_live = status.is_available() or status.name == "STARTING"
     if is_live and (status.name != "IDLE" or is_used()):
         logger.warning(
-            "Manifest %s keeps its size while cluster %s is in use; the next start applies: %s",
+            "Manifest %s is not changed while cluster %s is in use; the next start applies: %s",
             name,
             get_cluster_id(registered),
             changes,
         )
         return registered
     wanted = _unnamed(session, cluster)
-    logger.info("Manifest %s is changed: %s", name, changes)
+    logger.info("Changing manifest %s: %s", name, changes)
     if is_live:
         session.call(registered.stop)
     session.call(unregister_manifest, wanted, name)
@@ -96,7 +98,7 @@ def find_manifest(session: CloudSession, name: str) -> ComputeContext | None:
     Raises
     ------
     ComputeClusterMisspecified
-        The manifest is registered for another Polars or Python.
+        The manifest is registered for other versions of Polars or Python.
     """
     from polars_cloud import ComputeContext
 
@@ -126,10 +128,10 @@ def _register(session: CloudSession, wanted: ComputeContext, name: str) -> Compu
         try:
             session.call(wanted.register, name)
         except ValueError as error:
-            # It may exist: another task registered it, or this task did and the reply was lost.
+            # Another task may have registered it, or an earlier attempt whose reply was lost.
             if found := find_manifest(session, name):
                 return found
-            # Or it existed, and another task that changes it has just removed it.
+            # Or another task has just removed it, to change it.
             refusal = error
         else:
             logger.info("Registered manifest %s", name)

@@ -12,7 +12,7 @@ NODES_KEY = msgspec.msgpack.encode("dsl_plans")
 DATA_KEY = msgspec.msgpack.encode("dataframes")
 HEADER_LENGTH = len(b"DSL_VERSION") + 2 + 2 + 64
 TEMPORARY, TO_CLIENT = "<in-memory>", "<flight>"
-"""Targets of a query whose result goes to a temporary place or back to the client."""
+"""Targets of a temporary result, and of a result that the client reads."""
 
 
 class Table(NamedTuple):
@@ -34,7 +34,7 @@ class Table(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Identity of a query.
+    """Identity, sources and destinations of a query.
 
     Attributes
     ----------
@@ -50,8 +50,8 @@ class Plan(NamedTuple):
     tables
         Iceberg tables that its sinks name.
     scans
-        Paths of the files and folders that each of its scans names. Neither in-memory frames nor
-        sources in Python, such as Iceberg tables, have a path.
+        Paths of the files and folders of each scan. In-memory frames, and sources in Python such as
+        Iceberg tables, have none.
     """
 
     destinations: tuple[str, ...]
@@ -71,7 +71,7 @@ def read_plan(plan: bytes) -> Plan:
     Raises
     ------
     ValueError
-        The plan has another form.
+        The plan has another format.
     """
     root, nodes = _find_nodes(plan)
     sinks = root["SinkMultiple"]["inputs"] if "SinkMultiple" in root else [root]
@@ -90,19 +90,22 @@ def read_plan(plan: bytes) -> Plan:
 def set_sink_uuid(plan: bytes, table: Table, sink_uuid: str) -> bytes:
     """Return the plan with another UUID for its sink to the table.
 
-    Polars commits nothing if the table has a snapshot with the sink's UUID.
+    If the table has a snapshot with the sink's UUID, Polars commits nothing.
     """
     old, new = (msgspec.msgpack.encode(each) for each in (table.sink_uuid, sink_uuid))
     if plan.count(old) != 1:
-        raise ValueError(f"The plan does not name the sink to {table.name} once")
+        raise ValueError(
+            f"Cannot find the sink to {table.name} in the query's plan: install the Polars of "
+            "requirements.txt"
+        )
     return plan.replace(old, new)
 
 
 def _find_nodes(plan: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the root, and all nodes."""
+    """Return the root node and all nodes."""
     end = len(plan)
     data = plan.find(DATA_KEY, HEADER_LENGTH)
-    # A text in a node, or the data of a frame, may look like the key.
+    # A text in a node, or the data of a frame, may contain the same bytes as the key.
     while (end := plan.rfind(NODES_KEY, HEADER_LENGTH, end)) > data > 0:
         try:
             nodes = msgspec.msgpack.decode(plan[end + len(NODES_KEY) :], type=list[dict[str, Any]])
@@ -111,7 +114,7 @@ def _find_nodes(plan: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             continue
         values = [node["value"] for node in nodes]
         return values[start["root"]["idx"]], values
-    raise ValueError("This plan is not one that Polars serialized")
+    raise ValueError("Cannot read the query's plan: install the Polars of requirements.txt")
 
 
 def _find_uri(payload: dict[str, Any]) -> str | None:
@@ -128,7 +131,7 @@ def _read_table(sink: dict[str, Any]) -> Table:
 
 
 def _find_paths(nodes: list[Any]) -> Iterator[tuple[str, ...]]:
-    """Yield the paths of each scan, which may lie inside another node, as in a concatenation."""
+    """Yield the paths of each scan. A scan may be nested in another node, as in a concatenation."""
     left = nodes[::-1]
     while left:
         match left.pop():

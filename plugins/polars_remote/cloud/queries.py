@@ -28,7 +28,7 @@ NOT_FOUND = "Error calling gRPC endpoint, Some requested entity was not found"
 
 
 def find_live_cluster(session: CloudSession, cluster_id: str) -> ComputeContext | None:
-    """Return the cluster's context, or None if it has stopped or was never there."""
+    """Return the cluster's context, or None if the cluster has stopped or does not exist."""
     from polars_cloud import ComputeContext
 
     if is_own_cluster(cluster_id):
@@ -46,14 +46,14 @@ def find_live_cluster(session: CloudSession, cluster_id: str) -> ComputeContext 
 
 
 def open_own_cluster(session: CloudSession, uri: str) -> ComputeContext:
-    """Connect to a cluster of your own as the Connection says.
+    """Return the context of a cluster of your own, with the access in the Connection's extra.
 
     Raises
     ------
     LoginRefusedError
-        The Connection is missing, or its extra has another form.
+        The Connection is missing, or its extra is invalid.
     Exception
-        The cluster cannot be reached.
+        The cluster is unreachable.
     """
     access = find_access(session.conn_id)
     if isinstance(access, Exception):
@@ -68,16 +68,16 @@ def find_query(
     destination: str,
     known: list[str],
 ) -> DirectQuery | None:
-    """Return the query that was submitted, or None if its cluster is gone or has no such query.
+    """Return a submitted query, or None if its cluster has stopped or has no such query.
 
     Parameters
     ----------
     query_id
         None if the reply to the submission was lost.
     destination
-        URI by which a query without an id is found. A temporary result has none.
+        URI by which a query without an id is found; empty for a temporary result.
     known
-        Ids of queries with this destination that the cluster had before.
+        Ids of queries with this destination that the cluster had before the submission.
     """
     ctx = find_live_cluster(session, cluster_id)
     if ctx is None:
@@ -127,7 +127,7 @@ def cancel_query(session: CloudSession, query: DirectQuery) -> None:
                 return
             if is_canceled:
                 raise
-        query.cancel()  # a direct one raises no error
+        query.cancel()  # without an error if it fails on a direct connection
         is_canceled = True
         if not query.get_status().is_done():
             raise TimeoutError("it is still running")
@@ -147,7 +147,7 @@ def describe(query: DirectQuery) -> str:
 
 
 def get_page(query: DirectQuery) -> str:
-    """Return the address of the query's page on Polars Cloud; none on a cluster of your own."""
+    """Return the address of the query's page; empty for a query on a cluster of your own."""
     ctx = get_context(query)
     if is_own_cluster(get_cluster_id(ctx) or ""):
         return ""

@@ -33,13 +33,13 @@ TRANSIENT_GRPC = (
     "The service is currently unavailable",
     "Unknown error",
 )
-"""The client's names of the gRPC statuses that are retried."""
+"""The client's texts for the gRPC statuses that are retried."""
 
 TRANSIENT_TEXT = re.compile(
     r"Error calling gRPC endpoint, (" + "|".join(TRANSIENT_GRPC) + r"),"
     r"|Error setting up gRPC connection"
     r"|Error calling REST endpoint: error sending request"
-    # The token endpoint: no answer, or a gateway's answer.
+    # The token endpoint did not answer, or a gateway answered in its place.
     r"|Error getting access token"
     r"|Error parsing access token JSON: (?!.*missing field `access_token`)"
 )
@@ -54,7 +54,7 @@ _deadline = ContextVar[float | None]("deadline", default=None)
 
 
 def retry(function: Callable[[], T], *, call_timeout: float | None = OUTAGE_SECONDS / 4) -> T:
-    """Call the function, and retry it while Polars Cloud is unavailable.
+    """Return the function's result; retry the call while Polars Cloud is unavailable.
 
     The function runs in a thread. The caller waits in Python, where Airflow's time-outs and signals
     reach it.
@@ -64,7 +64,7 @@ def retry(function: Callable[[], T], *, call_timeout: float | None = OUTAGE_SECO
     function
         Function that may run more than once.
     call_timeout
-        Seconds after which a call without a reply is abandoned; None: never.
+        Seconds after which a call without a reply is abandoned; None for no limit.
 
     Raises
     ------
@@ -90,7 +90,7 @@ def retry(function: Callable[[], T], *, call_timeout: float | None = OUTAGE_SECO
         assert state.outcome is not None
         assert state.next_action is not None
         logger.warning(
-            "Polars Cloud is unavailable, retrying in %.1f s (try %d, up to %.0f s): %s",
+            "Polars Cloud is unavailable, retrying in %.1f s (attempt %d, up to %.0f s): %s",
             state.next_action.sleep,
             state.attempt_number + 1,
             ends - began,
@@ -101,7 +101,7 @@ def retry(function: Callable[[], T], *, call_timeout: float | None = OUTAGE_SECO
     retrying = Retrying(
         retry=retry_if_exception(is_transient),
         stop=lambda _: time.monotonic() >= ends,
-        # The last attempt is at the very end, so an outage may last for the whole budget.
+        # The last attempt is at the very end, so that an outage may last for the whole time.
         wait=lambda state: max(min(pause(state), ends - time.monotonic()), 0.0),
         before_sleep=log_outage,
         reraise=True,
@@ -126,7 +126,7 @@ def time_left(seconds: float) -> float:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Return whether to retry the call. Only the error's text shows it, not its type."""
+    """Return whether to retry after the error. The client's errors differ in text, not in type."""
     if isinstance(error, TimeoutError | ConnectionError):
         return True
     text = str(error)
@@ -143,12 +143,12 @@ def http_status(text: str) -> str | None:
 
 
 def in_thread(function: Callable[[], T], timeout: float | None = None) -> T:
-    """Run the function in a thread: a signal then interrupts the caller, not the function.
+    """Return the function's result. A signal interrupts the caller, not the function's thread.
 
     Raises
     ------
     TimeoutError
-        There is no result after `timeout` seconds; the function runs on.
+        There is no result after `timeout` seconds; the function keeps running.
     """
     future = start_thread(function)
     began = time.monotonic()
@@ -164,10 +164,10 @@ def in_thread(function: Callable[[], T], timeout: float | None = None) -> T:
 
 
 def start_thread(function: Callable[[], T]) -> Future[T]:
-    """Run the function in a daemon thread; its result arrives in the future."""
+    """Run the function in a daemon thread, and return the future of its result."""
     future = Future[T]()
     future.set_running_or_notify_cancel()  # an abandoned call cannot be canceled
-    context = copy_context()  # Airflow finds the task's log by it
+    context = copy_context()  # by which Airflow finds the task's log
 
     def run() -> None:
         try:

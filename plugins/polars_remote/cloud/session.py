@@ -41,13 +41,13 @@ ACCESS = {"ca_cert", "headers", "domain_name"}
 
 
 class NoAccountError(LoginRefusedError):
-    """The Connection opens clusters of your own, and logs in nowhere."""
+    """The Connection has no login, and can only be used for clusters of your own."""
 
 
 class CloudSession:
     """Calls to Polars Cloud with the login of one Airflow Connection.
 
-    The client has one login per process. Sessions of other Connections wait for their turn.
+    The client has one login per process. Sessions of other Connections wait until it is free.
 
     Parameters
     ----------
@@ -67,22 +67,22 @@ class CloudSession:
         LoginRefusedError
             Not retried: the Connection is missing, incomplete or refused.
         ConnectionError
-            Polars Cloud cannot be reached.
+            Polars Cloud is unreachable.
         ValueError
-            Any other answer, in the words of Polars Cloud.
+            Polars Cloud answered with another error.
         """
         with _login.use(self.conn_id, renew=True):
             pass
 
     def check_account(self) -> None:
-        """Raise `LoginRefusedError` if the Connection opens clusters of your own alone."""
+        """Raise `LoginRefusedError` if the Connection has no login."""
         with self.logged_in():
             if _login.without_account:
                 raise _login.without_account
 
     @contextmanager
     def logged_in(self) -> Iterator[None]:
-        """Keep this login for the calls in the body. Raises what `log_in` raises."""
+        """Use this login for the calls in the block. Raises the errors of `log_in`."""
         with _login.use(self.conn_id):
             yield
 
@@ -92,12 +92,14 @@ class CloudSession:
         *arguments: Any,
         call_timeout: float | None = OUTAGE_SECONDS / 4,
     ) -> T:
-        """Call Polars Cloud as `retry` does; log in again if the login has expired.
+        """Return the function's result, called with this login and with retries.
+
+        Logs in again if the login has expired.
 
         Raises
         ------
         Exception
-            As `log_in` and `retry`.
+            Any error of `log_in` or `retry`.
         """
         bound = functools.partial(function, *arguments)
         with self.logged_in():
@@ -117,7 +119,7 @@ class CloudSession:
             return retry(bound, call_timeout=call_timeout)
 
     def find_workspace(self) -> Workspace:
-        """Return the workspace that `POLARS_CLOUD_WORKSPACE` names; looked up once.
+        """Return the workspace named by `POLARS_CLOUD_WORKSPACE`; it is looked up once.
 
         Raises
         ------
@@ -131,7 +133,7 @@ class CloudSession:
 
 
 class _Login:
-    """The client's login: one per process, used by any number of threads for one account."""
+    """The client's login: one per process, for any number of threads of one account."""
 
     def __init__(self) -> None:
         self._turns = threading.Condition()
@@ -139,9 +141,9 @@ class _Login:
         self._users = 0
         self._waiting: list[str] = []
         self.without_account: NoAccountError | None = None
-        """Why the Connection whose turn it is does not log in."""
+        """Error of the current Connection, if it has no login."""
         self._current = ContextVar[str | None]("current", default=None)
-        """Connection for which the current thread, or the one that started it, has the turn."""
+        """Connection that the current thread, or the thread that started it, is using."""
 
     @contextmanager
     def use(self, conn_id: str, *, renew: bool = False) -> Iterator[None]:
@@ -161,7 +163,7 @@ class _Login:
     def _begin(self, conn_id: str, renew: bool) -> None:
         with self._turns:
             self._waiting.append(conn_id)
-            # First come, first served: nobody overtakes another account that waits.
+            # First come, first served: a busy account must not starve another one.
             try:
                 self._turns.wait_for(
                     lambda: (
@@ -188,20 +190,20 @@ _login = _Login()
 
 
 def log_in(conn_id: str) -> Exception | None:
-    """Log in with the Connection; return the error for the caller to raise.
+    """Log in with the Connection. Return the error, if any, for the caller to raise.
 
-    Return it, because a traceback shows local variables, and these frames hold the secret.
+    If it were raised here, its traceback would show the secret, a local variable.
     """
     connection = find_connection(conn_id)
     if isinstance(connection, Exception):
         return connection
-    assert connection.password, "find_connection has looked"
+    assert connection.password, "find_connection checks it"
 
     try:
-        import polars_cloud as pc  # costs ten times the rest of a DAG file when it is parsed
+        import polars_cloud as pc  # takes ten times as long as the rest of parsing a DAG file
     except ImportError as error:
         return LoginRefusedError(
-            f"The client of Polars Cloud cannot be imported ({error}): install it here"
+            f"polars_cloud cannot be imported here ({error}): install polars-cloud on this machine"
         )
 
     authenticate = functools.partial(
@@ -228,15 +230,15 @@ def log_in(conn_id: str) -> Exception | None:
 
 
 def find_connection(conn_id: str) -> Connection | LoginRefusedError:
-    """Return the Connection if it can be used for a login, or else what is wrong with it."""
+    """Return the Connection, or the error if it cannot be used to log in."""
     try:
         connection = BaseHook.get_connection(conn_id)
     except AirflowNotFoundException:
         return _refuse(conn_id, "is missing")
     if not connection.login and ACCESS & connection.extra_dejson.keys():
         return NoAccountError(
-            f"The Airflow Connection {conn_id!r} has no login, so that it opens clusters of your "
-            'own alone: give use_cluster the cluster\'s {"uri": ...}, or set a login and a password'
+            f"The Airflow Connection {conn_id!r} has no login, so it can only be used for clusters "
+            'of your own: pass {"uri": ...} to use_cluster, or set a login and a password'
         )
     if not connection.login:
         return _refuse(conn_id, "has no login")
@@ -256,9 +258,9 @@ def find_connection(conn_id: str) -> Connection | LoginRefusedError:
 
 
 def find_access(conn_id: str) -> ClusterAccess | LoginRefusedError:
-    """Return what the Connection's extra says about clusters of your own, or what is wrong.
+    """Return the access to clusters of your own in the Connection's extra, or an error.
 
-    Returned as by `log_in`: this frame holds the headers.
+    If the error were raised here, its traceback would show the headers, a local variable.
     """
     try:
         extra = BaseHook.get_connection(conn_id).extra_dejson
@@ -271,20 +273,20 @@ def find_access(conn_id: str) -> ClusterAccess | LoginRefusedError:
         for each in (ca_cert or "", domain_name or "", *headers, *headers.values())
     ):
         return LoginRefusedError(
-            f'The extra of the Airflow Connection {conn_id!r} has another form than {{"ca_cert": '
-            '"-----BEGIN CERTIFICATE-----\\n...", "headers": {"name": "value"}, "domain_name": '
-            '"..."}, each of which may be left out'
+            f"The extra of the Airflow Connection {conn_id!r} must have the form "
+            '{"ca_cert": "-----BEGIN CERTIFICATE-----\\n...", "headers": {"name": "value"}, '
+            '"domain_name": "..."}. Each key may be left out'
         )
     return ClusterAccess(ca_cert, headers, domain_name)
 
 
 def uses_emulator() -> bool:
-    """Return whether this worker's Polars Cloud is the emulator."""
+    """Return whether this process is configured for the emulator."""
     return os.environ.get("POLARS_CLOUD_DOMAIN", "").startswith("emulator@")
 
 
 def is_logged_out(error: BaseException) -> bool:
-    """Return whether Polars Cloud does not accept the login any more."""
+    """Return whether the error shows that the login has expired or is missing."""
     text = str(error)
     return LOGGED_OUT in text or http_status(text) == "401"
 
