@@ -1,4 +1,4 @@
-"""Defer a waiting task: free its worker slot and let a trigger wait."""
+"""Defer a waiting task: free its worker slot, and wait in the triggerer instead."""
 
 from __future__ import annotations
 
@@ -19,35 +19,37 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 IN_WORKER_SECONDS = 3.0
-"""Seconds for which the worker itself waits. A query that ends sooner needs no deferral."""
+"""Seconds for which the worker waits before it defers. Shorter queries need no deferral."""
 
 SHORTEST_RESUME_DELAY, LONGEST_RESUME_DELAY = 6.0, 12.0
-"""Seconds until a trigger may fire, scaled by the task's start-up time. If a trigger fires before
-the scheduler has seen the worker exit, Airflow treats the task as killed (apache/airflow #67287,
-#71580)."""
+"""Limits of the seconds until a trigger may fire; in between, as long as the task's start-up took.
+If a trigger fires before the scheduler has seen the worker exit, Airflow treats the task as killed
+(apache/airflow #67287, #71580)."""
 
 SHORTEST_TRIGGER_TIMEOUT, LONGEST_TRIGGER_TIMEOUT = 300.0, 1800.0
-"""Trigger time-out in seconds: as long as the task has waited so far, within these limits. The
+"""Limits of the trigger time-out in seconds; in between, as long as the task has waited so far. The
 trigger then resumes the task in any case. Without a triggerer, Airflow does so a little later."""
 
 TIMEOUT_MARGIN_SECONDS = 60.0
-"""Seconds between the trigger's time-out and Airflow's."""
+"""Seconds by which Airflow's time-out for the deferral is later than the trigger's own."""
 
 
 def defer_until_started(scope: TaskScope, cluster_id: str, *, after: float) -> None:
-    """Defer a `@query_task` until the cluster is running; its function then runs again.
+    """Defer a `@query_task` until the cluster is running; its function is then called again.
+
+    Returns if the task cannot be deferred, or has not waited long enough to be.
 
     Parameters
     ----------
     after
-        Seconds for which the task has waited already.
+        Seconds for which the task has waited so far.
     """
     if not scope.can_return_queries:
         return
     check_deadline(scope)
     if scope.task.defers and after >= IN_WORKER_SECONDS:
         logger.info("Deferred until cluster %s is running; no worker slot is held", cluster_id)
-        from .triggers import ClusterTrigger  # not when each DAG file is parsed
+        from .triggers import ClusterTrigger  # here, to keep parsing DAG files fast
 
         earlier = scope.record.waits_for
         waits_for = Wait(since=earlier.since if earlier else time.time(), cluster=cluster_id)
@@ -57,7 +59,7 @@ def defer_until_started(scope: TaskScope, cluster_id: str, *, after: float) -> N
 
 def defer_until_ended(scope: TaskScope, names: Iterable[str], waits_for: Wait) -> None:
     """Defer the task until its queries with these names have ended."""
-    from .triggers import QueryTrigger  # not when each DAG file is parsed
+    from .triggers import QueryTrigger  # here, to keep parsing DAG files fast
 
     records = scope.record.queries
     queries = [
@@ -78,16 +80,17 @@ def defer_until_ended(scope: TaskScope, names: Iterable[str], waits_for: Wait) -
 
 
 def check_deadline(scope: TaskScope) -> None:
-    """Enforce the task's `execution_timeout`: Airflow restarts it after each deferral.
+    """Enforce the task's `execution_timeout`, whose clock Airflow restarts after each deferral.
 
     Raises
     ------
     AirflowTaskTimeout
-        The `execution_timeout` is over.
+        The task has exceeded its `execution_timeout`.
     """
     if scope.record.deadline is not None and time.time() >= scope.record.deadline:
         raise AirflowTaskTimeout(
-            f"Process timed out: the execution_timeout of {scope.task.execution_timeout} is over"
+            f"Process timed out: the task exceeded its execution_timeout of "
+            f"{scope.task.execution_timeout}"
         )
 
 
@@ -113,8 +116,8 @@ def _defer(scope: TaskScope, waits_for: Wait, trigger: PolarsCloudTrigger) -> No
     deferral = TaskDeferred(
         trigger=trigger,
         method_name="resume",
-        # A copy, in case somebody deletes the record. A failed trigger replaces these arguments. As
-        # text: Airflow refuses to serialize a value that is serialized already.
+        # A copy, in case the record is deleted. If the trigger fails, Airflow replaces these
+        # arguments. As JSON text, because Airflow refuses to serialize a serialized value again.
         kwargs={"waits_for": json.dumps(waits_for.dump()), "conn_id": scope.record.conn_id},
         timeout=timedelta(seconds=seconds),
     )

@@ -1,8 +1,8 @@
 """Poll queries and clusters from the triggerer, where many tasks wait in one process.
 
 Each poll is a single call in a thread, so that the triggerer's event loop is never blocked. The
-client has one login per process. Queries are polled with a login of their cluster's own; all other
-calls take turns, as do polls in proxy mode.
+client has one login per process, so calls for different Connections run one after another. Polls of
+queries run concurrently, except in proxy mode: the connection to each cluster keeps its own login.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ FIRST_SWEEP_SECONDS, SWEEP_SECONDS = 5.0, 60.0
 """First delay and interval of the orphan sweep."""
 
 KEEP_LOG_OPEN_SECONDS = 5.0
-"""Seconds for which a canceled trigger keeps its task's log open."""
+"""Seconds for which a canceled trigger stays alive: Airflow then closes the task's log."""
 
 START_POLL_SECONDS = 3.0
 """Poll interval in seconds for a cluster that is starting."""
 
 
 class WatchedCluster:
-    """A cluster whose queries are polled, with the login of one account."""
+    """Connection to a cluster whose queries are polled, with the login of one account."""
 
     def __init__(self, conn_id: str, cluster_id: str) -> None:
         self._session = CloudSession(conn_id)
@@ -66,14 +66,16 @@ class WatchedCluster:
         self._uses_proxy = False
 
     async def call(self, query_id: str, function: Callable[[DirectQuery], T]) -> T:
-        """Call the function with one of the cluster's queries.
+        """Return the function's result for one of the cluster's queries.
 
         Raises
         ------
         QueryLostError
             The cluster has stopped.
+        TimeoutError
+            There was no reply.
         Exception
-            As the function raised it; `TimeoutError` if there was no reply.
+            Any error of the function.
         """
         async with self._calls:
             try:
@@ -125,21 +127,22 @@ class Watch:
         self.watched: set[str] = set()
         self._clusters = WeakValueDictionary[tuple[str, str], WatchedCluster]()
         self._logged: set[tuple[str, Owner | None]] = set()
-        # In a context of its own, to keep its lines out of the tasks' logs. The sweep goes on when
-        # no task waits: tasks that did not wait here leave orphans, too.
+        # In a context of its own, to keep its lines out of the tasks' logs. The sweep continues
+        # while no task is deferred: other tasks leave orphans, too.
         self._sweep = asyncio.get_running_loop().create_task(
             self._keep_sweeping(), context=Context()
         )
 
     def get_cluster(self, conn_id: str, cluster_id: str) -> WatchedCluster:
-        """Return the cluster's connection, which all current users share."""
+        """Return the connection to the cluster; all its triggers share one."""
         key = (conn_id, cluster_id)
         if (cluster := self._clusters.get(key)) is None:
             cluster = self._clusters[key] = WatchedCluster(conn_id, cluster_id)
         return cluster
 
     async def _keep_sweeping(self) -> None:
-        # A sweep in a thread would take the answers of the next task. `dag.test()` kills no task.
+        # In `dag.test()`, a thread would read replies that are meant for the next task. No task is
+        # killed there.
         if is_dag_test() or not LISTS_VARIABLES:
             return
         await asyncio.sleep(FIRST_SWEEP_SECONDS)
@@ -168,10 +171,10 @@ def _get_watch() -> Watch:
 
 @contextmanager
 def watching_task(task_key: str) -> Iterator[None]:
-    """Watch a deferred task, and start the orphan sweep.
+    """Exclude a deferred task from the orphan sweep, which starts with the first such task.
 
-    If the task ends before a triggerer runs its trigger, Airflow does not call `on_kill`. The sweep
-    ends such orphans.
+    The sweep also covers tasks that a user ended before a triggerer ran their trigger: for those
+    Airflow does not call `on_kill`.
     """
     watch = _get_watch()
     watch.watched.add(task_key)
@@ -184,10 +187,10 @@ def watching_task(task_key: str) -> Iterator[None]:
 async def watch_queries(
     conn_id: str, queries: list[dict[str, Any]]
 ) -> AsyncIterator[tuple[dict[str, Any], bool]]:
-    """Yield the results of the queries so far, and whether to resume the task.
+    """Poll the queries; yield their results so far, and whether to resume the task.
 
-    Resume when all queries have succeeded, one has failed or was canceled, a cluster has stopped,
-    or an outage lasts too long.
+    The task is resumed when all queries have succeeded, when one has failed or was canceled, when a
+    cluster has stopped, or when an outage exceeds `OUTAGE_SECONDS`.
     """
     watch = _get_watch()
     clusters = {
@@ -220,7 +223,7 @@ async def watch_queries(
 async def _poll(
     cluster: WatchedCluster, query: dict[str, Any], should_log: bool
 ) -> dict[str, Any] | None:
-    """Return the query's result, or None while it runs; raise `QueryLostError` if it has none."""
+    """Return the query's result, or None while it runs. Raises `QueryLostError` if it failed."""
     query_id = query["query_id"]
     status = await cluster.call(query_id, lambda each: each.get_status())
     if not status.is_done():
@@ -236,7 +239,7 @@ async def _poll(
 async def watch_cluster(
     conn_id: str, cluster_id: str
 ) -> AsyncIterator[tuple[dict[str, Any], bool]]:
-    """Yield why the cluster failed to start, if it did, and whether to resume the task."""
+    """Poll the cluster; yield the reason if it failed to start, and whether to resume the task."""
     session = CloudSession(conn_id)
 
     def poll() -> tuple[str, str]:
@@ -266,29 +269,31 @@ class Outage:
         self._since: float | None = None
 
     def exceeds_budget(self, error: BaseException) -> bool:
-        """Return whether to resume the task because of a poll's error."""
-        # Without a login the triggerer cannot poll, for example because the client is missing here.
-        # The trigger fails, and the task waits in its worker.
+        """Return whether to resume the task after a poll's error.
+
+        Errors of the login are raised: the trigger fails, and the task waits in its worker.
+        """
+        # Such as a missing client on the triggerer.
         if not isinstance(error, Exception) or isinstance(error, AirflowFailException):
             raise error
         if not is_transient(error) and not is_logged_out(error):
-            logger.info("The task is resumed: %s", error)
+            logger.info("Resuming the task: %s", error)
             return True
         if self._since is None:
             self._since = time.monotonic()
             logger.warning("Polars Cloud is unavailable, retrying: %s", error)
         if time.monotonic() - self._since < OUTAGE_SECONDS:
             return False
-        logger.warning("Polars Cloud is still unavailable, the task is resumed: %s", error)
+        logger.warning("Polars Cloud is still unavailable, resuming the task: %s", error)
         return True
 
     def reset(self) -> None:
-        """Note that Polars Cloud has answered."""
+        """Record that Polars Cloud has answered."""
         self._since = None
 
 
 async def cancel_queries(conn_id: str, queries: list[dict[str, Any]]) -> None:
-    """Cancel the queries of a task that is out of time."""
+    """Cancel the queries of a task that has exceeded its `execution_timeout`."""
     for each in queries:
         cluster = _get_watch().get_cluster(conn_id, each["cluster_id"])
         try:
@@ -300,13 +305,14 @@ async def cancel_queries(conn_id: str, queries: list[dict[str, Any]]) -> None:
                 error,
             )
         else:
-            logger.info("Canceled query %s: the task is out of time", each["query_id"])
+            logger.info("Canceled query %s: the task timed out", each["query_id"])
 
 
 async def end_task(task_key: str) -> None:
     """End the queries and cluster uses of a task unless it is deferred.
 
-    A frozen triggerer that wakes up takes it for a user's click that another one watches its tasks.
+    If a frozen triggerer wakes up after another one has taken over its triggers, Airflow calls
+    `on_kill` although the tasks are still deferred.
     """
 
     def end() -> None:
@@ -318,12 +324,13 @@ async def end_task(task_key: str) -> None:
 
 
 async def end_if_ended(task_key: str) -> None:
-    """End the queries and cluster uses of a task if Airflow says that the task has ended.
+    """End the queries and cluster uses of a task if the task has ended, according to Airflow.
 
-    Its trigger was canceled: a user has ended the task, its deferral has timed out, another
-    triggerer has taken it over, or this triggerer is stopping, and gets no answer. A thread asks
-    and ends, because Airflow cancels the trigger again each second. The trigger stays for a moment,
-    because Airflow closes the task's log after it.
+    Its trigger was canceled. The cause may be that a user has ended the task, that its deferral has
+    timed out, that another triggerer has taken over the trigger, or that this triggerer is
+    stopping; then Airflow does not answer. The work is done in a thread, because Airflow cancels
+    the trigger again every second. The trigger waits for the thread for a few seconds, because
+    Airflow closes the task's log when the trigger ends.
     """
 
     def end() -> None:
@@ -333,14 +340,14 @@ async def end_if_ended(task_key: str) -> None:
                 _end_task(task_key)
         except Exception as error:
             logger.warning(
-                "The task's trigger was canceled, and Airflow does not say why. The task's queries "
-                "keep running (%s)",
+                "The task's trigger was canceled, and Airflow did not report the task's state. The "
+                "task's queries keep running (%s)",
                 error,
             )
 
     logger.info(
-        "Airflow has canceled the trigger. If the task has ended, its queries are canceled and its "
-        "cluster uses end"
+        "Airflow canceled the trigger. If the task has ended, its queries are canceled and its "
+        "clusters are stopped unless others use them"
     )
     ending = asyncio.wrap_future(start_thread(end))
     ends = time.monotonic() + KEEP_LOG_OPEN_SECONDS
@@ -350,7 +357,7 @@ async def end_if_ended(task_key: str) -> None:
 
 
 def _end_task(task_key: str) -> None:
-    # Airflow stops waiting after this time.
+    # Airflow stops waiting after `on_kill_timeout`.
     seconds = conf.getfloat("triggerer", "on_kill_timeout", fallback=30.0)
     with time_limit(seconds - 1.0):
         log_failures(end_task_entry(task_key))

@@ -1,4 +1,4 @@
-"""Wait in the worker for queries to end, and check how they ended."""
+"""Wait in the worker until queries have ended, and check their results."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.5, 5.0
-"""First and longest poll interval of the worker in seconds."""
+"""First and longest poll interval of the worker, in seconds."""
 
 Resubmit = Callable[[str], "DirectQuery | None"]
-"""Function that submits a query anew if its cluster was stopped, or else returns None."""
+"""Function that submits a query again if its cluster was stopped, or else returns None."""
 
 
 def wait_until_ended(
@@ -40,9 +40,9 @@ def wait_until_ended(
     seconds: float = math.inf,
     resubmit: Resubmit = lambda name: None,
 ) -> dict[str, QueryResult]:
-    """Wait until all queries have succeeded, one ends without success, or the seconds are over.
+    """Wait until all queries have succeeded, one has not, or the seconds have passed.
 
-    Polls in Python, where Airflow's time-outs and signals reach the task.
+    The wait is in Python, where Airflow's time-outs and signals reach the task.
 
     Returns
     -------
@@ -91,7 +91,10 @@ def wait_until_ended(
 
 
 def _wait_for(has_ended: threading.Event, scope: TaskScope, seconds: float) -> bool:
-    """Wait for news; check for a kill or a time-out, which a thread gets no signal for."""
+    """Wait up to these seconds; return whether a query has ended.
+
+    Raises `TaskKilled` or `AirflowTaskTimeout`, also in threads, which get no signals.
+    """
     ends = time.monotonic() + seconds
     while True:
         scope.check_killed()
@@ -104,12 +107,12 @@ def _wait_for(has_ended: threading.Event, scope: TaskScope, seconds: float) -> b
 
 
 def get_result(scope: TaskScope, query: DirectQuery) -> QueryResult:
-    """Return the result of a query that has ended, whatever its status."""
+    """Return the result of a query that has succeeded, failed or was canceled."""
     return scope.session.call(lambda: query.await_result(raise_on_failure=False))
 
 
 def check_result(scope: TaskScope, name: str, query: DirectQuery, result: QueryResult) -> None:
-    """Log how the query ended. Raise if it has no result, but not a failed query's own error.
+    """Log how the query ended. Raise if it has no result; the caller raises a failed query's error.
 
     Raises
     ------
@@ -130,7 +133,7 @@ def check_result(scope: TaskScope, name: str, query: DirectQuery, result: QueryR
         raise QueryCanceledError(f"Somebody canceled this query: {describe(query)}")
     elif not result.location and (record is None or record.has_location):
         raise QueryLostError(
-            f"This query succeeded without saying where its result is: {describe(query)}"
+            f"This query succeeded, but its result has no location: {describe(query)}"
         )
     else:
         submitted_at = record.submitted_at if record else None
@@ -138,14 +141,14 @@ def check_result(scope: TaskScope, name: str, query: DirectQuery, result: QueryR
 
 
 def to_result(result: QueryResult) -> Result:
-    """Return where a query has written its rows, and how many."""
+    """Return the location and row count of a query's result."""
     return Result(location=result.location or [], rows=result.n_rows_total)
 
 
 def log_result(
     query_id: str, rows: int | None, location: list[str], submitted_at: float | None
 ) -> None:
-    """Log what a query has written."""
+    """Log the rows, the location and the duration of a query that has succeeded."""
     age = time.time() - (submitted_at or time.time())
     places = ", ".join(location) or "nowhere"
     logger.info("Query %s wrote %s rows in %.1f s to %s", query_id, rows, age, places)
@@ -154,12 +157,14 @@ def log_result(
 def check_all_awaited(
     scope: TaskScope, names: Collection[str] | None = None, *, excluding: Collection[str] = ()
 ) -> None:
-    """Raise if nobody awaits a query: its own error if it fails within some seconds.
+    """Raise if the task did not wait for one of its queries.
+
+    Waits a few seconds first: if the query fails, its own error is raised.
 
     Raises
     ------
     QueryNotAwaitedError
-        The task does not know how a query ended.
+        The task did not wait for the query.
     """
     forgotten = scope.queries.get_connected(set(scope.queries.get_unended(names)) - set(excluding))
     seconds = deferral.IN_WORKER_SECONDS
@@ -174,9 +179,10 @@ def check_all_awaited(
 def _long_polling(
     queries: Mapping[str, DirectQuery],
 ) -> Iterator[tuple[dict[str, QueryResult], threading.Event]]:
-    """Keep one call open per query, which is answered when the query ends.
+    """Keep one long poll per query, which is answered when the query ends.
 
-    Most queries then need no poll. Long calls are sometimes cut, so polls go on.
+    Yields the results so far by name, and an event that is set when there is a new one. The worker
+    also polls at intervals, because networks sometimes cut long polls.
     """
     held: dict[str, QueryResult] = {}
     has_ended, is_closed = threading.Event(), threading.Event()
@@ -189,7 +195,7 @@ def _long_polling(
                     held[name] = result
                     break
             except Exception:
-                pass  # the next poll shows whether it matters
+                pass  # the next poll at an interval raises the error again
             is_closed.wait(LONGEST_POLL_SECONDS)
         has_ended.set()
 

@@ -15,7 +15,8 @@ LOG_AFTER_SECONDS = (60, 120, 300, 600, 1200, 1800)
 """Log progress after these seconds, then every 1,800."""
 
 FIRST_POLL_SECONDS, SHORT_QUERY_POLL_SECONDS, LONG_QUERY_POLL_SECONDS = 0.5, 1.5, 8.0
-"""Triggerer poll interval in seconds, by query age: at first, in the first 5 minutes, and later."""
+"""Triggerer poll intervals in seconds: of a new query, and the longest before and after the first
+5 minutes."""
 
 SHORT_QUERY_SECONDS = 300.0
 
@@ -28,14 +29,14 @@ def get_poll_interval(age: float) -> float:
 
 
 class Progress:
-    """Decide when to log progress."""
+    """Times at which to log the progress of a wait that began at `since`."""
 
     def __init__(self, since: float) -> None:
         self._since = since
         self._next = self._after(time.time() - since)
 
     def should_log(self) -> bool:
-        """Return whether to log now; True at most once per interval."""
+        """Return whether to log now. True at most once per interval."""
         age = time.time() - self._since
         if age < self._next:
             return False
@@ -52,9 +53,9 @@ class Progress:
 
 
 def describe_progress(query: DirectQuery, status: QueryStatus, age: float) -> str:
-    """Return a query's status, its stages if known, and its age."""
+    """Return a text with a query's status, stages if known, and age; `age` is in seconds."""
     stages = ""
-    with suppress(RuntimeError):  # the cluster's observatory may be out of reach
+    with suppress(RuntimeError):  # the cluster's observatory may be unreachable
         done, of_all = get_stages(query)
         stages = f", {done} of {of_all} stages" if of_all else ""
     return f"{status.name}{stages} after {age / 60:.0f} min"

@@ -1,6 +1,7 @@
-"""Triggers that wait for a query or a cluster. The triggerer imports this module.
+"""Triggers that wait for queries or for a cluster.
 
-Workers import it to defer a task. Imports that only the triggerer needs are local.
+The triggerer imports this module to run a trigger, and workers import it to defer a task. Imports
+that only the triggerer needs are local.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ from ..compat.versions import CALLS_ON_KILL
 
 
 class PolarsCloudTrigger(BaseTrigger):
-    """Poll Polars Cloud until there is news for the task.
+    """Poll Polars Cloud until the task can resume.
 
     Parameters
     ----------
     conn_id
         Id of the Airflow Connection.
     task_key
-        Key of the entry about the task.
-    not_before, resume_at, deadline
-        Earliest time to fire, latest time to fire, and end of the task's `execution_timeout`, when
-        its queries are canceled; in seconds since the epoch.
+        Key of the task's entry in the record.
+    not_before, resume_at
+        Earliest and latest time to fire, in seconds since the epoch.
+    deadline
+        End of the task's `execution_timeout`, in seconds since the epoch; None without one. The
+        trigger then cancels the task's queries.
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class PolarsCloudTrigger(BaseTrigger):
         self.deadline = deadline
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
-        """Return the class and its arguments; Airflow stores them, and none is secret."""
+        """Return the class and its arguments. Airflow stores them; none is secret."""
         return f"{type(self).__module__}.{type(self).__qualname__}", {
             "conn_id": self.conn_id,
             "task_key": self.task_key,
@@ -58,7 +61,7 @@ class PolarsCloudTrigger(BaseTrigger):
         }
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
-        """Fire once, with the news so far."""
+        """Fire once, with the results so far."""
         event: dict[str, Any] = {}
         try:
             # In a thread: importing Polars would block every other trigger.
@@ -82,26 +85,27 @@ class PolarsCloudTrigger(BaseTrigger):
         yield TriggerEvent(event)  # type: ignore[no-untyped-call]
 
     async def on_kill(self) -> None:
-        """End the task's queries and cluster uses: it was marked or cleared, or its run is over."""
+        """End the task's queries and cluster uses. Called if a user or a time-out ends the task."""
         from .in_triggerer import end_task
 
         await end_task(self.task_key)
 
     @abstractmethod
     def poll(self) -> AsyncIterator[tuple[dict[str, Any], bool]]:
-        """Yield after each poll the news for the task, and whether to resume it."""
+        """Yield after each poll the event for the task so far, and whether to resume the task."""
 
     async def cancel(self) -> None:
-        """Cancel the queries of a task that is out of time. The task itself does the rest."""
+        """Cancel the queries of a task that has timed out. The task ends its cluster uses."""
 
 
 class QueryTrigger(PolarsCloudTrigger):
-    """Wait until all queries of a task have succeeded, or one ends without success.
+    """Wait until all queries of a task have succeeded, or one has not.
 
     Parameters
     ----------
     queries
-        `destination`, `query_id`, `cluster_id`, `page` and `submitted_at` of each query.
+        One dict per query, with `destination`, `query_id`, `cluster_id`, `page` and
+        `submitted_at`.
     """
 
     def __init__(self, *, queries: list[dict[str, Any]], **times: Any) -> None:
