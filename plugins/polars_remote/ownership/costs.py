@@ -1,7 +1,8 @@
-"""What a run's use of a cluster cost.
+"""Cost of a run's use of clusters.
 
-The service tells when a cluster was requested and when it stopped. While several runs use it, each
-is charged an equal part. Time in which no run used it, such as an idle timeout, is charged to none.
+Polars Cloud reports when a cluster was requested and when it stopped. While several runs use the
+cluster, each is charged an equal share. Time in which no run used the cluster, such as its idle
+timeout, is charged to no run.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from .record import ClusterUse
 logger = logging.getLogger(__name__)
 
 STOP_WAIT_SECONDS = 10.0
-"""How long to wait for a cluster that is stopping: only then its end is known."""
+"""Maximum seconds to wait until a cluster has stopped, when the time of its end is known."""
 
 Span = tuple[float, float]
 """Begin and end of a use, in seconds since the epoch."""
 
 Cost = dict[str, Any]
-"""Plain JSON, as `describe_cost` makes it."""
+"""Cost of a run's use of one cluster, as plain JSON; see `describe_cost`."""
 
 
 def log_costs(
@@ -41,18 +42,18 @@ def log_costs(
     is_last: bool,
     waits_for_stop: bool,
 ) -> list[Cost]:
-    """Log what a run's uses of a manifest's clusters cost, and return it; never raises.
+    """Log and return the cost of a run's uses of a manifest's clusters; never raises.
 
     Parameters
     ----------
     uses
-        All uses of the run that are not charged yet.
+        Uses of the run whose cost was not logged yet.
     others
-        Uses by other runs, and those of this run that are charged already.
+        Uses of other runs, and uses of this run whose cost was logged.
     is_last
-        Whether the run was the last that used the cluster.
+        Whether the run was the cluster's last user.
     waits_for_stop
-        Whether to wait some seconds until the cluster has stopped.
+        Whether to wait a few seconds until the cluster has stopped.
     """
     return [
         _log_cost(session, cluster_id, uses, others, is_last=is_last, waits_for_stop=waits_for_stop)
@@ -71,7 +72,7 @@ def _log_cost(
 ) -> Cost:
     use = uses[0]
     try:
-        # A task that leaves its cluster to the idle timeout ends without a call.
+        # A task that leaves its cluster to the idle timeout makes no call for this.
         bill = None if others else _get_recorded_bill(use, cluster_id)
         bill = bill or _get_bill(session, cluster_id, waits_for_stop=waits_for_stop)
         now = time.time()
@@ -106,15 +107,15 @@ def describe_cost(
 ) -> Cost:
     """Return the cost as plain JSON.
 
-    `minutes`, `vcpu_hours` and `money` are this run's part. `started` and `stopped` are the
-    cluster's own times. What is not known is None.
+    `minutes`, `vcpu_hours` and `money` are this run's share. `started` and `stopped` are the
+    cluster's own times. Unknown values are None.
     """
     hours = None if bill.vcpus is None else bill.vcpus * seconds / 3600
     remarks = ["shared with other runs"] if is_shared else []
     if bill.vcpus is None:
-        remarks.append("Polars Cloud does not tell its vCPUs")
+        remarks.append("Polars Cloud does not report the vCPUs")
     if bill.stopped_at is None:
-        remarks.append(f"until now, and the cluster is {bill.status.lower()}")
+        remarks.append(f"so far: the cluster is {bill.status.lower()}")
     return {
         "cluster": cluster_id,
         "manifest": use.manifest,
@@ -130,7 +131,7 @@ def describe_cost(
 
 
 def describe_unknown(use: ClusterUse, cluster_id: str, reason: str) -> Cost:
-    """Return a cost that is not known, as plain JSON."""
+    """Return an unknown cost as plain JSON, with the reason as its remark."""
     keys = ("nodes", "vcpus", "started", "stopped", "minutes", "vcpu_hours", "money")
     return {
         "cluster": cluster_id,
@@ -148,18 +149,19 @@ def get_share(
     *,
     takes_rest: bool,
 ) -> float:
-    """Return a run's part of a cluster's seconds.
+    """Return a run's share of a cluster's seconds.
 
     Parameters
     ----------
     mine
-        When the run used the cluster.
+        Spans in which the run used the cluster.
     others
-        When each of the other runs did.
+        Spans in which each of the other runs used the cluster.
     begins, ends
-        Start of the cluster, and its stop or now.
+        Start of the cluster, and its stop, or now if it has not stopped.
     takes_rest
-        Whether the run also gets the time after it has begun in which no run used the cluster.
+        Whether the run is also charged for time in which no run used the cluster, after its own
+        first use.
     """
     runs = [mine, *others]
     mine_begins = min((begin for begin, _ in mine), default=ends)
@@ -181,14 +183,14 @@ def _get_spans(cluster_id: str, uses: Iterable[ClusterUse], now: float) -> list[
 
 
 def _get_recorded_bill(use: ClusterUse, cluster_id: str) -> ClusterBill | None:
-    """Return the bill so far of a cluster that is left to its idle timeout."""
+    """Return the bill so far, from the record, if the cluster is left to its idle timeout."""
     if use.stops or use.seen_at is None or cluster_id != list(use.clusters)[-1]:
         return None
     return ClusterBill("LEFT TO ITS IDLE TIMEOUT", use.seen_at, None, use.nodes, use.vcpus)
 
 
 def _get_bill(session: CloudSession, cluster_id: str, *, waits_for_stop: bool) -> ClusterBill:
-    """Return the cluster's bill, if it is worth the wait after the cluster has stopped."""
+    """Return the cluster's bill; with `waits_for_stop`, after the cluster has stopped if it can."""
     deadline = time.monotonic()
     if waits_for_stop and time_left(math.inf) == math.inf:  # a task that is killed does not wait
         deadline += STOP_WAIT_SECONDS

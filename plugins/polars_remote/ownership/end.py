@@ -1,8 +1,9 @@
-"""End the queries and cluster uses of tasks.
+"""End tasks' queries and cluster uses, and those of orphans.
 
-An entry on record is an orphan when its owner has ended, according to Airflow. Whoever sees an
-orphan first ends it: the next try, a teardown, a trigger, a DAG's callback, the next user of the
-same cluster, or the sweep. A task's result never depends on this.
+An entry of the record is an orphan if its owner has ended, according to Airflow. Orphans are ended
+by whatever finds them first: the next try, a teardown, a trigger, a DAG's callback, the next user
+of the same cluster, or the orphan sweep. To end means to cancel a query, and to stop a cluster
+after its last use. Failures are logged; they never change a task's result.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 IDLE_WAIT_SECONDS = 10.0
-"""Maximum seconds to wait for the cluster to become idle."""
+"""Maximum seconds to wait for a cluster to become idle before it is stopped."""
 
 PARSE_SECONDS = 10.0
 """Seconds reserved in the DAG processor for parsing the file and for final log lines."""
@@ -45,19 +46,19 @@ MAX_CONCURRENT_CANCELS = 8
 """Maximum concurrent cancellations of a task."""
 
 Uncharged = dict[str, tuple[list[ClusterUse], list[ClusterUse]]]
-"""Uses of a run whose cost is due, and the other users, by `Owner.run`; this use's run first."""
+"""Uses whose cost is to be logged, and all other uses, by `Owner.run`; this use's run first."""
 FindQuery = Callable[[CloudSession, str, QueryRecord], "DirectQuery | None"]
 
 
 class EndedUse(NamedTuple):
-    """What could not be ended, and what the run's use of each cluster cost, if it has ended."""
+    """Failures to end a use, and the cost of each cluster if the run's use of it has ended."""
 
     left: list[EndFailure]
     costs: list[Cost]
 
 
 class EndFailure(NamedTuple):
-    """A query, use or entry that could not be ended, its owner if known, and why."""
+    """A query, use or entry that could not be ended; its owner, if known; and the reason."""
 
     what: str
     owner: Owner | None
@@ -70,26 +71,30 @@ class EndFailure(NamedTuple):
 
 
 def clean_up(context: Context | None = None) -> None:
-    """End orphans: use it as `on_failure_callback` and `on_success_callback` of a DAG.
+    """Cancel orphaned queries and stop orphaned clusters of a run that has ended.
 
-    A run that exceeds its `dagrun_timeout` skips its teardown, and a worker that is killed at a
-    task's last try leaves an orphan. Tasks that were cleared since are active, and keep their
-    queries.
+    Use `clean_up` as `on_failure_callback` and as `on_success_callback` of a DAG. Orphans remain
+    after a worker was killed in a task's last try, and after a run has exceeded its
+    `dagrun_timeout`, which skips its teardown. Tasks that were cleared in the meantime are active:
+    their queries keep running.
 
-    Airflow calls it once, in the DAG processor, and kills the call after
-    `dag_file_processor_timeout`. A list of callbacks shares this time, so put `clean_up` first.
+    Airflow calls `clean_up` once, in the DAG processor, and kills the call after
+    `dag_file_processor_timeout`. All callbacks in a list share this time, so put `clean_up` first.
 
     Parameters
     ----------
     context
-        Airflow's context, to end orphans of its run. Without it, orphans of all runs are ended, as
-        in the DAG `end_orphans`; this needs Airflow 3.3.
+        Airflow's context: orphans of its run are ended. Without it, orphans of all runs are ended,
+        as in the DAG `end_orphans`; this needs Airflow 3.3.
     """
     if not has_supervisor():
-        return  # `dag.test()` kills no task, and has no supervisor to ask
+        return  # `dag.test()` kills no task, and attaches no supervisor to callbacks
     if context is None:
         if not LISTS_VARIABLES:
-            logger.warning("No orphan is ended: only Airflow 3.3 and newer can list Variables")
+            logger.warning(
+                "No orphan was ended, because orphans of all runs can be found only with Airflow "
+                "3.3 or newer: set clean_up as callback of each DAG"
+            )
         left = end_orphans()
     else:
         seconds = conf.getfloat("dag_processor", "dag_file_processor_timeout") - PARSE_SECONDS
@@ -99,15 +104,15 @@ def clean_up(context: Context | None = None) -> None:
 
 
 def end_orphans(run: str = "", *, excluding: Collection[str] = ()) -> list[EndFailure]:
-    """End all orphans, and return those that could not be ended.
+    """End all orphans, and return the failures.
 
     Parameters
     ----------
     run
         `Owner.run`; all runs if empty.
     excluding
-        Keys of watched tasks. Their cluster uses are left alone, too: without them, nobody would
-        stop the cluster when the queries have ended.
+        Keys of watched tasks. Their cluster uses are excluded, too: they are needed to stop the
+        cluster when the queries have ended.
     """
     left: list[EndFailure] = []
     watched = {record.get_owner_part(key) for key in excluding}
@@ -119,7 +124,7 @@ def end_orphans(run: str = "", *, excluding: Collection[str] = ()) -> list[EndFa
     ):
         for key in record.find_keys(prefix, of_run):
             if record.is_ended(key):
-                continue  # the last user of the cluster erases it
+                continue  # the last user of the cluster erases the entry
             if key not in done and record.get_owner_part(key) not in watched:
                 left += _end_orphan(key, get, run, done)
     return left
@@ -131,7 +136,7 @@ def _end_orphan(
     run: str,
     done: set[str],
 ) -> list[EndFailure]:
-    """End the entry if its owner has ended; add a task's remaining cluster uses to `done`."""
+    """End an entry if its owner has ended. Adds uses that could not be ended to `done`."""
     try:
         entry = get(key)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -142,7 +147,7 @@ def _end_orphan(
         # Ask for the state after reading the entry: an owner that has ended writes no more.
         if entry.owner.is_active():
             if run:
-                logger.info("%s is active: nothing of it is ended", entry.owner)
+                logger.info("%s is active: its queries and clusters keep running", entry.owner)
             return []
     except Exception as error:
         return [EndFailure("the entry", entry.owner, str(error))]
@@ -156,12 +161,12 @@ def _end_orphan(
 
 
 def end_task_entry(key: str) -> list[EndFailure]:
-    """End the queries and cluster uses of a deferred task, unless a later try owns them."""
+    """End the queries and cluster uses of a deferred task, unless a later try has adopted them."""
     task = record.get_task(key)
     if task is None:
         return []
     if max(record.find_keys(record.task_key(task.owner)), default=key) > key:
-        logger.info("A later try of %s owns its queries: they are left alone", task.owner)
+        logger.info("A later try of %s has adopted its queries: they keep running", task.owner)
         return []
     return end_task(CloudSession(task.conn_id), key, task)
 
@@ -177,16 +182,16 @@ def end_task(
 ) -> list[EndFailure]:
     """Cancel a task's queries, end its cluster uses, and erase its entry; never raises.
 
-    Queries and uses that could not be ended stay on record, and are returned.
+    Queries and uses that could not be ended stay in the record. Returns the failures.
 
     Parameters
     ----------
     ended
         Names of queries that have ended.
     skip
-        Names of queries and keys of uses that could not be ended a moment ago.
+        Names of queries and keys of uses that are not tried again, because they have just failed.
     find
-        Function that connects to a query; by default, by the ids on record.
+        Function that connects to a query; by default `find_recorded`.
     """
     queries = {name: each for name, each in task.queries.items() if name not in ended}
     to_end = {name: each for name, each in queries.items() if name not in skip}
@@ -229,7 +234,7 @@ def cancel_recorded_queries(
     queries: Mapping[str, QueryRecord],
     find: FindQuery | None = None,
 ) -> dict[str, EndFailure]:
-    """Cancel the queries concurrently, and return the failures by name; never raises."""
+    """Cancel recorded queries concurrently. Return the failures by name; never raises."""
     if not queries:
         return {}
 
@@ -251,8 +256,8 @@ def cancel_recorded_queries(
 
 
 def find_recorded(session: CloudSession, name: str, query: QueryRecord) -> DirectQuery | None:
-    """Connect to a query on record, or return None if its cluster is gone or does not know it."""
-    # Older releases wrote no destination: the name was the destination.
+    """Return a recorded query, or None if its cluster has stopped or has no such query."""
+    # Older releases recorded no destination: the query's name was its destination.
     destination = query.destination or (name if "://" in name else "")
     return find_query(session, query.cluster_id, query.query_id, destination, query.known)
 
@@ -264,10 +269,10 @@ def end_use(
     *,
     waits_for_stop: bool = False,
 ) -> EndedUse:
-    """End a use of a cluster; the last user stops it. Never raises.
+    """End a use of a cluster. The last user stops the cluster. Never raises.
 
-    Two users may end at the same time. Each erases its use, then checks again for other users; the
-    later one finds none and stops the cluster. If the stop fails, the use is recorded again.
+    Two users may end at the same time. Each erases its use, and then checks again for other users.
+    The later one finds none and stops the cluster. If the stop fails, the use is recorded again.
     Orphaned uses are erased after the stop.
 
     Parameters
@@ -275,7 +280,7 @@ def end_use(
     ctx
         Context of the cluster, if its id is known.
     waits_for_stop
-        Whether to wait some seconds until the cluster has stopped, for the whole of its cost.
+        Whether to wait a few seconds until the cluster has stopped and its total cost is known.
     """
     others = _Others(session, use)
     ended: ClusterUse | None = None
@@ -287,7 +292,7 @@ def end_use(
         record.erase(use.key)
         is_erased = True
         if not is_last and (others.are_active() or not others.stop_unless_used(ctx)):
-            logger.info("Cluster of manifest %s runs on for its other users", use.manifest)
+            logger.info("Cluster of manifest %s keeps running for its other users", use.manifest)
         uncharged = others.find_uncharged(ended)
         others.erase_ended()
     except Exception as error:
@@ -306,7 +311,7 @@ def end_use(
 
 
 def has_other_users(session: CloudSession, use: ClusterUse) -> bool:
-    """Return whether another active task uses the cluster; cancel orphans on the cluster."""
+    """Return whether another active task uses the cluster. Cancels orphans on the cluster."""
     return _Others(session, use).are_active()
 
 
@@ -317,16 +322,16 @@ class _Others:
         self._session = session
         self._use = use
         self.should_stop = use.stops
-        """Whether this user, or one of the users that have ended, is to stop the cluster."""
+        """Whether the last user stops the cluster: this use or an orphaned one asks for it."""
         self._keys: list[str] = []
-        """Keys of all uses but this one, those that have ended included."""
+        """Keys of all other uses, including those that have ended."""
         self._active: ClusterUse | None = None
-        """An active user that was seen."""
+        """Use of another active user, if one was found."""
         self._orphans: dict[str, ClusterUse] = {}
-        """Uses whose owners were killed, by key; their queries are canceled."""
+        """Orphaned uses by key; their queries have been canceled."""
 
     def are_active(self) -> bool:
-        """Return whether another user is active; cancel the queries of users that have ended."""
+        """Return whether another user is active. Cancels the queries of users that have ended."""
         self._active = None
         keys = record.find_keys(record.cluster_prefix(self._use.manifest))
         self._keys = [key for key in keys if key != self._use.key]
@@ -336,14 +341,14 @@ class _Others:
             if other.owner.is_active():
                 self._active = other
                 return True
-            # The sweep ends uses of other Connections: this process has one login at a time.
+            # Uses of other Connections are left to the sweep: a process has one login at a time.
             if other.conn_id == self._session.conn_id and self._end_tasks(other):
                 self.should_stop |= other.stops
                 self._orphans[key] = other
         return False
 
     def record_ended_use(self) -> ClusterUse | None:
-        """Record when this use has ended, if another user needs that for its share of the cost."""
+        """Record when this use ended, if other users need the time for their shares of the cost."""
         if not (self._use.clusters and self._active):
             return None
         of_this_run, of_others = self._get_users()
@@ -358,7 +363,7 @@ class _Others:
         return ended
 
     def find_uncharged(self, ended: ClusterUse | None) -> Uncharged | str:
-        """Return the uses whose cost is due, or why it is not known or not due.
+        """Return the uses whose cost is to be logged, or the reason why no cost can be.
 
         Parameters
         ----------
@@ -371,11 +376,15 @@ class _Others:
         try:
             return self._get_uncharged(ended)
         except Exception as error:
-            logger.warning("The cost of manifest %s is not known: %s", self._use.manifest, error)
+            logger.warning(
+                "The cost of manifest %s is unknown, because the record could not be read: %s",
+                self._use.manifest,
+                error,
+            )
             return str(error)
 
     def log_costs(self, uncharged: Uncharged | str, *, waits_for_stop: bool) -> list[Cost]:
-        """Log the cost of each run, and return that of this use's run."""
+        """Log the cost of each run, and return the cost of this use's run."""
         if isinstance(uncharged, str):
             return [describe_unknown(self._use, each, uncharged) for each in self._use.clusters]
         costs = {
@@ -391,7 +400,7 @@ class _Others:
         return costs[self._use.owner.run]
 
     def _get_uncharged(self, ended: ClusterUse | None) -> Uncharged:
-        """Return the uncharged uses of each run that has ended, this run first, and the others."""
+        """Return the uncharged uses of each ended run, this run first, and all other uses."""
         stored = {
             key: use
             for key in self._keys
@@ -411,16 +420,16 @@ class _Others:
         return found
 
     def _get_users(self) -> tuple[list[str], list[str]]:
-        """Return the keys of other users that have not ended: of this run, and of other runs."""
+        """Return the keys of other users that have not ended, in this run and in other runs."""
         users = [key for key in self._keys if not record.is_ended(key) and key not in self._orphans]
         run = self._use.owner.run
         of_this_run = [key for key in users if record.get_run_part(key) == run]
         return of_this_run, [key for key in users if key not in of_this_run]
 
     def erase_ended(self) -> None:
-        """Erase the uses that have ended: of others if this was the last user, of its run if not.
+        """Erase ended uses: all of them after the last user, else orphans of an ended run.
 
-        A use that has ended on its own stays on record for the others' shares.
+        Other ended uses stay in the record, for the shares of users that are active.
         """
         run = self._use.owner.run
         of_this_run, _ = self._get_users()
@@ -432,11 +441,11 @@ class _Others:
                 record.erase(key)
 
     def stop_unless_used(self, ctx: ComputeContext | None) -> bool:
-        """Stop the cluster if that is wanted; return False if another user has come."""
+        """Stop the cluster if `should_stop`. Return False if it has got another user."""
         return not self.should_stop or _stop(self._session, self._use, ctx)
 
     def _end_tasks(self, use: ClusterUse) -> bool:
-        """End the queries of the tasks that used the cluster; return whether all have ended."""
+        """Cancel the queries of the tasks behind an orphaned use. Return whether all succeeded."""
         owner = use.owner
         prefix = f"{record.TASKS}{owner.run}/" if owner.whole_run else record.task_key(owner)
         all_ended = True
@@ -458,7 +467,7 @@ class _Others:
 
 
 def _stop(session: CloudSession, use: ClusterUse, ctx: ComputeContext | None) -> bool:
-    """Stop the cluster unless a query runs on it; return False if another user has come."""
+    """Stop the cluster unless a query runs on it. Return False if it has got another user."""
     manifest = use.manifest
     status = session.call(ctx.get_status) if ctx else None
     # After a stop, another user may have started a new cluster of the manifest.
@@ -466,7 +475,7 @@ def _stop(session: CloudSession, use: ClusterUse, ctx: ComputeContext | None) ->
         try:
             ctx = find_manifest(session, manifest)
         except misspecified_error() as error:
-            logger.info("Manifest %s was registered anew, nothing to stop: %s", manifest, error)
+            logger.info("Manifest %s was registered again, nothing to stop: %s", manifest, error)
             return True
         status = session.call(ctx.get_status) if ctx else None
     if ctx is None or status is None:
@@ -476,7 +485,7 @@ def _stop(session: CloudSession, use: ClusterUse, ctx: ComputeContext | None) ->
     while status.name == "RUNNING":
         if time.monotonic() > deadline:
             logger.info(
-                "Cluster %s runs on: a query of somebody else is running", get_cluster_id(ctx)
+                "Cluster %s keeps running: it runs a query of another user", get_cluster_id(ctx)
             )
             return True
         time.sleep(0.2)
@@ -484,7 +493,7 @@ def _stop(session: CloudSession, use: ClusterUse, ctx: ComputeContext | None) ->
     if not status.is_available():
         logger.info("Cluster of manifest %s is not running: nothing to stop", manifest)
         return True
-    # Check again: another user may have come while the cluster became idle.
+    # Check again: another user may have started while the cluster became idle.
     if has_other_users(session, use):
         return False
     session.call(ctx.stop)
@@ -495,4 +504,4 @@ def _stop(session: CloudSession, use: ClusterUse, ctx: ComputeContext | None) ->
 def log_failures(left: Iterable[EndFailure]) -> None:
     """Log a warning for each failure."""
     for each in left:
-        logger.warning("%s. It stays on record, for the next try, clean_up or the sweep", each)
+        logger.warning("%s. The next try, clean_up or the orphan sweep will try again", each)

@@ -1,4 +1,4 @@
-"""Entry of a try on record, and whether the try still owns the entry."""
+"""Entry of a try in the record, and whether the try still owns the entry."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .record import TaskRecord
 logger = logging.getLogger(__name__)
 
 OWNERSHIP_SECONDS = 5.0
-"""Seconds for which a try counts as the latest without asking Airflow. A frozen worker's heartbeats
-must be missing for much longer before Airflow starts the next try."""
+"""Seconds for which a try counts as the latest before it asks Airflow again. Airflow starts the
+next try only after a frozen worker's heartbeats have been missing for much longer."""
 
 
 class TaskEntry:
-    """Entry of a try on record.
+    """Entry of a try in the record.
 
-    If the worker is killed, the next try adopts the entry. The earlier try then owns nothing, and
-    leaves everything alone.
+    If the worker is killed, the next try adopts the entry. The earlier try then owns nothing: it
+    submits nothing and cancels nothing.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class TaskEntry:
         record.put(self.key, self.record)
 
     def is_owned(self) -> bool:
-        """Return whether this try is the latest; asks Airflow at most every `OWNERSHIP_SECONDS`."""
+        """Return whether this try is the latest. Asks Airflow once per `OWNERSHIP_SECONDS`."""
         if time.time() - self._owner_at > OWNERSHIP_SECONDS:
             asked_at = time.time()
             keys = record.find_keys(record.task_key(self.record.owner))
@@ -58,18 +58,20 @@ class TaskEntry:
         return True
 
     def check_owned(self) -> None:
-        """Raise `TakenOverError` if a later try owns the task's queries."""
+        """Raise `TakenOverError` if a later try has adopted the entry."""
         if not self.is_owned():
-            raise TakenOverError("A later try of this task owns its queries: nothing is started")
+            raise TakenOverError(
+                "A later try of this task has adopted its queries: this try submits nothing"
+            )
 
     def can_be_ended(self) -> bool:
-        """Return whether this try may end what is recorded; never raises."""
+        """Return whether this try may end the recorded queries and uses; never raises."""
         try:
             if self.is_owned():
                 return True
-            logger.warning("A later try of this task owns its queries: they are left alone")
+            logger.warning("A later try of this task has adopted its queries: they keep running")
         except Exception as error:
-            logger.warning("Airflow does not answer: the task's queries are left alone (%s)", error)
+            logger.warning("Airflow does not answer: the task's queries keep running (%s)", error)
         return False
 
     def restore(self) -> None:

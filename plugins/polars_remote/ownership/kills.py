@@ -1,4 +1,4 @@
-"""Distinguish a task that a user has ended from a worker that is shutting down."""
+"""Distinguish a task that was ended by a user from a worker that is shutting down."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .record import Owner
 logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 4.0
-"""Seconds for ending a killed task's queries; Airflow sends SIGKILL 5 seconds after SIGTERM."""
+"""Seconds to end a killed task's queries. Airflow sends SIGKILL 5 seconds after SIGTERM."""
 
 STATE_CALL_SECONDS = 1.5
 """Share of GRACE_SECONDS for asking Airflow about the task's state."""
@@ -24,7 +24,7 @@ ENDED_BY_USER = {"failed", "success", "skipped", "restarting", "upstream_failed"
 
 
 class TaskKilled(SystemExit):
-    """Airflow's SIGTERM; the exit code tells Airflow that the try failed."""
+    """Airflow has sent SIGTERM. With this exit code, Airflow counts the try as failed."""
 
     def __init__(self) -> None:
         super().__init__(143)
@@ -34,8 +34,9 @@ class TaskKilled(SystemExit):
 def is_ended_by_user(owner: Owner) -> bool:
     """Return whether a user or the run's time-out has ended the task.
 
-    Airflow sends SIGTERM after a user's click, and also when a worker shuts down or loses the API
-    server. Only the task's state shows which. If Airflow does not answer, the queries run on.
+    Airflow sends SIGTERM when a user marks or clears the task, but also when the worker shuts down
+    or cannot reach the API server. Only the task's state shows the difference. If Airflow does not
+    answer, return False: the queries keep running.
     """
     try:
         states = in_thread(
@@ -44,8 +45,8 @@ def is_ended_by_user(owner: Owner) -> bool:
         )
     except Exception as error:
         logger.warning(
-            "The worker is shutting down, and Airflow does not say why. The task's queries keep "
-            "running; the next try resumes them (%s)",
+            "The worker is shutting down, and Airflow did not report the task's state. The task's "
+            "queries keep running; the next try resumes them (%s)",
             error,
         )
         return False
@@ -60,7 +61,7 @@ def is_ended_by_user(owner: Owner) -> bool:
 
 @contextmanager
 def limit_to_grace_period(error: BaseException | None) -> Iterator[None]:
-    """If the error is a kill, limit the calls in the body to the time before SIGKILL."""
+    """Limit the calls in the block to the time before SIGKILL, if the error is a kill."""
     if isinstance(error, TaskKilled):
         with time_limit(error.deadline - time.monotonic()):
             yield

@@ -1,4 +1,4 @@
-"""Labels that lead from a query on Polars Cloud back to the task that submitted it."""
+"""Labels of a query on Polars Cloud, which name the task that submitted the query."""
 
 import hashlib
 from contextlib import suppress
@@ -9,13 +9,13 @@ from uuid import UUID
 from airflow.sdk import get_current_context
 
 MAX_LABEL_BYTES = 32
-"""Bytes that Polars Cloud allows for a label."""
+"""Maximum length of a label on Polars Cloud, in bytes."""
 
 
 def get_labels() -> list[str]:
     """Return labels for DAG, task, run and try of the current task, and its map index if mapped.
 
-    Each is a key and a value, such as `dag=multi_stage`, of at most 32 bytes.
+    Each label is a text such as `dag=multi_stage`, of at most 32 bytes.
     """
     ti = get_current_context()["ti"]
     labels = {"dag": ti.dag_id, "task": ti.task_id, "run": ti.run_id, "try": ti.try_number}
@@ -25,13 +25,13 @@ def get_labels() -> list[str]:
 
 
 def get_lineage() -> dict[str, Any]:
-    """Return the job of a query of the current task, and the task's run as its parent.
+    """Return the fields of a query's lineage: the query's job, and the task's run as its parent.
 
-    With Airflow's OpenLineage provider, names and id are those of its events.
+    With Airflow's OpenLineage provider, names and id are the same as in the provider's events.
     """
     ti = get_current_context()["ti"]
     namespace, job, run_id = "default", f"{ti.dag_id}.{ti.task_id}", str(ti.id)
-    # Whatever fails in the provider, the query is more important.
+    # An error in the provider must not prevent the query.
     with suppress(Exception):
         macros = import_module("airflow.providers.openlineage.plugins.macros")
         namespace, job = macros.lineage_job_namespace(), macros.lineage_job_name(ti)
@@ -46,7 +46,7 @@ def get_lineage() -> dict[str, Any]:
 
 
 def shorten(label: str) -> str:
-    """Cut a label that is too long, and append a digest to keep it unique."""
+    """Return the label; if it is too long, cut it and append a digest to keep it unique."""
     text = label.encode()
     if len(text) <= MAX_LABEL_BYTES:
         return label

@@ -18,16 +18,17 @@ if TYPE_CHECKING:
     Lineage = OperatorLineage[Any, Any]
 
 MAX_INPUTS = 100
-"""Maximum inputs of a query: the record holds them until the query has ended."""
+"""Maximum inputs per query, because the record holds them until the query has ended."""
 
 SCHEMES = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
-"""Schemes that OpenLineage names otherwise."""
+"""OpenLineage's names of schemes that have other names in URIs."""
 
 
 def add_datasets(query: QueryRecord, plan: Plan) -> None:
-    """Add what a query reads and writes to its record, if OpenLineage will ask for it.
+    """Add the datasets that a query reads and writes to its record, if OpenLineage is in use.
 
-    Airflow loads the provider's plugin before the task's function is called.
+    That shows in `sys.modules`: Airflow loads the provider's plugin before it calls the task's
+    function.
     """
     if "airflow.providers.openlineage" in sys.modules:
         found = (name_dataset(path) for paths in plan.scans for path in merge_files(paths))
@@ -37,7 +38,7 @@ def add_datasets(query: QueryRecord, plan: Plan) -> None:
 
 
 def report_datasets(queries: Iterable[tuple[QueryRecord, Result | None]]) -> Lineage:
-    """Return inputs of the queries, and outputs and rows of those that have succeeded."""
+    """Return the inputs of all queries, and the outputs and row counts of successful ones."""
     from airflow.providers.openlineage.extractors import OperatorLineage
     from openlineage.client.event_v2 import InputDataset, OutputDataset
     from openlineage.client.facet_v2 import output_statistics_output_dataset
@@ -53,7 +54,7 @@ def report_datasets(queries: Iterable[tuple[QueryRecord, Result | None]]) -> Lin
         written = query.outputs or [name_dataset(each) for each in merge_files(result.location)]
         for namespace, name in written:
             output = outputs[namespace, name] = OutputDataset(namespace, name)
-            # The rows of several outputs cannot be told apart.
+            # With several outputs, the rows of each are unknown.
             if len(written) == 1 and result.rows is not None:
                 output.outputFacets = {
                     "outputStatistics": (
@@ -66,14 +67,14 @@ def report_datasets(queries: Iterable[tuple[QueryRecord, Result | None]]) -> Lin
 
 
 def merge_files(paths: Sequence[str]) -> list[str]:
-    """Replace several paths in one folder by the folder."""
+    """Return the paths; two or more paths in one folder are replaced by the folder."""
     files = Counter(map(dirname, paths))
     merged = (path if files[dirname(path)] == 1 else dirname(path) for path in paths)
     return [*dict.fromkeys(merged)]
 
 
 def name_dataset(uri: str) -> Dataset:
-    """Return namespace and name of a file or folder, as OpenLineage's naming page has them.
+    """Return namespace and name of a file or folder, by OpenLineage's naming conventions.
 
     Credentials in a web address are left out.
     """
@@ -87,7 +88,7 @@ def name_dataset(uri: str) -> Dataset:
 
 
 def without_pattern(name: str) -> str:
-    """Return the folder of a name with wildcards."""
+    """Return the name up to its first part with a wildcard."""
     parts = name.split("/")
     wild = (number for number, part in enumerate(parts) if any(each in part for each in "*?["))
     return "/".join(parts[: next(wild, None)]) or "/"

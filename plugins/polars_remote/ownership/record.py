@@ -1,13 +1,13 @@
-"""The record: which query and which cluster belongs to which task.
+"""The record: entries that assign queries and clusters to tasks.
 
-An entry is an Airflow Variable. All tasks and the DAG processor can read and list Variables, and a
-Variable outlives a killed worker. An entry exists while a query or a cluster is in use. An ended
-use of a cluster stays until the last user is done, if the others share its cost with it. An entry's
-single writer is the task that its key names. Keys consist of digests: a key has at most 250
-characters, and Airflow masks the value of a key that looks like the name of a secret.
+Each entry is an Airflow Variable. All tasks and the DAG processor can read and list Variables, and
+a Variable remains when its worker is killed. An entry exists while its query or its cluster is in
+use. The entry of an ended use stays until the last user is done, if other users share its cost.
+Only the task that an entry's key names writes the entry. Keys consist of digests, because a key has
+at most 250 characters, and because Airflow masks the value of a key that looks like a secret's.
 
-`task_state_store`, and `ResumableJobMixin` on top of it, show an entry to its own task only. Other
-users of a cluster and callbacks could not read it.
+`task_state_store`, and `ResumableJobMixin` on top of it, are no alternative: only the task itself
+can read its state there, but not other users of a cluster and not callbacks.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from ..compat.internals import TASK_ENDS, get_task_states, read_variable
 
 T = TypeVar("T")
 Dataset = tuple[str, str]
-"""Namespace and name of a dataset; a list of the two once it was stored."""
+"""Namespace and name of a dataset. When loaded from the record, a list of the two."""
 
 VERSION = 2
 PREFIX = "polars_cloud"
 TASKS, CLUSTERS = f"{PREFIX}/task/", f"{PREFIX}/cluster/"
 """Prefixes of the keys of all tasks and of all uses of clusters."""
 ENDED = "-"
-"""Part of the key of a use that has ended."""
+"""Separator in the key of an ended use, before the time of its end."""
 
 
 class Owner(NamedTuple):
-    """A task of a run. For a shared cluster: the whole run, by its task `start_cluster`."""
+    """Owner of an entry: a task of a run, or the whole run, named by its task `start_cluster`."""
 
     dag_id: str
     run_id: str
@@ -48,6 +48,7 @@ class Owner(NamedTuple):
 
     @classmethod
     def current(cls, *, whole_run: bool = False) -> Owner:
+        """Return the task that is running."""
         ti = get_current_context()["ti"]
         map_index = -1 if ti.map_index is None else ti.map_index
         return cls(ti.dag_id, ti.run_id, ti.task_id, map_index, whole_run)
@@ -79,14 +80,14 @@ class Owner(NamedTuple):
 
 @dataclass
 class Stored:
-    """Part of an entry, as a dict in JSON.
+    """Base class of entries and their parts, which are stored as JSON objects.
 
     During an upgrade, two releases share the record. Fields that this release does not know are
-    kept in `unknown`. A field's stored name never changes.
+    kept in `unknown`, and written again. The stored name of a field never changes.
     """
 
     STORED_AS: ClassVar[dict[str, str]] = {}
-    """Stored names that differ from the fields' names."""
+    """Stored names of fields whose name in the code has changed."""
 
     unknown: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
@@ -108,18 +109,18 @@ class Stored:
 
 @dataclass
 class QueryRecord(Stored):
-    """A query that a task is about to submit or has submitted.
+    """A query that a task is submitting or has submitted.
 
     Attributes
     ----------
     cluster_id, manifest
         Cluster that runs the query, and its manifest.
     known
-        Ids of earlier queries on the cluster with the same destination.
+        Ids of earlier queries with the same destination on the cluster.
     try_number
         Try that submitted the query.
     destination
-        URI that the query writes to; empty if there is none, or if there are several.
+        URI that the query writes to; empty for a temporary result or several destinations.
     has_location
         Whether the query has a `location` once it has succeeded.
     query_id, page, submitted_at
@@ -141,13 +142,13 @@ class QueryRecord(Stored):
     outputs: list[Dataset] | None = None
 
     def dump(self) -> dict[str, Any]:
-        """Omit fields without a value: older releases take each stored field as set."""
+        """Omit fields without a value, because older releases treat stored fields as set."""
         return {key: value for key, value in super().dump().items() if value not in (None, "")}
 
 
 @dataclass
 class Result(Stored):
-    """Where a query has written its rows, and how many."""
+    """Location and row count of a query's result; `rows` is None if unknown."""
 
     location: list[str] = field(default_factory=list)
     rows: int | None = None
@@ -155,17 +156,17 @@ class Result(Stored):
 
 @dataclass
 class Wait(Stored):
-    """State that a deferred task is resumed with.
+    """State of a deferred task, with which the task is resumed.
 
     Attributes
     ----------
     since
-        When the wait began, in seconds since the epoch.
+        Begin of the wait, in seconds since the epoch.
     cluster
-        Id of the cluster that is starting.
+        Id of the cluster that is starting; empty if the task waits for queries.
     returned, outlet_events
-        Return value of the task's function, with names in place of queries, and its outlet events;
-        both serialized as for an XCom.
+        Return value of the task's function, with names in place of queries, and the outlet events
+        that it has set; both serialized as for an XCom.
     results
         Results of the queries that have ended, by name.
     """
@@ -187,23 +188,23 @@ class Wait(Stored):
 
 @dataclass
 class TaskRecord(Stored):
-    """Entry about a try of a task.
+    """Entry of a try of a task.
 
     Attributes
     ----------
     clear_number
-        How often the run had been cleared when the try began.
+        Number of times that the run had been cleared when the try began.
     is_stale
-        The task has failed or was cleared: its queries are canceled, not resumed.
+        Whether the task has failed or was cleared. Its queries are then canceled, not resumed.
     queries
-        Queries by name. The name is the destination, a URI or a table, or a temporary result's
-        digest.
+        Queries by name. The name is the destination, a URI or a table, or the digest of a temporary
+        result.
     cluster_uses
-        Keys of the entries about clusters that the task uses.
+        Keys of the entries of the task's cluster uses.
     waits_for
-        Set while the task is deferred.
+        State of the wait while the task is deferred.
     deadline
-        When its `execution_timeout` is over, in seconds since the epoch.
+        End of its `execution_timeout`, in seconds since the epoch; None without one.
     """
 
     STORED_AS = {"is_stale": "over", "cluster_uses": "kept"}  # noqa: RUF012
@@ -234,20 +235,19 @@ class TaskRecord(Stored):
 
 @dataclass
 class ClusterUse(Stored):
-    """A use of a manifest's cluster.
+    """Entry of a use of a manifest's cluster.
 
     Attributes
     ----------
     stops
         Whether the last user stops the cluster; otherwise its idle timeout does.
     clusters
-        When the use of each cluster began, by cluster id, in seconds since the epoch. 0: with the
-        cluster's start.
+        Begin of the use by cluster id, in seconds since the epoch; 0 for the cluster's start.
     nodes, vcpus, seen_at
-        Size of the latest cluster, with the vCPUs of all nodes if they are known, and since when
-        the task has used it.
+        Number of nodes of the latest cluster, their total vCPUs if known, and the time since which
+        the task has used it, in seconds since the epoch.
     until
-        When the use ended. Set while others use the cluster, which share its cost.
+        End of the use, in seconds since the epoch. Set only while other users share the cost.
     is_charged
         Whether the cost of this ended use was logged.
     """
@@ -276,7 +276,7 @@ class ClusterUse(Stored):
     def add_cluster(
         self, cluster_id: str, nodes: int, vcpus: int | None, *, has_started: bool
     ) -> None:
-        """Note the use of a cluster: from now on, or from its start if the owner has started it."""
+        """Add a cluster, used from now on, or from its start if the owner has started it."""
         self.nodes, self.vcpus, self.seen_at = nodes, vcpus, time.time()
         self.clusters[cluster_id] = 0.0 if has_started else self.seen_at
 
@@ -287,7 +287,7 @@ class ClusterUse(Stored):
         if earlier.clusters.keys() >= self.clusters.keys():
             self.nodes, self.vcpus = earlier.nodes, earlier.vcpus
             self.seen_at = earlier.seen_at
-        # The latest cluster stays the last.
+        # The latest cluster stays the last one in the dict.
         self.clusters = {
             cluster_id: min(since, earlier.clusters.get(cluster_id, since))
             for cluster_id, since in (earlier.clusters | self.clusters).items()
@@ -295,7 +295,7 @@ class ClusterUse(Stored):
 
 
 def task_key(owner: Owner, ti_id: object = "") -> str:
-    """Return the key of a try of a task; without the try's id, the prefix of all its tries."""
+    """Return the key of a try's entry; without `ti_id`, the prefix of the task's tries."""
     return f"{TASKS}{owner.run}/{owner.task}/{ti_id}"
 
 
@@ -305,18 +305,18 @@ def cluster_prefix(manifest: str) -> str:
 
 
 def is_ended(key: str) -> bool:
-    """Return whether the key is of a use of a cluster that has ended."""
+    """Return whether the key is that of an ended cluster use."""
     return key.startswith(CLUSTERS) and ENDED in key
 
 
 def get_run_part(key: str) -> str:
-    """Return the part of a use's key that names its run: `Owner.run`."""
+    """Return the part of a use's key that names the run, `Owner.run`."""
     _, _, _, run, _ = key.split("/")
     return run
 
 
 def get_owner_part(key: str) -> str:
-    """Return the part of a key that names the owner; a task and its uses of clusters share it."""
+    """Return the part of a key that names the owner: the same for a task and its cluster uses."""
     _, kind, *parts = key.split("/")
     return "/".join(parts[:2] if f"{PREFIX}/{kind}/" == TASKS else parts[1:])
 
@@ -334,19 +334,19 @@ def put(key: str, entry: TaskRecord | ClusterUse) -> None:
 
 
 def get_task(key: str) -> TaskRecord | None:
-    """Read the entry about a try of a task; None if it is gone."""
+    """Return the entry of a try of a task, or None if it does not exist."""
     stored = _get(key)
     return None if stored is None else TaskRecord.load(stored)
 
 
 def get_use(key: str) -> ClusterUse | None:
-    """Read the entry about a use of a cluster; None if it is gone."""
+    """Return the entry of a cluster use, or None if it does not exist."""
     stored = _get(key)
     return None if stored is None else ClusterUse.load(stored)
 
 
 def find_keys(prefix: str, run: str = "") -> list[str]:
-    """Return the keys that begin with the prefix; of one run, if it is given."""
+    """Return the keys of entries that begin with the prefix, of all runs or of one."""
     return _serialized(lambda: variable_keys.find(prefix, run))
 
 
@@ -373,7 +373,7 @@ _lock = threading.Lock()
 
 
 def _serialized(function: Callable[[], T]) -> T:
-    """Call in a thread, after an earlier call has finished whose caller was interrupted."""
+    """Call in a thread, one call at a time: a signal interrupts a caller, but not its call."""
 
     def call() -> T:
         with _lock:

@@ -1,4 +1,4 @@
-"""A try of a task: its login, its queries and its use of clusters, which end with it."""
+"""A try of a task, with its login, queries and cluster uses, which end with the try."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SCOPE = "polars_remote_scope"
-"""Key of the scope in Airflow's task context, which all threads of the task share."""
+"""Key of the scope in Airflow's task context, which the task's threads share."""
 
 
 class TaskClusters:
-    """The clusters that a try uses: each until its last block and its last query have ended."""
+    """Clusters that a try uses, each until the last block and the last query on it have ended."""
 
     def __init__(self, entry: TaskEntry, session: CloudSession, queries: TaskQueries) -> None:
         self._entry = entry
@@ -69,7 +69,7 @@ class TaskClusters:
 
     @contextmanager
     def lock_manifest(self, manifest: str) -> Iterator[None]:
-        """Serialize the opening and closing of a manifest's blocks by threads of the task."""
+        """Let one thread of the task at a time open or close a block of the manifest."""
         with self._entry.lock:
             lock = self._manifest_locks[manifest]
         with lock:
@@ -86,16 +86,16 @@ class TaskClusters:
         QueryRefusedError
             The task has ended.
         TakenOverError
-            A later try owns the task's queries.
+            A later try has adopted the task's entry.
         """
         with self._entry.lock:
             self.check_open(use.manifest)
             self._entry.check_owned()
-            earlier = self._uses.get(use.manifest)  # of an outer block
+            earlier = self._uses.get(use.manifest)  # by an outer block
             if use.key not in self._entry.record.cluster_uses:
                 self._entry.record.cluster_uses.append(use.key)
             elif earlier is None:
-                earlier = record.get_use(use.key)  # of an earlier try, or before a deferral
+                earlier = record.get_use(use.key)  # by an earlier try, or before a deferral
             self._entry.save()
             if earlier:
                 use.merge(earlier)
@@ -103,7 +103,7 @@ class TaskClusters:
         record.put(use.key, use)
 
     def add_cluster(self, ctx: ComputeContext) -> None:
-        """Record which cluster the task has started: its cost is known after the worker is gone."""
+        """Record the cluster that the task has started, so that its cost can be logged later."""
         manifest, cluster_id = get_manifest_name(ctx), get_cluster_id(ctx)
         use = self._uses.get(manifest or "")
         if use and cluster_id and cluster_id not in use.clusters:
@@ -111,7 +111,7 @@ class TaskClusters:
             record.put(use.key, use)
 
     def leave_to_idle_timeout(self, manifest: str) -> None:
-        """Leave the manifest's cluster to its idle timeout: a detached query runs on it."""
+        """Leave the manifest's cluster to its idle timeout, because a detached query runs on it."""
         if (use := self._uses.get(manifest)) and use.stops:
             use.stops = False
             record.put(use.key, use)
@@ -123,12 +123,14 @@ class TaskClusters:
         names: Collection[str],
         error: BaseException | None = None,
     ) -> None:
-        """End a block that uses a cluster; after an error, cancel the named queries first.
+        """End a `use_cluster` block; after an error, cancel the block's queries first.
 
         Parameters
         ----------
         use
-            None: a cluster of your own, which runs on.
+            Use of the cluster; None for a cluster of your own, which is not stopped.
+        names
+            Names of the block's queries.
         """
         with limit_to_grace_period(error):
             can_end = self._entry.can_be_ended()
@@ -146,7 +148,7 @@ class TaskClusters:
                     self._end(use, ctx)
 
     def remove_use(self, use: ClusterUse) -> None:
-        """Let the use of a cluster outlast the task."""
+        """Remove a cluster use from the task's entry: the use no longer ends with the task."""
         with self._entry.lock:
             if use.key in self._entry.record.cluster_uses:
                 self._entry.record.cluster_uses.remove(use.key)
@@ -171,11 +173,11 @@ class TaskScope:
     task
         Airflow's operator.
     started_at
-        When the try began, in seconds since the epoch; a deferral does not change it.
+        Start of the try, in seconds since the epoch. A deferral does not change it.
     session
-        Calls Polars Cloud.
+        Session for calls to Polars Cloud.
     entry, queries, clusters
-        Entry, queries and clusters of the try.
+        Entry in the record, queries and clusters of the try.
     """
 
     def __init__(self, conn_id: str) -> None:
@@ -195,7 +197,7 @@ class TaskScope:
         self.entry = TaskEntry(record.task_key(owner, ti.id), task)
         self.queries = TaskQueries(self.entry, self.session, ti.try_number)
         self.clusters = TaskClusters(self.entry, self.session, self.queries)
-        # A retry changes neither; a clear of the task changes the second.
+        # A retry changes neither value; clearing the task changes the second.
         self._clear_id = context["dag_run"].start_date, ti.max_tries
         self._is_killed = False
         self._is_detached = False
@@ -203,18 +205,18 @@ class TaskScope:
 
     @property
     def record(self) -> TaskRecord:
-        """Content of the entry."""
+        """Return the content of the entry."""
         return self.entry.record
 
     @property
     def can_return_queries(self) -> bool:
-        """Whether the task may return queries instead of waiting for them."""
+        """Return whether the task may return queries instead of waiting for them."""
         return hasattr(self.task, "defers")
 
     def get_sink_uuid(self, table: str) -> str:
-        """Return the UUID of the task's append to an Iceberg table.
+        """Return the UUID of the task's append to an Iceberg table, as hexadecimal text.
 
-        All tries have the same, until a user clears the task.
+        All tries have the same UUID until a user clears the task.
         """
         parts = (*self.record.owner, *self._clear_id, table)
         return uuid.uuid5(uuid.NAMESPACE_OID, "\0".join(map(str, parts))).hex
@@ -225,25 +227,28 @@ class TaskScope:
         Raises
         ------
         LoginRefusedError, ValueError
-            As `CloudSession.log_in`.
+            See `CloudSession.log_in`.
         ConnectionError
-            Polars Cloud cannot be reached, or an earlier query cannot be canceled now.
+            Polars Cloud is unreachable, or an earlier query could not be canceled.
         """
         self.session.log_in()
         refuse_queries_without_context()
         if self.record.is_stale:
-            logger.info("The task was cleared, or has failed: it submits its queries anew")
+            logger.info("The task was cleared or has failed: it submits all its queries again")
             left = cancel_recorded_queries(self.session, self.record.owner, self.record.queries)
             if left:
                 self.queries.not_canceled.update(left)
                 reasons = "; ".join(str(each) for each in left.values())
-                raise ConnectionError(f"An earlier try's queries still run. {reasons}")
+                raise ConnectionError(
+                    f"Queries of an earlier try are still running, so this try submits none: "
+                    f"{reasons}"
+                )
             self.record.queries = {}
             self.record.is_stale = False
             self.entry.save()
 
     def await_returned_queries(self, returned: Any) -> Any:
-        """Return the task's value; a `@query_task` first waits for the queries in it."""
+        """Return the task's value. A `@query_task` first waits for the queries in it."""
         wait = getattr(self.task, "await_returned_queries", None)
         return wait(self, returned) if wait else returned
 
@@ -254,13 +259,13 @@ class TaskScope:
         raise deferral
 
     def is_finished_by(self, error: BaseException) -> bool:
-        """Return whether the error ends the task, and not only this worker's part of it.
+        """Return whether the error ends the task: its queries are then canceled.
 
-        A deferral does not end the task.
+        A deferral does not end the task, nor does a worker that shuts down.
         """
-        # A coroutine sees the kill as a cancellation.
+        # In a coroutine, the kill appears as a cancellation.
         if not isinstance(error, TaskKilled) and not self._is_killed:
-            # A block may be closed when the task has been deferred.
+            # A block may be closed after the task was deferred.
             return not (self._is_detached or isinstance(error, TaskDeferred))
         if self._is_ended_by_user is None:
             self._is_ended_by_user = is_ended_by_user(self.record.owner)
@@ -288,7 +293,7 @@ class TaskScope:
             self.entry.is_stored = bool(left or skip)
 
     def detach(self) -> None:
-        """Refuse further queries, and leave the rest to the next try or the trigger."""
+        """Refuse further queries. The next try or the trigger continues with those recorded."""
         with self.entry.lock:
             self.queries.is_closed = self._is_detached = True
 
@@ -297,30 +302,30 @@ class TaskScope:
         return lineage.report_datasets(self.queries.results.values())
 
     def on_kill(self) -> None:
-        """Raise `TaskKilled`: Airflow's SIGTERM alone runs no `finally` block of a `@task`."""
-        # Airflow calls this for a time-out as well, which needs no second exception.
+        """Raise `TaskKilled`, because Airflow's SIGTERM alone runs no `finally` block of a task."""
+        # Airflow also calls this after a time-out, which has raised its own exception.
         if isinstance(sys.exc_info()[1], AirflowTaskTimeout):
             return
         error = TaskKilled()
         self._is_killed = True
-        # Killed while it is being deferred: there is no trigger yet that could end its queries.
+        # Killed while being deferred: no trigger exists yet that could cancel the queries.
         if self.queries.is_closed and self.record.waits_for and self.is_finished_by(error):
             self.close(error)
         raise error
 
     def check_killed(self) -> None:
-        """Raise `TaskKilled` if the task was killed: signals reach only the main thread."""
+        """Raise `TaskKilled` if the task was killed. For threads, which get no signals."""
         if self._is_killed:
             raise TaskKilled
 
 
 @contextmanager
 def task_scope(conn_id: str) -> Iterator[TaskScope]:
-    """End the body's queries and cluster uses after the body, unless the next try resumes them."""
+    """Yield the scope of a try; afterwards end its queries and uses, or leave them to the next."""
     scope = TaskScope(conn_id)
     context = cast("dict[str, Any]", get_current_context())
     context[SCOPE] = scope
-    # On the task itself: during a deferral the context is already gone when SIGTERM comes.
+    # Set on the task, because during a deferral the context is gone before SIGTERM arrives.
     scope.task.on_kill = scope.on_kill
     scope.task.get_openlineage_facets_on_complete = scope.report_datasets
     if hidden := find_hidden_copies():
@@ -335,7 +340,7 @@ def task_scope(conn_id: str) -> Iterator[TaskScope]:
         elif context["ti"].try_number > 1:
             scope.entry.adopt_earlier_tries()
         yield scope
-        scope.check_killed()  # the body may have caught it
+        scope.check_killed()  # the body may have caught TaskKilled
         scope.queries.check_awaited()
     except BaseException as error:
         if isinstance(error, Exception):
@@ -350,7 +355,7 @@ def task_scope(conn_id: str) -> Iterator[TaskScope]:
 
 
 def find_scope() -> TaskScope | None:
-    """Return the scope of the task that is running, or None if it is not authenticated."""
+    """Return the scope of the running task, or None if the task is not authenticated."""
     try:
         context = cast("dict[str, Any]", get_current_context())
     except RuntimeError:  # no task is running
@@ -360,9 +365,9 @@ def find_scope() -> TaskScope | None:
 
 
 def has_open_scope(conn_id: str) -> bool:
-    """Return whether the running task has a scope, which all its functions share.
+    """Return whether the running task has a scope, which all functions of the task share.
 
-    A second scope would overwrite the first one's entry.
+    A second scope would overwrite the entry of the first.
 
     Raises
     ------
@@ -381,7 +386,7 @@ def has_open_scope(conn_id: str) -> bool:
 
 
 def current_scope() -> TaskScope:
-    """Return the scope of the task that is running.
+    """Return the scope of the running task.
 
     Raises
     ------
@@ -390,5 +395,7 @@ def current_scope() -> TaskScope:
     """
     scope = find_scope()
     if scope is None:
-        raise NotAuthenticatedError("Put @authenticate below @task: it ends what the task submits")
+        raise NotAuthenticatedError(
+            "This task is not authenticated: put @authenticate below @task or @query_task"
+        )
     return scope

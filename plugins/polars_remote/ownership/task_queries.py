@@ -1,4 +1,4 @@
-"""The queries of a try of a task."""
+"""Queries of a try of a task."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ if TYPE_CHECKING:
 
 
 class TaskQueries:
-    """The queries of a try, by name.
+    """Queries of a try, by name.
 
     The name of a query is its destination. A query with no destination, or with several, is named
-    by its plan's digest and a number. A try whose code has changed then does not resume it.
+    by its plan's digest and a number. If the code changes, the next try does not resume such a
+    query, because its digest is another.
 
     Attributes
     ----------
     ended
-        Names of queries of which the task knows how they ended.
+        Names of queries that the task has seen end.
     results
-        Records and results of the queries that the task has waited for, by name. The result is None
-        if a query has not succeeded.
+        Records and results by name, of queries that the task has waited for. The result is None if
+        a query has not succeeded.
     not_canceled
         Names of queries that could not be canceled.
     is_closed
-        Set when the task has ended: nothing is submitted any more.
+        Whether the task has ended and submits no more queries.
     """
 
     def __init__(self, entry: TaskEntry, session: CloudSession, try_number: int) -> None:
@@ -40,15 +41,16 @@ class TaskQueries:
         self._session = session
         self._try_number = try_number
         self._reserved: dict[str, str] = {}
-        """Names of queries, by destination and by name."""
+        """Name of the query by each of its destinations, and by the name itself."""
         self._connected: dict[str, DirectQuery] = {}
+        """Queries by name, over the open connections of this worker."""
         self.ended: set[str] = set()
         self.results: dict[str, tuple[QueryRecord, Result | None]] = {}
         self.not_canceled: set[str] = set()
         self.is_closed = False
 
     def reserve_name(self, destinations: Collection[str], digest: str) -> str:
-        """Return the name of a query that is about to be submitted.
+        """Reserve and return the name of a query that is about to be submitted.
 
         Raises
         ------
@@ -65,9 +67,9 @@ class TaskQueries:
                 if destination in self._reserved:
                     query = self.get_record(destination)
                     raise QueryRefusedError(
-                        f"Two queries of this task write to {destination}: the one with id "
-                        f"{query.query_id if query else 'unknown yet'} and the one that was about "
-                        "to be submitted. Give each a destination of its own"
+                        f"This query was not submitted, because query "
+                        f"{query.query_id if query else '(id not known yet)'} of the same task "
+                        f"writes to {destination}, too: give each query its own destination"
                     )
             if len(destinations) == 1:
                 [name] = destinations
@@ -79,7 +81,7 @@ class TaskQueries:
             return name
 
     def release_name(self, name: str) -> None:
-        """Take back a reservation: the query was not submitted, or has written nothing."""
+        """Make a name available again: its query was not submitted, or has written nothing."""
         with self._entry.lock:
             reserved = self._reserved.items()
             self._reserved = {key: owner for key, owner in reserved if owner != name}
@@ -88,7 +90,7 @@ class TaskQueries:
         return self._entry.record.queries.get(name)
 
     def find_resumable(self, name: str) -> DirectQuery | None:
-        """Return an earlier try's query if it runs or has succeeded, or else None."""
+        """Return the query of an earlier try if it is running or has succeeded, or else None."""
         earlier = self.get_record(name)
         if earlier is None:
             return None
@@ -99,12 +101,12 @@ class TaskQueries:
         return query
 
     def record_query(self, name: str, query: QueryRecord, found: DirectQuery | None = None) -> None:
-        """Record a query before its submission, or with `found` after it was submitted or resumed.
+        """Record a query before its submission, or with `found` after its submission or resume.
 
         Raises
         ------
         TakenOverError
-            A later try owns the task's queries.
+            A later try has adopted the task's entry.
         """
         query.try_number = self._try_number
         with self._entry.lock:
@@ -117,27 +119,27 @@ class TaskQueries:
             self._entry.save()
 
     def find_name(self, query_id: str) -> str | None:
-        """Return the name of a query by its id, or None if it is not on record."""
+        """Return the name of the query with this id, or None if it is not recorded."""
         for name, query in self._entry.record.queries.items():
             if query.query_id == query_id:
                 return name
         return None
 
     def mark_ended(self, query_id: str, result: Result | None = None) -> None:
-        """Note that the task knows how the query ended, and its result if it has succeeded."""
+        """Mark the query as ended; `result` is None if it has not succeeded."""
         if name := self.find_name(query_id):
             self.ended.add(name)
             self.results[name] = self._entry.record.queries[name], result
 
     def forget(self, query_id: str) -> None:
-        """Detach the query: it runs on, and nobody ends it."""
+        """Remove the query from the record: it keeps running after the task."""
         with self._entry.lock:
             if name := self.find_name(query_id):
                 del self._entry.record.queries[name]
                 self._entry.save()
 
     def get_unended(self, names: Collection[str] | None = None) -> list[str]:
-        """Return the names of this worker's queries, or of those given, that may still run."""
+        """Return the names of this worker's queries, or of the named ones, that may be running."""
         return [
             name
             for name in list(self._entry.record.queries)
@@ -153,29 +155,29 @@ class TaskQueries:
     def check_awaited(
         self, names: Collection[str] | None = None, *, excluding: Collection[str] = ()
     ) -> None:
-        """Raise if nobody has waited for a query of this try.
+        """Raise if the task has not waited for one of this try's queries.
 
         Parameters
         ----------
         names
-            Check only queries with these names.
+            Names of the queries to check; None for all.
         excluding
-            Names of queries that will be awaited.
+            Names of queries that the task will wait for.
 
         Raises
         ------
         QueryNotAwaitedError
-            The task does not know how a query ended.
+            The task has not waited for a query.
         """
         if forgotten := [name for name in self.get_unended(names) if name not in excluding]:
             raise QueryNotAwaitedError(
-                f"Nobody has waited for the query for {', '.join(forgotten)}, which is canceled "
-                "unless it has ended: call its await_result inside the use_cluster block, return "
-                "it from a @query_task, or let it run on with detach"
+                f"The task has not waited for its query for {', '.join(forgotten)}, so the query "
+                "is canceled unless it has ended: call its await_result inside the use_cluster "
+                "block, return it from a @query_task, or detach it"
             )
 
     def uses_cluster(self, manifest: str) -> bool:
-        """Return whether a query of the task may still run on the manifest's cluster."""
+        """Return whether a query of the task may be running on the manifest's cluster."""
         queries = list(self._entry.record.queries.items())
         return any(each.manifest == manifest for name, each in queries if name not in self.ended)
 
@@ -187,20 +189,20 @@ class TaskQueries:
         left = cancel_recorded_queries(self._session, record.owner, queries, self.connect)
         self.ended |= to_end - left.keys()
         for name in to_end - left.keys():
-            self.release_name(name)  # the task may go on, and submit it again
+            self.release_name(name)  # the task may continue, and submit the query again
         self.not_canceled.update(left)
         log_failures(left.values())
 
     def cancel_adopted(self, *, excluding: Collection[str] = ()) -> None:
-        """Cancel earlier tries' queries that this try does not resume.
+        """Cancel queries of earlier tries that this try has not resumed.
 
-        Such queries remain after the code or a destination has changed. This try's queries may wait
-        behind them.
+        There are such queries if the code or a destination has changed. This try's queries may be
+        queued behind them.
 
         Parameters
         ----------
         excluding
-            Names of queries that are awaited.
+            Names of queries that the task waits for.
         """
         with self._entry.lock:
             adopted = (
@@ -209,5 +211,5 @@ class TaskQueries:
         self.cancel(adopted - set(excluding))
 
     def connect(self, session: CloudSession, name: str, query: QueryRecord) -> DirectQuery | None:
-        """Return the query over the connection of this worker, or over a new one."""
+        """Return the query, over this worker's open connection or a new one; None if it is gone."""
         return self._connected.get(name) or find_recorded(session, name, query)
