@@ -1,4 +1,4 @@
-"""Other copies of the library that Python could import."""
+"""Find other copies of the library that Python could import."""
 
 import os
 import re
@@ -9,21 +9,21 @@ FOLDER = Path(__file__).resolve().parents[1]
 
 
 def find_hidden_copies() -> list[str]:
-    """Return path and version of each copy on Python's path but the imported one.
+    """Return path and version of each copy on Python's path, except the imported one.
 
-    Python imports the first that it finds: a wheel hides a copy in `plugins/`.
+    Python imports the first copy that it finds, so an installed wheel hides a copy in `plugins/`.
     """
     folders = {(Path(entry) / FOLDER.name).resolve() for entry in sys.path}
     return sorted(
         describe(folder)
         for folder in folders - {FOLDER}
-        # Unlike `Path.is_file`, it raises nothing for a folder that the user may not read.
+        # Unlike `Path.is_file`, `os.path.isfile` does not raise for an unreadable folder.
         if os.path.isfile(folder / "__init__.py")
     )
 
 
 def describe(folder: Path) -> str:
-    """Return the path of a copy, with its version."""
+    """Return the path and version of a copy, as text."""
     try:
         text = (folder / "__init__.py").read_text()
     except OSError:  # in a zip

@@ -1,4 +1,4 @@
-"""Private names of Airflow."""
+"""Functions that use private names of Airflow; no other module does."""
 
 import json
 from typing import Any, cast
@@ -15,21 +15,21 @@ TASK_ENDS = {"success", "failed", "skipped", "upstream_failed", "removed"}
 
 
 def has_supervisor() -> bool:
-    """Return whether a supervisor is attached; `dag.test()` runs callbacks without one."""
+    """Return whether a supervisor is attached. `dag.test()` runs callbacks without one."""
     return hasattr(task_runner, "SUPERVISOR_COMMS")
 
 
 def is_dag_test() -> bool:
-    """Return whether `dag.test()` runs here: its supervisor serves one thread at a time."""
+    """Return whether this is `dag.test()`, whose supervisor serves one thread at a time."""
     from airflow.sdk.execution_time.supervisor import InProcessSupervisorComms
 
     return isinstance(task_runner.SUPERVISOR_COMMS, InProcessSupervisorComms)
 
 
 def read_variable(key: str) -> Any:
-    """Return a Variable's value from JSON, or None if there is none.
+    """Return a Variable's value, parsed from JSON, or None if the Variable does not exist.
 
-    `Variable.get` returns its default even if Airflow does not answer.
+    `Variable.get` cannot be used: it returns its default even if Airflow does not answer.
 
     Raises
     ------
@@ -42,7 +42,7 @@ def read_variable(key: str) -> Any:
         answer = error.error
     if isinstance(answer, comms.VariableResult):
         return None if answer.value is None else json.loads(answer.value)
-    assert isinstance(answer, comms.ErrorResponse), "there is no other answer"
+    assert isinstance(answer, comms.ErrorResponse), "no other type of answer exists"
     if answer.error == ErrorType.VARIABLE_NOT_FOUND:
         return None
     raise AirflowRuntimeError(answer)
@@ -51,7 +51,7 @@ def read_variable(key: str) -> Any:
 def get_task_states(
     dag_id: str, run_id: str, task_id: str | None = None, map_index: int = -1
 ) -> set[str | None]:
-    """Return the states of a run's tasks, or of one task; empty if the run or the task is gone."""
+    """Return the states of a run's tasks, or of one task; empty if the run or task is deleted."""
     states = task_runner.RuntimeTaskInstance.get_task_states(
         dag_id,
         run_ids=[run_id],
@@ -62,9 +62,10 @@ def get_task_states(
 
 
 def get_clear_number(context: Context) -> int:
-    """Return a number that a clear of the task or its run raises, and a retry does not.
+    """Return a number that grows when the task or its run is cleared, but not with a retry.
 
-    Airflow 3.1 counts only clears of a finished run. There, a clear raises the task's `max_tries`.
+    Airflow 3.1 counts only clears of finished runs. There, the task's `max_tries` is added, which
+    grows when the task is cleared.
     """
     number = context["dag_run"].clear_number or 0
     return number if COUNTS_CLEARED_TASKS else number + context["ti"].max_tries
@@ -85,14 +86,17 @@ def is_trigger_failure(next_method: str) -> bool:
 
 
 def require_access_to_variables() -> Any:
-    """Return FastAPI's dependency that refuses whoever may not read Airflow's Variables."""
+    """Return a FastAPI dependency that refuses users who may not read Airflow's Variables."""
     from airflow.api_fastapi.core_api.security import requires_access_variable
 
     return requires_access_variable("GET")
 
 
 def find_variables(prefix: str) -> dict[str, str]:
-    """Return the Variables below the prefix, read from the database."""
+    """Return the Variables whose keys begin with the prefix, as JSON texts by key.
+
+    They are read from Airflow's database.
+    """
     from airflow.models import Variable
     from airflow.utils.session import create_session
     from sqlalchemy import select
@@ -103,7 +107,7 @@ def find_variables(prefix: str) -> dict[str, str]:
 
 
 def find_states(dag_id: str, run_id: str) -> dict[tuple[str, int], str | None]:
-    """Return the states of a run's tasks by id and map index, read from the database."""
+    """Return the states of a run's tasks by id and map index, from Airflow's database."""
     from airflow.models import TaskInstance
     from airflow.utils.session import create_session
     from sqlalchemy import select

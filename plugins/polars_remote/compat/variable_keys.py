@@ -1,10 +1,10 @@
-"""Find the record's Variables by their keys, even if Airflow cannot list Variables.
+"""Find the keys of the record's Variables, even if Airflow cannot list Variables.
 
-Before Airflow 3.3, the keys are kept in lists, which are Variables, too. Tasks share most lists,
-and Airflow has no conditional write. So each writer reads the list again a little later, and
-repeats its change if another writer has undone it. Two simultaneous writers may still lose a key. A
-cluster may then seem unused between two queries, and `clean_up` may miss an orphan. Only the list
-of a task's tries is not shared.
+Before Airflow 3.3, the keys are stored in lists, which are Variables, too. Tasks share most lists,
+and Airflow has no conditional write. Each writer therefore reads the list again a little later, and
+repeats its change if another writer has undone it. Two simultaneous writers may still lose a key.
+Then a cluster may seem unused between two queries, and `clean_up` may miss an orphan. The list of a
+task's tries is not shared, so its keys cannot be lost.
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ LISTS = "polars_cloud/keys"
 """Prefix of the keys of the lists."""
 
 MAX_WRITES = 50
-"""Maximum writes of a list by one change; other writers may undo some."""
+"""Maximum attempts to change a list, because other writers may undo a change."""
 
 SHARDS = 8
-"""Number of parts of a shared list, so that writers seldom collide."""
+"""Number of parts of each shared list, to make simultaneous writes rare."""
 
 
 def find(prefix: str, run: str = "") -> list[str]:
-    """Return the keys that begin with the prefix; of one run, if it is given.
+    """Return the keys that begin with the prefix, of all runs or of one.
 
     Parameters
     ----------
     prefix
         `polars_cloud/task/<run>/`, or `.../<run>/<task>/`, or `polars_cloud/cluster/<manifest>/`.
-        `polars_cloud/cluster/` needs the run, too, before Airflow 3.3.
+        Before Airflow 3.3, `polars_cloud/cluster/` is possible only with a run.
+    run
+        `Owner.run`; all runs if empty.
     """
     if LISTS_VARIABLES:
         keys = list(Variable.keys(prefix=prefix))
@@ -51,18 +53,18 @@ def add(key: str) -> None:
     Raises
     ------
     RuntimeError
-        A list is not read as it was written.
+        The written list could not be read back.
     """
     _change(key, lambda known: known if key in known else [*known, key])
 
 
 def remove(key: str) -> None:
-    """Remove a key from its lists, after its Variable was deleted. Raises what `add` raises."""
+    """Remove a key from its lists, after its Variable was deleted. Raises as `add` does."""
     _change(key, lambda known: [each for each in known if each != key])
 
 
 def _change(key: str, change: Callable[[list[str]], list[str]]) -> None:
-    """Change the lists that hold a key, and again where another writer has undone it."""
+    """Change the lists that hold a key; repeat the change if another writer has undone it."""
     if LISTS_VARIABLES:
         return
     for name in _lists_of(key):
@@ -79,14 +81,14 @@ def _change(key: str, change: Callable[[list[str]], list[str]]) -> None:
             _let_others_write(began)
         else:
             raise RuntimeError(
-                f"Variable {name} was written {MAX_WRITES} times, and is never read as it was "
-                "written. If a secrets backend answers for it, exclude the Variables below "
-                "polars_cloud/ there"
+                f"Variable {name} was written {MAX_WRITES} times, but reading it never returned "
+                "what was written. If a secrets backend has such a Variable, exclude Variables "
+                "below polars_cloud/ from that backend"
             )
 
 
 def _lists_of(key: str) -> list[str]:
-    """Return the lists that hold a key: its run's, and its task's or its manifest's."""
+    """Return the lists that hold a key: that of its run, and that of its task or manifest."""
     shard = int(hashlib.sha256(key.encode()).hexdigest(), 16) % SHARDS
     match key.split("/"):
         case [_, "task", run, task, _]:
@@ -94,7 +96,7 @@ def _lists_of(key: str) -> list[str]:
         case [_, "cluster", manifest, run, _]:
             return [f"{LISTS}/users/{manifest}/{shard}", f"{LISTS}/run/{run}/{shard}"]
         case _:
-            raise ValueError(f"{key!r} is no key of the record")
+            raise ValueError(f"{key!r} is not a key of the record")
 
 
 def _lists_below(prefix: str, run: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Supported Airflow versions, and the names that differ between them."""
+"""Supported Airflow versions, and names that differ between them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if VERSION < OLDEST:
     )
 
 LISTS_VARIABLES = VERSION >= (3, 3)
-"""Whether Airflow lists Variables by the prefix of their keys."""
+"""Whether Airflow can list Variables by the prefix of their keys."""
 
 CALLS_ON_KILL = VERSION >= (3, 3)
-"""Whether Airflow calls `on_kill` of a trigger whose task a user has ended. Airflow 3.2 only
-cancels the trigger, as it does when the triggerer stops."""
+"""Whether Airflow calls a trigger's `on_kill` when a user ends its task. Airflow 3.2 only cancels
+the trigger, as it also does when the triggerer stops."""
 
 TRIGGERS_CAN_CALL_AIRFLOW = VERSION >= (3, 2)
-"""Whether a thread of the triggerer can ask Airflow. On Airflow 3.1 it reads the answers to other
-triggers, and the triggerer ends."""
+"""Whether a thread of the triggerer can call Airflow. On Airflow 3.1, such a thread reads replies
+that are meant for other triggers, and the triggerer exits."""
 
 COUNTS_CLEARED_TASKS = VERSION >= (3, 2)
-"""Whether clearing a task of an unfinished run changes the run's `clear_number`."""
+"""Whether clearing a task of an unfinished run raises the run's `clear_number`."""
 
 if TYPE_CHECKING or VERSION >= (3, 2):
     from airflow.sdk.exceptions import (
@@ -55,7 +55,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """Counterpart of `to_json`."""
+    """Return the value that `to_json` was called with."""
     if TYPE_CHECKING or VERSION >= (3, 2):
         from airflow.sdk.serde import deserialize
     else:
