@@ -1,4 +1,4 @@
-"""Airflow looks for plugins in this folder: here is that of `polars_remote`."""
+"""Airflow plugin of `polars_remote`, in the folder in which Airflow looks for plugins."""
 
 from polars_remote.plugin import PolarsCloudPlugin
 

@@ -1,7 +1,7 @@
-"""What Airflow registers where the library is installed as a distribution.
+"""Provider metadata, for Airflow where the library is installed as a distribution.
 
-A module beside the package: Airflow calls it while it reads its configuration, which the package's
-modules need.
+This module is outside the package, because Airflow calls it while it loads its configuration, which
+the package's modules need.
 """
 
 from importlib.metadata import version
@@ -11,6 +11,7 @@ DISTRIBUTION = "airflow-polars-remote"
 
 
 def get_provider_info() -> dict[str, Any]:
+    """Return the provider's metadata, as Airflow's entry point `apache_airflow_provider` has it."""
     return {
         "package-name": DISTRIBUTION,
         "name": "Polars Cloud",

@@ -1,7 +1,7 @@
-"""Run remote Polars queries from Airflow tasks, and leave no query or cluster behind.
+"""Run remote Polars queries from Airflow tasks, without orphaned queries or clusters.
 
-All imports in this folder are relative, so it can be renamed or moved. A name is imported when it
-is first used: Airflow's API server imports only `links`, `connection`,
+All imports in this folder are relative, so that the folder can be renamed or moved. Names are
+imported when they are first used, so that Airflow's API server imports only `links`, `connection`,
 `plugin` and `page`.
 """
 

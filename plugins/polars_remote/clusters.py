@@ -1,7 +1,8 @@
 """Start clusters, share them, and stop each when its last user is done.
 
-Each cluster has a manifest, and Polars Cloud runs at most one cluster per manifest. A start can be
-repeated. After the cluster has stopped, the next start makes a new one with the same name.
+A cluster is started from a manifest, which stores its name and options in Polars Cloud. Polars
+Cloud runs at most one cluster per manifest, so a start can be repeated safely. After a cluster has
+stopped, the next start creates a new cluster from the same manifest.
 """
 
 from __future__ import annotations
@@ -45,36 +46,39 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OPTIONS = {"name", *SPEC, "insecure", "labels"}
-"""Options of a cluster: those of `ComputeContext` but for the workspace."""
+"""Options of a cluster: all options of `ComputeContext` except the workspace."""
 
 START_POLL_SECONDS = 1.0
-"""Worker poll interval in seconds for a cluster that is starting."""
+"""Poll interval of the worker for a cluster that is starting, in seconds."""
 
 
 @contextmanager
 def use_cluster(cluster: Cluster, *, stop: bool = True) -> Iterator[ComputeContext]:
-    """Use a cluster inside a `with` block. Its last user stops it at the end.
+    """Use a cluster inside a `with` block; its last user stops it when the block ends.
 
-    The first query starts the cluster unless it is running. Every query on the context is recorded
-    before it is sent, and does not outlive the task. In a `@query_task` the use lasts until the
-    returned queries have ended. If the worker shuts down, the next try takes over the cluster.
+    The first query starts the cluster if it is not running. Every query on the context is recorded
+    before it is submitted, and is canceled if the task ends first. In a `@query_task` the use lasts
+    until the returned queries have ended. If the worker shuts down, the next try resumes the
+    queries on the same cluster.
 
-    Unlike `with ctx:`, it never hides an exception of the body, and does not fail if the cluster
-    has already stopped.
+    Unlike `with ctx:`, the block never hides an exception of its body, and does not fail if the
+    cluster has already stopped.
 
     Parameters
     ----------
     cluster
-        Manifest's `name`, and options of `polars_cloud.ComputeContext`: `cpus`, `memory`,
-        `cluster_size`, `idle_timeout_mins`, ... The manifest is registered if need be. For a
-        cluster of your own the scheduler's `uri` alone: it is neither started nor stopped.
+        dict with the manifest's `name` and options of `polars_cloud.ComputeContext`: `cpus`,
+        `memory`, `cluster_size`, `idle_timeout_mins`, ... The manifest is registered if it does not
+        exist. For a cluster of your own, a dict with only the scheduler's `uri`; the cluster is
+        then neither started nor stopped.
     stop
-        False: leave the cluster to its idle timeout.
+        If False, the cluster is left to its idle timeout.
 
     Yields
     ------
     polars_cloud.ComputeContext
-        The default context of the body: `lf.remote()` uses it, too, except in another thread.
+        Context of the cluster. It is also the default context of the block: `lf.remote()` without
+        arguments uses it, except in other threads.
 
     Raises
     ------
@@ -83,7 +87,7 @@ def use_cluster(cluster: Cluster, *, stop: bool = True) -> Iterator[ComputeConte
     ValueError
         Polars Cloud refused the options.
     QueryNotAwaitedError
-        The body ended without waiting for a query.
+        The block ended, and the task has not waited for one of its queries.
     """
     check_cluster(cluster)
     scope = current_scope()
@@ -116,17 +120,17 @@ def use_cluster(cluster: Cluster, *, stop: bool = True) -> Iterator[ComputeConte
 
 
 def ensure_manifest(cluster: Cluster) -> None:
-    """Register the manifest if it is absent, and anew if its options have changed.
+    """Register the cluster's manifest if it does not exist, or again if its options have changed.
 
     Parameters
     ----------
     cluster
-        As `use_cluster` takes it.
+        Same as for `use_cluster`.
 
     Raises
     ------
     ClusterRefusedError, ValueError
-        As `use_cluster`.
+        Same as for `use_cluster`.
     """
     check_cluster(cluster)
     if "uri" in cluster:
@@ -145,30 +149,31 @@ def shared_cluster(
     check: Callable[[], None] | None = None,
     cost: Asset | None = None,
 ) -> Iterator[None]:
-    """Keep a cluster running while the tasks that are made inside the `with` block run.
+    """Keep a cluster running while the tasks that are created inside the `with` block run.
 
-    A cluster of your own is only used: no task is made, and `check` is not called.
+    Creates a setup task `start_cluster` and a teardown task `stop_cluster`. The teardown runs after
+    all tasks in the block have ended, including their retries. If one of them fails, the run still
+    fails. `stop_cluster` logs and returns the cost of the run's use of each cluster, as a list of
+    dicts. Unknown values are None; `remark` gives the reason.
 
-    Makes a setup task `start_cluster` and a teardown task `stop_cluster`. The teardown begins when
-    all tasks between them have ended, retries included. A failed task still fails the run.
-    `stop_cluster` logs and returns the cost of the run's use of each cluster, as a list of dicts.
-    What is not known is None, and `remark` says why.
+    For a cluster of your own, no tasks are created and `check` is not called.
 
     Parameters
     ----------
     cluster
-        As `use_cluster` takes it; the tasks use the cluster with `use_cluster`.
+        Same as for `use_cluster`, with which the tasks in the block use the cluster.
     conn_id
         Id of the Airflow Connection.
     check
-        Called by `start_cluster` before the start. Its exception fails the task.
+        Function that `start_cluster` calls before the start. If it raises, the task fails.
     cost
-        Asset of `stop_cluster`, whose events have what the task returns, as `cost`.
+        Asset to add to the outlets of `stop_cluster`. Each event's `extra` has the returned list
+        under the key `cost`.
 
     Raises
     ------
     ClusterRefusedError
-        While the DAG file is parsed: `cluster` has no name.
+        `cluster` has no name, or its options are not supported. Raised when the DAG file is parsed.
     """
     check_cluster(cluster)
     if "uri" in cluster:
@@ -192,18 +197,18 @@ def shared_cluster(
             events[cost].extra = {"cost": costs}
         return costs
 
-    # Not @teardown: its second use in one process fails with "Trigger rule not configurable".
+    # `@teardown` cannot be used twice in one process: "Trigger rule not configurable".
     stop: Any = stop_cluster()
     with stop.as_teardown(setups=start) as between:
         before = set(dag.task_ids)
         yield
         for made in dag.tasks:
             if made.is_mapped and made.task_id not in before:
-                between.add_task(made)  # expand() does not join the scope by itself
+                between.add_task(made)  # expand() does not add the task to the block
 
 
 def start_for_run(cluster: Cluster, conn_id: str) -> None:
-    """Start the cluster unless it is running, and keep it for the run."""
+    """Start the cluster unless it is running, and record that the run uses it."""
     with task_scope(conn_id) as scope:
         scope.begin()
         use = ClusterUse(scope.record.owner._replace(whole_run=True), conn_id, cluster["name"])
@@ -214,14 +219,14 @@ def start_for_run(cluster: Cluster, conn_id: str) -> None:
 
 
 def stop_for_run(cluster: Cluster, conn_id: str, started_by: str) -> list[Cost]:
-    """Stop the cluster, unless it has stopped by itself or others are using it.
+    """End the run's use of the cluster, and stop the cluster unless it has other users.
 
-    Queries on it whose tasks were killed are canceled first.
+    Orphaned queries on the cluster are canceled first.
 
     Returns
     -------
-    list
-        What the run's use of each cluster cost.
+    list of dict
+        Cost of the run's use of each cluster.
     """
     with task_scope(conn_id) as scope:
         scope.begin()
@@ -230,11 +235,15 @@ def stop_for_run(cluster: Cluster, conn_id: str, started_by: str) -> list[Cost]:
         if stored := get_use(use.key):
             use = stored
         else:
-            logger.info("The cost is in the log of whoever ended this run's use of the cluster")
+            logger.info(
+                "This run's use of the cluster has already ended. Its cost is in the log of the "
+                "task, callback or orphan sweep that ended it"
+            )
         left, costs = end_use(scope.session, use, waits_for_stop=True)
         log_failures(left)
         return costs or [
-            describe_unknown(use, each, "its use could not be ended") for each in use.clusters
+            describe_unknown(use, each, "the run's use of the cluster could not be ended")
+            for each in use.clusters
         ]
 
 
@@ -244,7 +253,7 @@ def start_and_wait(scope: TaskScope, ctx: ComputeContext) -> None:
     Raises
     ------
     ClusterNotStartedError
-        The cluster did not start.
+        The cluster failed or stopped while it was starting.
     """
     session = scope.session
     if was_available(ctx):
@@ -252,10 +261,10 @@ def start_and_wait(scope: TaskScope, ctx: ComputeContext) -> None:
     session.call(start_without_waiting, ctx)
     scope.clusters.add_cluster(ctx)
     cluster_id = get_cluster_id(ctx)
-    assert cluster_id is not None, "it was started, or is running"
+    assert cluster_id is not None, "the cluster has been started"
     began = time.monotonic()
     while (status := session.call(ctx.get_status)).name == "STARTING":
-        scope.check_killed()  # signals do not reach a thread
+        scope.check_killed()  # for threads, which get no signals
         check_deadline(scope)
         defer_until_started(scope, cluster_id, after=time.monotonic() - began)
         time.sleep(START_POLL_SECONDS)
@@ -265,24 +274,23 @@ def start_and_wait(scope: TaskScope, ctx: ComputeContext) -> None:
 
 
 def check_cluster(cluster: Cluster) -> None:
-    """Refuse a cluster that cannot be recorded."""
+    """Raise `ClusterRefusedError` if the cluster has no name, or options that are unsupported."""
     if isinstance(cluster, Mapping) and "uri" in cluster:
         _check_own_cluster(cluster)
         return
     if not isinstance(cluster, Mapping) or not cluster.get("name"):
         raise ClusterRefusedError(
-            f"A cluster needs a name, so that it can be found after its worker was killed: "
+            f"A cluster needs a name, by which it is found after its worker was killed: "
             f'write {{"name": "airflow-reports", ...}} instead of {cluster!r}'
         )
     if unknown := cluster.keys() - OPTIONS:
         raise ClusterRefusedError(
-            f"A cluster has no option {', '.join(sorted(map(str, unknown)))}: the options are "
+            f"Unknown cluster option {', '.join(sorted(map(str, unknown)))}: the options are "
             f"{', '.join(sorted(OPTIONS))}"
         )
     if (mode := cluster.get("connection_mode")) not in (None, "direct", "proxy"):
         raise ClusterRefusedError(
-            f'A cluster has no connection_mode {mode!r}: write "direct", which is the default, or '
-            '"proxy"'
+            f'Unknown connection_mode {mode!r}: write "direct", which is the default, or "proxy"'
         )
 
 
@@ -290,21 +298,21 @@ def _check_own_cluster(cluster: Cluster) -> None:
     url = urlsplit(str(cluster["uri"]))
     if url.scheme not in ("http", "https") or not url.hostname or url.username:
         raise ClusterRefusedError(
-            f"The uri of a cluster of your own is its scheduler's, such as "
-            f'"https://polars.example.com:5051", and not {cluster["uri"]!r}'
+            f"The uri of a cluster of your own must be its scheduler's address, such as "
+            f'"https://polars.example.com:5051", instead of {cluster["uri"]!r}'
         )
     if others := sorted(map(str, cluster.keys() - {"uri"})):
         raise ClusterRefusedError(
-            f"A cluster of your own has no option {', '.join(others)}: leave out all but its uri, "
-            "for it is neither started nor stopped; headers and ca_cert are in the extra of the "
-            "Airflow Connection"
+            f"A cluster of your own is neither started nor stopped, so it does not take "
+            f"{', '.join(others)}: give only its uri, and put headers and ca_cert into the extra "
+            "of the Airflow Connection"
         )
 
 
 def _open_use(scope: TaskScope, use: ClusterUse, cluster: Cluster) -> ComputeContext:
-    """Record the use of a cluster, and return the context of its manifest."""
+    """Register the manifest, record the use of the cluster, and return its context."""
     scope.clusters.check_open(use.manifest)  # before the manifest changes
-    scope.session.find_workspace()  # without it, no orphan could be ended
+    scope.session.find_workspace()  # without a workspace, no orphan could be ended later
     is_used = functools.partial(has_other_users, scope.session, use)
     ctx = register_manifest(scope.session, cluster, is_used)
     cluster_id = get_cluster_id(ctx)
@@ -312,6 +320,6 @@ def _open_use(scope: TaskScope, use: ClusterUse, cluster: Cluster) -> ComputeCon
         use.add_cluster(cluster_id, *get_size(ctx), has_started=False)
     scope.clusters.record_use(use)  # before the first query starts the cluster
     if cluster_id:
-        is_used()  # cancels orphans: our query would wait behind them
+        is_used()  # cancels orphaned queries, behind which new ones would be queued
     logger.info("Using cluster %s of manifest %s", cluster_id or "(to be started)", use.manifest)
     return ctx

@@ -21,7 +21,7 @@ except Exception as error:
 
 
 class PolarsCloudHook(BaseHook):
-    """What Airflow asks for a Connection type: its form and its test."""
+    """Hook of the Connection type: the labels of its form, and its test."""
 
     conn_name_attr = "conn_id"
     default_conn_name = "polars_cloud"
@@ -34,7 +34,7 @@ class PolarsCloudHook(BaseHook):
 
     @classmethod
     def get_ui_field_behaviour(cls) -> dict[str, Any]:
-        """Return the labels of the form, for Airflow 3.1; later ones read the provider's."""
+        """Return the labels of the form for Airflow 3.1. Later releases read the provider's."""
         return {
             "hidden_fields": ["host", "port", "schema"],
             "relabeling": {"login": "Client ID", "password": "Client secret"},
@@ -43,13 +43,13 @@ class PolarsCloudHook(BaseHook):
     def test_connection(self) -> tuple[bool, str]:
         """Return whether Polars Cloud accepts the login, and a message.
 
-        The login runs in a process of its own: this one may be Airflow's API server, which has no
-        use for the client afterwards.
+        The login runs in a subprocess, so that Airflow's API server does not have to import the
+        client.
         """
         connection = self.get_connection(self.conn_id)
         account = {"client_id": connection.login, "client_secret": connection.password}
         if not connection.login and ACCESS & connection.extra_dejson.keys():
-            return False, "Nothing to test: this Connection opens clusters of your own alone"
+            return False, "Nothing to test: a Connection for clusters of your own has no login"
         if not (connection.login and connection.password):
             return False, "Set login = client ID and password = client secret"
         try:
@@ -69,7 +69,7 @@ class PolarsCloudHook(BaseHook):
         # Without the hint to log in with a browser.
         reason = ran.stderr.partition("\n\t")[0].strip()
         return False, (
-            "Could not ask Polars Cloud: where Airflow's API server runs, check that polars-cloud "
-            "is installed, the network and, if set, POLARS_CLOUD_API_ADDR and POLARS_CLOUD_DOMAIN "
-            f"({reason.replace(connection.password, '***')})"
+            "Could not log in to Polars Cloud: where Airflow's API server runs, check that "
+            "polars-cloud is installed, and check the network and, if set, POLARS_CLOUD_API_ADDR "
+            f"and POLARS_CLOUD_DOMAIN ({reason.replace(connection.password, '***')})"
         )

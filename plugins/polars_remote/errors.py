@@ -7,7 +7,7 @@ from .compat.versions import AirflowFailException
 
 
 class PolarsRemoteError(Exception):
-    """Base class."""
+    """Base class of this package's exceptions."""
 
 
 class SettingsError(PolarsRemoteError, ValueError):
@@ -35,7 +35,7 @@ class ClusterNotStartedError(PolarsRemoteError, RuntimeError):
 
 
 class QueryRefusedError(PolarsRemoteError, AirflowFailException):
-    """The query was not sent, or the task returned one that is not on record. Not retried."""
+    """The query was not submitted, or the task returned one that is not recorded. Not retried."""
 
 
 class QueryCanceledError(PolarsRemoteError, AirflowFailException):
@@ -43,12 +43,12 @@ class QueryCanceledError(PolarsRemoteError, AirflowFailException):
 
 
 class QueryLostError(PolarsRemoteError, RuntimeError):
-    """The query has no result, because its cluster has stopped or named no location."""
+    """The query has no result: its cluster has stopped, or the result has no location."""
 
 
 class QueryNotAwaitedError(PolarsRemoteError, RuntimeError):
-    """The task ended without the result of a query that it had submitted."""
+    """The task ended without waiting for a query that it had submitted."""
 
 
 class TakenOverError(PolarsRemoteError, RuntimeError):
-    """A later try of the task owns its queries."""
+    """A later try of the task has adopted its queries."""

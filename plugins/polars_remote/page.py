@@ -1,4 +1,4 @@
-"""What is in use, as a page of HTML. It reads the record alone, and asks Polars Cloud nothing."""
+"""HTML page of the clusters and queries in use. Reads only the record; never calls Polars Cloud."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ p { margin: .25rem 0 } ul { margin: .25rem 0; padding-left: 1.25rem } a { color:
 """
 
 ENDED_BY = (
-    "the triggerer, within two minutes, or clean_up at the end of its run"
+    "the triggerer, within two minutes, or clean_up at the end of the run"
     if LISTS_VARIABLES
-    else "clean_up at the end of its run, the next try of its task, or the next user of the cluster"
+    else "clean_up at the end of the run, the task's next try, or the next user of the cluster"
 )
 
 
@@ -51,7 +51,7 @@ class InUse(NamedTuple):
     Attributes
     ----------
     uses, tasks
-        The entries about clusters and about tasks.
+        Entries of cluster uses and of tasks.
     unread
         Keys of entries that cannot be read.
     """
@@ -63,7 +63,7 @@ class InUse(NamedTuple):
 
 @functools.cache
 def app() -> FastAPI:
-    """Make the page's application, for those who may read Airflow's Variables."""
+    """Return the page's application, for users who may read Airflow's Variables."""
     from fastapi import Depends, FastAPI
     from fastapi.responses import HTMLResponse
 
@@ -81,7 +81,7 @@ def app() -> FastAPI:
 
 
 def read_record() -> InUse:
-    """Read the record from Airflow's database."""
+    """Return the record, read from Airflow's database."""
     found = InUse([], [], [])
     for key, value in sorted(find_variables(f"{record.PREFIX}/").items()):
         try:
@@ -95,7 +95,7 @@ def read_record() -> InUse:
 
 
 def render(found: InUse, now: float) -> str:
-    """Return the page."""
+    """Return the HTML of the page. `now` is in seconds since the epoch."""
     uses = [use for use in found.uses if use.until is None]
     manifests = {use.manifest for use in uses}
     manifests |= {each.manifest for task in found.tasks for each in task.queries.values()}
@@ -122,7 +122,7 @@ def render(found: InUse, now: float) -> str:
             parts.append(_render_owner(owner, seen_at, queries[owner], is_active(owner)))
         sections.append(f"<section>{''.join(parts)}</section>")
     sections += [
-        f"<section class=orphan>Entry {escape(key)} cannot be read. Look at it under Admin, "
+        f"<section class=orphan>Entry {escape(key)} cannot be read. Open it under Admin, "
         "Variables.</section>"
         for key in found.unread
     ]
@@ -132,13 +132,13 @@ def render(found: InUse, now: float) -> str:
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
         "<meta http-equiv=refresh content=30>"
         f"<style>{STYLE}</style></head><body><h1>Polars Cloud: in use</h1>"
-        f"<p class=quiet>As the DAGs have recorded it, at {_format_time(now)}. "
+        f"<p class=quiet>As recorded by the DAGs, at {_format_time(now)}. "
         f"<a href='../'>Airflow</a></p>{content}</body></html>"
     )
 
 
 def _render_cluster(manifest: str, uses: Iterable[ClusterUse], now: float) -> str:
-    """Return the head of a cluster's section."""
+    """Return the HTML of a manifest's clusters: size, start and vCPU-hours so far."""
     lines = [f"<h2>{escape(manifest)}</h2>"]
     latest: dict[str, list[ClusterUse]] = defaultdict(list)
     for use in uses:
@@ -157,7 +157,7 @@ def _render_cluster(manifest: str, uses: Iterable[ClusterUse], now: float) -> st
             f"{so_far}</span></p>"
         )
     if not latest:
-        what = "A cluster of your own" if "://" in manifest else "No cluster was started yet"
+        what = "A cluster of your own" if "://" in manifest else "No cluster has started yet"
         lines.append(f"<p class=quiet>{what}</p>")
     return "".join(lines)
 
@@ -168,7 +168,7 @@ def _render_owner(
     queries: Iterable[QueryRecord],
     is_active: bool,
 ) -> str:
-    """Return what a task or a run uses."""
+    """Return the HTML of a task or run that uses a cluster, and of its queries."""
     dag = f"../dags/{quote(owner.dag_id, safe='')}"
     run = f"{dag}/runs/{quote(owner.run_id, safe='')}"
     task = f"{run}/tasks/{quote(owner.task_id, safe='')}"
@@ -182,7 +182,7 @@ def _render_owner(
     if seen_at:
         line += f" <span class=quiet>since {_format_time(seen_at)}</span>"
     items = "".join(f"<li>{_render_query(each)}</li>" for each in queries)
-    orphan = "" if is_active else f"<p><b>No owner any more</b>: ended by {ENDED_BY}</p>"
+    orphan = "" if is_active else f"<p><b>Orphan</b>, will be ended by {ENDED_BY}</p>"
     return (
         f"<div class={'owner' if is_active else 'orphan'}><p>{line}</p>{orphan}"
         f"{f'<ul>{items}</ul>' if items else ''}</div>"

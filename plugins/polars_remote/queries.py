@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RESUBMIT_SECONDS = 30.0
-"""Maximum age in seconds of a query that is submitted anew after its cluster was stopped."""
+"""Maximum age in seconds of a query that is submitted again after its cluster was stopped."""
 
 if TYPE_CHECKING:
     Query = DirectQuery
@@ -55,10 +55,10 @@ else:
 
 
 def detach(query: DirectQuery) -> str:
-    """Let the query run on without the task, and return its id.
+    """Detach a query from its task, and return the query's id.
 
-    Nobody waits for the query or cancels it. Its cluster is left to the idle timeout. A later try
-    of the task submits the query again.
+    The query keeps running when the task ends: nothing waits for it and nothing cancels it. Its
+    cluster is left to the idle timeout. A later try of the task submits the query again.
     """
     scope, query_id = current_scope(), get_query_id(query)
     name = scope.queries.find_name(query_id)
@@ -69,23 +69,27 @@ def detach(query: DirectQuery) -> str:
 
 
 class RecordingClient:
-    """Record queries between a context and the client's own connection to the cluster.
+    """Client of a context that records every query before it is submitted.
 
-    Every query on the context is recorded before it is sent. It is canceled if the task fails, is
-    marked, is cleared or times out before the query has ended. If only the worker ends, the query
-    runs on and the next try resumes it. If the reply is lost, the query is looked up by its
-    destination before it is submitted again. A temporary result has no destination, so its query is
-    submitted again. So is one that writes to an Iceberg table, to which other tasks may append at
-    the same moment; Polars commits only one of the two.
+    Stands between the context and the client's own connection to the cluster. A query is canceled
+    if its task fails, times out, or is marked or cleared before the query has ended. If only the
+    worker ends, the query keeps running and the next try resumes it.
+
+    If the reply to a submission is lost, the query is looked up by its destination before it is
+    submitted again. Two kinds of query cannot be looked up, and are simply submitted again: one
+    with a temporary result, which has no destination, and one that writes to an Iceberg table, to
+    which other tasks may append at the same time. Of the two submissions to an Iceberg table,
+    Polars commits only one.
 
     Parameters
     ----------
     ctx
-        Context of the cluster. The first query starts the cluster.
+        Context of the cluster.
     manifest
         Name of the cluster's manifest, or the URI of a cluster of your own.
     start
-        Starts the context's cluster unless it is running, and waits until it accepts queries.
+        Function that starts the context's cluster unless it is running, and waits until it accepts
+        queries. Called before each submission.
     """
 
     def __init__(
@@ -104,18 +108,18 @@ class RecordingClient:
         self._known: dict[str, list[tuple[str, str | None]]] = {}
         """Ids and destinations of earlier queries, by cluster id."""
         self._queries: dict[str, tuple[str, DirectQuery]] = {}
-        """Name, and query on the client's own connection, by query id."""
+        """Name and query by query id; the queries use the client's own connection."""
         self._submit_again: dict[str, Callable[[], DirectQuery]] = {}
-        """Functions that submit a query anew, by name."""
+        """Functions that submit a query again, by name."""
         self._canceled: set[str] = set()
         self.names: set[str] = set()
         """Names of queries that were resumed, submitted, or may have been submitted."""
 
     def close(self) -> None:
-        """Refuse further queries: the context's block has ended."""
+        """Refuse further queries, because the context's `use_cluster` block has ended."""
         self._is_open = False
 
-    # What the client calls
+    # Methods that the client calls
 
     def do_query(
         self,
@@ -126,21 +130,21 @@ class RecordingClient:
         execution_id: str | None,
         lineage_context: Any,
     ) -> UUID:
-        """Submit a query once, or resume the one that an earlier try has submitted.
+        """Submit a query once, or resume the one that an earlier try has submitted; return its id.
 
         Raises
         ------
         QueryRefusedError
             The query cannot be recorded, or its cluster cannot write to the destination.
         Exception
-            Polars Cloud did not accept the query; it runs nowhere.
+            Polars Cloud did not accept the query.
         """
         found = read_plan(plan)
         _check_destinations(found)
         if found.returns_to_client and uses_proxy(self._ctx):
             raise QueryRefusedError(
-                "The query was not submitted, because explain needs a connection to the cluster, "
-                "which there is none of in proxy mode: use connection_mode direct"
+                "The query was not submitted, because explain needs a direct connection to the "
+                "cluster, which proxy mode does not have: use connection_mode direct"
             )
         tables = (table.name for table in found.tables)
         name = self._scope.queries.reserve_name((*found.destinations, *tables), found.digest)
@@ -166,7 +170,7 @@ class RecordingClient:
                 query = self._submit_once(name, found, submit)
                 try:
                     self._check_open(name)
-                except QueryRefusedError:  # a thread submitted it as the block ended
+                except QueryRefusedError:  # the block ended while a thread submitted the query
                     cancel_query(self._scope.session, query)
                     raise
                 self._submit_again[name] = lambda: self._submit_once(name, found, submit, anew=True)
@@ -182,7 +186,7 @@ class RecordingClient:
         return self._scope.session.call(get_status_code, query)
 
     def get_direct_query_result(self, query_id: UUID, timeout_ms: int) -> QueryInfo:
-        """Wait in Python, where Airflow's time-outs and signals reach the task.
+        """Return the query's result. Wait in Python, where time-outs and signals reach the task.
 
         Raises
         ------
@@ -219,9 +223,10 @@ class RecordingClient:
     # How a query is submitted
 
     def submit_again(self, name: str) -> DirectQuery | None:
-        """Submit a query anew, once, if its cluster was stopped during the submission.
+        """Submit a query again, once, if its cluster was stopped during the submission.
 
-        The last user stops the cluster. At that moment another task may submit a query.
+        The cluster's last user may stop it at the moment in which this task submits the query.
+        Returns None if the query is not submitted again.
         """
         submit = self._submit_again.pop(name, None)
         record = self._scope.queries.get_record(name)
@@ -230,7 +235,7 @@ class RecordingClient:
         if time.time() - record.submitted_at > RESUBMIT_SECONDS or not self._was_stopped(record):
             return None
         logger.warning(
-            "Cluster %s was stopped under query %s, which is submitted anew",
+            "Cluster %s was stopped while query %s was submitted; submitting the query again",
             record.cluster_id,
             record.query_id,
         )
@@ -250,7 +255,7 @@ class RecordingClient:
         return status in ("STOPPING", "STOPPED") and not reason
 
     def _check_open(self, name: str, *, anew: bool = False) -> None:
-        # A returned query may be submitted anew after its block: the task still uses the cluster.
+        # A returned query may be submitted again after its block: the task still uses the cluster.
         if self._scope.queries.is_closed or not (self._is_open or anew):
             raise QueryRefusedError(
                 f"The query for {name} was not submitted, because the use_cluster block of its "
@@ -258,9 +263,9 @@ class RecordingClient:
             )
 
     def _mark_appends(self, plan: bytes, found: Plan) -> bytes:
-        """Return the plan with UUIDs by which Polars appends once, however often it is submitted.
+        """Return the plan with sink UUIDs, so that Polars appends once even if submitted twice.
 
-        Writing twice does no harm to any other sink.
+        Other sinks can be written twice without harm.
         """
         for table in found.tables:
             if table.is_appended_to:
@@ -288,7 +293,7 @@ class RecordingClient:
         destination = plan.destinations[0] if len(plan.destinations) == 1 else ""
         for may_have_stopped in (True, False):
             with self._starting:
-                # After the block, nobody would stop the cluster.
+                # A cluster that is started after the block would not be stopped.
                 self._check_open(name, anew=anew)
                 self._start(ctx)
             self._check_open(name, anew=anew)
@@ -308,7 +313,10 @@ class RecordingClient:
             except Exception:
                 if not may_have_stopped or scope.session.call(ctx.get_status).is_available():
                     raise
-                logger.warning("Cluster %s has stopped: starting it again", record.cluster_id)
+                logger.warning(
+                    "Cluster %s stopped before it accepted the query; starting another one",
+                    record.cluster_id,
+                )
                 forget_cluster(ctx)
         record.query_id, record.page = get_query_id(query), get_page(query)
         record.submitted_at = time.time()
@@ -328,9 +336,10 @@ class RecordingClient:
         return chosen
 
     def _find_known(self, destination: str) -> list[str]:
-        """Return ids of queries with this destination that the cluster already has.
+        """Return the ids of earlier queries with this destination on the cluster.
 
-        Ids need no synchronized clocks to tell earlier queries from the new one.
+        Every other query with this destination is the new one. Unlike times, ids need no
+        synchronized clocks.
         """
         cluster_id = get_cluster_id(self._ctx) or ""
         if destination and cluster_id not in self._known:
@@ -342,7 +351,7 @@ class RecordingClient:
 
 
 class _Submission:
-    """Submit a query, and cancel duplicates.
+    """Submission of a query, with retries; cancels duplicates.
 
     An attempt that was abandoned without a reply may still be accepted much later.
     """
@@ -365,7 +374,7 @@ class _Submission:
         self._chosen_id = ""
 
     def attempt(self) -> DirectQuery:
-        """Submit the query, unless an earlier attempt was accepted."""
+        """Submit the query, unless an earlier attempt was accepted; return the query."""
         if self._was_tried and (found := self._find_accepted()):
             logger.info(
                 "The query was accepted although the reply was lost, continuing with it: %s",
@@ -387,8 +396,8 @@ class _Submission:
         Parameters
         ----------
         chosen
-            None if the caller was interrupted. A query with a destination can be found later, and
-            is not canceled here.
+            Query to keep; None if the caller was interrupted. Then a query with a destination is
+            not canceled, because the next try can find it.
         """
         with self._lock:
             self._has_ended = True
@@ -417,7 +426,7 @@ class _Submission:
 
 
 def get_recording_client(query: DirectQuery) -> RecordingClient | None:
-    """Return the client that recorded the query, or None if there is none."""
+    """Return the client that recorded the query, or None if the query was not recorded."""
     client = get_client(query)
     return client if isinstance(client, RecordingClient) else None
 

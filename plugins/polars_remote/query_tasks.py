@@ -1,6 +1,6 @@
-"""`@query_task`: a task that returns a submitted query succeeds when the query does.
+"""`@query_task`: decorator of tasks that return submitted queries.
 
-The task holds no worker slot until then.
+The task is deferred until its queries have ended. It succeeds if they have succeeded.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 QUERY = "polars_cloud_query"
-"""Key of the placeholder for a query in a task's return value. Its value is the query's name."""
+"""Key of a dict that stands for a query in a task's return value; its value is the query's name."""
 
 
 @overload
@@ -67,16 +67,16 @@ def query_task(
 ) -> Any:
     """Make a task of a function that returns a submitted query, or a list or dict of queries.
 
-    Replaces `@task` and takes its options. Put `@authenticate` below it. The task succeeds when its
-    queries have succeeded, and holds no worker slot until then. It returns the `location` of each
-    result, a list of URIs, in place of the query. A query that fails raises its own exception in
-    the task, and the task's other queries are canceled. Each Asset among the task's outlets gets an
+    Replaces `@task` and takes its options. Put `@authenticate` below it. The task waits for the
+    queries without holding a worker slot, and succeeds if they succeed. It returns the `location`
+    of each result, a list of URIs, in place of the query. If a query fails, its exception is raised
+    in the task, and the task's other queries are canceled. Each Asset in the task's outlets gets an
     event with `location` and `rows`, in the shape of the return value.
 
-    For the first 3 seconds the worker itself waits. While a cluster starts, the task holds no slot
-    either. When the cluster is running, the function is called again from its beginning. Without a
-    triggerer the task waits in its worker: at once with `POLARS_CLOUD_DEFER=0`, and after some
-    minutes otherwise.
+    For the first 3 seconds the worker itself waits. Then the task is deferred, also while its
+    cluster starts; when the cluster is running, the function is called again from its beginning.
+    Without a triggerer the task waits in its worker: after some minutes, or at once if
+    `POLARS_CLOUD_DEFER=0`.
 
     Examples
     --------
@@ -101,7 +101,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
     Attributes
     ----------
     defers
-        Whether the task defers while it waits.
+        Whether the task is deferred while it waits.
     page
         Address of the query's page.
     """
@@ -131,14 +131,14 @@ class QueryTask(DecoratedOperator, PythonOperator):
             arguments = next_kwargs or {}
             lines = "".join(arguments.get("traceback") or ()).splitlines()
             cause = lines[-1] if lines else str(arguments.get("error"))
-            # Where the triggerer lacks the library, its name says all.
+            # If the triggerer cannot import the library, the last line is enough.
             if not cause.startswith(ModuleNotFoundError.__name__):
                 for line in lines:
                     logger.warning("%s", line)
             logger.warning(
-                "No triggerer watches this task (%s): it waits in its worker from now on. Is a "
-                "triggerer running, with this folder on its PYTHONPATH or in plugins/? If you run "
-                "none, set POLARS_CLOUD_DEFER=0",
+                "No triggerer watches this task (%s): it waits in its worker from now on. Check "
+                "that a triggerer runs, and that it can import polars_remote from its PYTHONPATH "
+                "or plugins/. To run none, set POLARS_CLOUD_DEFER=0",
                 cause,
             )
             self.defers = False
@@ -152,12 +152,14 @@ class QueryTask(DecoratedOperator, PythonOperator):
         waits_for: str | None = None,
         conn_id: str = "polars_cloud",
     ) -> Any:
-        """Resume the task with the results that its trigger has seen.
+        """Resume the task with the results in its trigger's event, and return the task's value.
 
         Raises
         ------
         QueryLostError
-            The task's record is gone, and its queries had not ended.
+            The task's record is gone before its queries have ended.
+        ClusterNotStartedError
+            The cluster failed or stopped while it was starting.
         """
         event = event or {}
         if waits_for:
@@ -167,8 +169,8 @@ class QueryTask(DecoratedOperator, PythonOperator):
             wait, conn_id = (stored.waits_for, stored.conn_id) if stored else (None, conn_id)
         if wait is None:
             raise QueryLostError(
-                "The record of this task is gone. Its queries may still run, but nobody waits for "
-                "them: clear the task to run it again"
+                "The record of this task is gone. Its queries may still run, but the task cannot "
+                "find them: clear the task to run it again"
             )
         if wait.cluster and "failed" not in event:
             return self.execute(context)
@@ -180,13 +182,13 @@ class QueryTask(DecoratedOperator, PythonOperator):
             try:
                 return self._collect_results(scope, context, wait, event.get("results", {}))
             except _StoppedDuringSubmission as error:
-                logger.warning("%s: the task submits it anew", error)
+                logger.warning("%s; submitting the query again", error)
         return self.execute(context)
 
     def _collect_results(
         self, scope: TaskScope, context: Context, wait: Wait, seen: Mapping[str, Any]
     ) -> Any:
-        """Add the results that the trigger has seen, and wait for the other queries."""
+        """Collect the trigger's results, wait for the other queries; return the task's value."""
         _restore_outlet_events(context, from_json(wait.outlet_events))
         returned = from_json(wait.returned)
         names = _find_names(returned)
@@ -205,7 +207,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
         return _finish(context, returned, wait.results)
 
     def await_returned_queries(self, scope: TaskScope, returned: Any) -> Any:
-        """Wait for the queries that the task's function has returned."""
+        """Wait for the queries in the function's return value, and return the task's value."""
         context = get_current_context()
         queries: dict[str, DirectQuery] = {}
         results: dict[str, Result] = {}
@@ -250,7 +252,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
         return _finish(context, named, wait.results)
 
     def _wait(self, scope: TaskScope, wait: Wait, queries: Mapping[str, DirectQuery]) -> None:
-        """Wait for the queries, and add their results to `wait`; defer if they take long."""
+        """Wait for the queries, and add their results to `wait`; defer after a few seconds."""
         clients = {
             name: client for name, each in queries.items() if (client := get_recording_client(each))
         }
@@ -261,12 +263,12 @@ class QueryTask(DecoratedOperator, PythonOperator):
         seconds = {"seconds": deferral.IN_WORKER_SECONDS} if self.defers else {}
         found = wait_until_ended(
             scope,
-            # Over this worker's own connection, if it has one.
+            # Over this worker's open connections, where it has some.
             {**queries, **scope.queries.get_connected(queries)},
             resubmit=resubmit,
             **seconds,
         )
-        queries = {**queries, **scope.queries.get_connected(queries)}  # some were submitted anew
+        queries = {**queries, **scope.queries.get_connected(queries)}  # some were submitted again
         for name, result in found.items():
             check_result(scope, name, queries[name], result)
             if result.status.name == "FAILED":
@@ -277,22 +279,22 @@ class QueryTask(DecoratedOperator, PythonOperator):
 
 
 class _StoppedDuringSubmission(Exception):
-    """The cluster was stopped during the submission; the task submits the query anew."""
+    """The cluster was stopped during the submission; the task submits the query again."""
 
 
 def _refuse(queries: Sequence[DirectQuery]) -> NoReturn:
-    """Refuse queries that are not on record; cancel those submitted without `use_cluster`."""
+    """Raise for queries that are not recorded. Cancels those submitted without `use_cluster`."""
     ids = ", ".join(map(get_query_id, queries))
     if all(map(get_recording_client, queries)):
         raise QueryRefusedError(
-            f"The task returned a query that it has detached, or that another task has submitted: "
-            f"{ids}. Return its id instead"
+            f"The task returned a query that was detached or that another task has submitted: "
+            f"{ids}. Return the query's id instead"
         )
     for query in queries:
         query.cancel()
     raise QueryRefusedError(
-        f"The task returned a query that is not on record and has been canceled: {ids}. Submit it "
-        "on the context that use_cluster gives"
+        f"The task returned a query that was not submitted on a context of use_cluster. The query "
+        f"was canceled: {ids}. Submit it on the context that use_cluster yields"
     )
 
 
@@ -300,16 +302,16 @@ def _reconnect(scope: TaskScope, name: str) -> DirectQuery:
     query = scope.queries.get_record(name)
     if query is None:
         raise QueryLostError(
-            f"The record of the query for {name} is gone. It may still run, but nobody waits for "
-            "it: clear the task to run it again"
+            f"The record of the query for {name} is gone. The query may still run, but the task "
+            "cannot find it: clear the task to run it again"
         )
     if found := find_recorded(scope.session, name, query):
         return found
     session = scope.session
     status, reason = session.call(get_cluster_status, query.cluster_id, session.find_workspace())
     error = QueryLostError(
-        f"Cluster {query.cluster_id} has stopped ({reason or 'no reason given'}) before query "
-        f"{query.query_id} ended"
+        f"Cluster {query.cluster_id} stopped ({reason or 'no reason given'}) before query "
+        f"{query.query_id} had ended"
     )
     age = time.time() - (query.submitted_at or 0.0)
     if status == "STOPPED" and not reason and age < RESUBMIT_SECONDS:
@@ -318,7 +320,7 @@ def _reconnect(scope: TaskScope, name: str) -> DirectQuery:
 
 
 def _finish(context: Context, named: Any, results: Mapping[str, Result]) -> Any:
-    """Replace the queries in the return value by results, and add results to outlet events."""
+    """Return the value with locations in place of queries; add results to the outlet events."""
 
     def get_part(part: str, value: Any) -> Any:
         return getattr(results[value[QUERY]], part) if _is_name(value) else value
@@ -367,7 +369,7 @@ def _find_page(scope: TaskScope, names: Iterable[str]) -> str:
 
 
 def _get_outlet_events(context: Context) -> list[dict[str, Any]]:
-    """Return the outlet events that the function has set; a deferral would lose them."""
+    """Return the outlet events that the function has set, to save them: a deferral loses them."""
     events: Any = context["outlet_events"]
     return [
         {

@@ -48,16 +48,17 @@ def _read_name(name: str, default: str) -> str:
 
 
 PORTAL = os.environ.get("POLARS_CLOUD_PORTAL")
-"""Address of the pages about queries, without a slash at its end; None: Polars Cloud's own."""
+"""Address of the web site with the queries' pages, without a slash at its end; None for Polars
+Cloud's own."""
 
 WORKSPACE = _read_name("POLARS_CLOUD_WORKSPACE", "playground")
 """Name of the Polars Cloud workspace."""
 
 OUTAGE_SECONDS = _read_seconds("POLARS_CLOUD_OUTAGE", "120")
-"""Seconds for which a call is retried while Polars Cloud is unavailable."""
+"""Maximum seconds for which a call is retried while Polars Cloud is unavailable."""
 
 PRICE = _read_price("POLARS_CLOUD_PRICE")
-"""Price of a vCPU-hour, in any currency; None: costs have vCPU-hours and no money."""
+"""Price of a vCPU-hour, in any currency; None to report costs in vCPU-hours only."""
 
 DEFERS = _read_switch("POLARS_CLOUD_DEFER", "1")
-"""A `@query_task` defers while it waits. This needs a triggerer."""
+"""Whether a `@query_task` is deferred while it waits, which needs a triggerer."""
