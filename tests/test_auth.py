@@ -219,7 +219,7 @@ def test_another_connection_can_be_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_task_without_authenticate_is_told_to_have_it() -> None:
-    with pytest.raises(NotAuthenticatedError, match="Put @authenticate below @task"):
+    with pytest.raises(NotAuthenticatedError, match="put @authenticate below @task"):
         current_scope()
 
 
@@ -405,7 +405,7 @@ def test_a_process_without_the_client_says_what_to_install(
     monkeypatch.setitem(sys.modules, "polars_cloud", None)
     error = log_in("polars_cloud")
     assert isinstance(error, LoginRefusedError)
-    assert "cannot be imported" in str(error)
+    assert "cannot be imported here" in str(error)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_a_polars_cloud_that_is_out_of_reach_is_no_refusal(
     monkeypatch.setenv("POLARS_CLOUD_DOMAIN", "nobody@127.0.0.1:9")
     works, message = press_test(monkeypatch, "somebody", SECRET)
     assert not works
-    assert message.startswith("Could not ask Polars Cloud: ")
+    assert message.startswith("Could not log in to Polars Cloud: ")
     assert "Connection refused" in message
     assert "pc login" not in message
     assert SECRET not in message
@@ -47,5 +47,5 @@ def test_a_connection_to_clusters_of_your_own_alone_has_nothing_to_test(
 ) -> None:
     assert press_test(monkeypatch, headers={"authorization": SECRET}) == (
         False,
-        "Nothing to test: this Connection opens clusters of your own alone",
+        "Nothing to test: a Connection for clusters of your own has no login",
     )

@@ -134,7 +134,7 @@ def test_a_cluster_that_is_left_to_its_idle_timeout_is_told_from_the_record(
         calls = len(emulator.journal())
     assert len(emulator.journal()) == calls
     [line] = logged(caplog)
-    assert line.endswith("(until now, and the cluster is left to its idle timeout)")
+    assert line.endswith("(so far: the cluster is left to its idle timeout)")
     assert "3 nodes, 6 vCPUs" in line
     logged_use = float(line.partition("vCPUs, ")[2].split()[0])
     assert logged_use == pytest.approx(billed(emulator)[0], abs=2 * SECOND)
@@ -179,7 +179,7 @@ def test_runs_that_share_a_cluster_share_its_bill(
     assert minutes(second) == pytest.approx(2 / 2 + 0.5, abs=5 * SECOND)
     assert minutes(first) + minutes(second) == pytest.approx(sum(billed(emulator)), abs=SECOND)
     assert first[0]["stopped"] is None
-    assert first[0]["remark"] == "shared with other runs; until now, and the cluster is idle"
+    assert first[0]["remark"] == "shared with other runs; so far: the cluster is idle"
     assert second[0]["remark"] == "shared with other runs"
     assert supervisor.variables == {}
 
@@ -271,7 +271,7 @@ def test_a_stop_that_is_refused_leaves_the_cost_unknown(
     emulator.add_fault("POST compute/{id}/stop", "http_error", status=403, message="for good")
     [cost] = run.stop_cluster()
     assert cost["minutes"] is None
-    assert cost["remark"] == "not known: its use could not be ended"
+    assert cost["remark"] == "not known: the run's use of the cluster could not be ended"
 
 
 @pytest.mark.parametrize(

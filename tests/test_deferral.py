@@ -333,7 +333,7 @@ def test_the_deadline_is_that_of_the_first_start_however_often_the_task_is_defer
     assert len(deadlines) == 1
     eventually(lambda: query_statuses(emulator) == ["InProgress"])
     clock.advance(0.4 * HOUR)
-    with pytest.raises(AirflowTaskTimeout, match="execution_timeout of 1:00:00 is over"):
+    with pytest.raises(AirflowTaskTimeout, match="exceeded its execution_timeout of 1:00:00"):
         task.resume()
     assert query_statuses(emulator) == ["Canceled"]
     assert cluster_statuses(emulator) == ["Stopped"]
@@ -392,7 +392,7 @@ def test_a_task_that_waits_in_its_worker_without_a_trigger_keeps_its_deadline(
     clock.advance(0.5 * HOUR)
     with (
         once_it_waits(emulator, lambda: clock.advance(HOUR)),
-        pytest.raises(AirflowTaskTimeout, match="execution_timeout of 1:00:00 is over"),
+        pytest.raises(AirflowTaskTimeout, match="exceeded its execution_timeout of 1:00:00"),
     ):
         task.resume_without_trigger()
     assert query_statuses(emulator) == ["Canceled"]

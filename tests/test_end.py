@@ -183,7 +183,10 @@ def test_everything_is_left_to_a_task_that_was_cleared(
     assert query_statuses(emulator) == ["InProgress"]
     assert cluster_statuses(emulator) == ["Running"]
     assert len(supervisor.variables) == 2
-    assert "shop.run_query in run manual__1 is active: nothing of it is ended" in caplog.text
+    assert (
+        "shop.run_query in run manual__1 is active: its queries and clusters keep running"
+        in caplog.text
+    )
 
 
 def test_a_task_that_has_ended_is_cleaned_up_although_another_of_its_run_is_active(
@@ -445,7 +448,7 @@ def test_the_entry_of_a_deferred_task_is_left_alone_once_a_later_try_owns_its_qu
     query_and_die(emulator, supervisor, 2, state="running")
     supervisor.variables[key] = earlier  # read before the later try erased the entry
     assert end_task_entry(key) == []
-    assert "A later try of shop.run_query in run manual__1 owns its queries" in caplog.text
+    assert "A later try of shop.run_query in run manual__1 has adopted its queries" in caplog.text
     assert query_statuses(emulator) == ["InProgress"]
     assert cluster_statuses(emulator) == ["Running"]
 

@@ -293,6 +293,6 @@ def test_a_task_does_not_write_to_a_table_twice(
     with start_try(), use_cluster(cluster, stop=False) as ctx:
         append(ctx).await_result()
         remote: Any = TWO_ROWS.remote(ctx).single_node()
-        with pytest.raises(QueryRefusedError, match=f"Two queries of this task write to {TABLE}"):
+        with pytest.raises(QueryRefusedError, match=f"of the same task writes to {TABLE}"):
             remote.sink_iceberg(TABLE, mode=mode, catalog=catalog)
     assert height(catalog) == 2

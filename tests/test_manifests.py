@@ -78,7 +78,7 @@ def test_a_manifest_of_other_versions_is_registered_anew(
     healed = registered(emulator)
     assert healed["polars_version"] == pl.__version__
     assert healed["python_version"] == platform.python_version()
-    assert "Manifest shop is registered anew" in caplog.text
+    assert "Registering manifest shop again" in caplog.text
 
 
 @pytest.mark.usefixtures("ti", "pc")
@@ -115,7 +115,7 @@ def test_a_changed_specification_is_applied_and_logged(
 ) -> None:
     ensure_manifest(CLUSTER)
     ensure_manifest({**CLUSTER, **options})
-    assert f"Manifest shop is changed: {changes}" in caplog.text
+    assert f"Changing manifest shop: {changes}" in caplog.text
     assert calls(emulator, "POST") == 2
     caplog.clear()
     ensure_manifest({**CLUSTER, **options})
@@ -148,7 +148,7 @@ def test_a_cluster_that_is_in_use_keeps_its_specification(
     kill(body, task_id="other")
     with start_try():
         ensure_manifest(LARGER)
-    assert "keeps its size while cluster" in caplog.text
+    assert "is not changed while cluster" in caplog.text
     assert "the next start applies: cpus 2 → 8, memory 4 → 16" in caplog.text
     assert cluster_statuses(emulator) == ["Idle"]
     assert registered(emulator)["req_cpu_cores"] == 2

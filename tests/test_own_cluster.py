@@ -298,14 +298,14 @@ def test_an_extra_of_another_form_is_refused(
 ) -> None:
     connection = {"conn_type": "http", "extra": {"headers": ["authorization"]}}
     monkeypatch.setenv("AIRFLOW_CONN_POLARS_CLOUD", json.dumps(connection))
-    with start_try(raises=LoginRefusedError, match="has another form"), use_cluster(cluster):
+    with start_try(raises=LoginRefusedError, match="must have the form"), use_cluster(cluster):
         pass
 
 
 @pytest.mark.usefixtures("own")
 def test_a_connection_to_own_clusters_starts_none_on_polars_cloud(start_try: StartTry) -> None:
     with (
-        start_try(raises=LoginRefusedError, match="opens clusters of your own alone"),
+        start_try(raises=LoginRefusedError, match="only be used for clusters of your own"),
         use_cluster({"name": "shop", "cpus": 2, "memory": 4}),
     ):
         pass
@@ -317,8 +317,8 @@ def test_a_connection_to_own_clusters_starts_none_on_polars_cloud(start_try: Sta
         ({"uri": "scheduler:5051"}, "is its scheduler's"),
         ({"uri": ""}, "is its scheduler's"),
         ({"uri": "https://name:secret@scheduler"}, "is its scheduler's"),
-        ({"uri": "https://scheduler", "cpus": 2}, "no option cpus"),
-        ({"uri": "https://scheduler", "name": "shop"}, "no option name"),
+        ({"uri": "https://scheduler", "cpus": 2}, "does not take cpus"),
+        ({"uri": "https://scheduler", "name": "shop"}, "does not take name"),
     ],
 )
 @pytest.mark.usefixtures("own")

@@ -107,13 +107,13 @@ def test_the_page_shows_clusters_their_users_and_their_queries_with_links(
         assert f"href='{link}'" in text
     assert "query[3]" in text
     assert "s3://b/x.parquet" in text
-    assert "No owner any more" not in text
+    assert "will be ended by" not in text
 
 
 def test_the_page_says_what_ends_what_has_no_owner_any_more(api_server: Any) -> None:
     use_cluster(Owner("gone", "manual__1", "start_cluster", -1, whole_run=True))
     text = read(api_server)
-    assert "No owner any more" in text
+    assert "will be ended by" in text
     assert "clean_up" in text
     assert "for the whole run" in text
 

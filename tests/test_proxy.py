@@ -298,7 +298,7 @@ def test_a_manifest_changes_its_mode_with_the_code(
 @pytest.mark.usefixtures("ti")
 def test_a_mode_that_does_not_exist_is_refused_before_a_start(emulator: RunningEmulator) -> None:
     with (
-        pytest.raises(ClusterRefusedError, match="no connection_mode 'Proxy'") as refused,
+        pytest.raises(ClusterRefusedError, match="Unknown connection_mode 'Proxy'") as refused,
         use_cluster({**CLUSTER, "connection_mode": "Proxy"}),
     ):
         pass

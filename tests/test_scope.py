@@ -137,7 +137,7 @@ def test_a_query_that_cannot_be_waited_for_is_canceled(
 def test_a_query_that_nobody_has_waited_for_is_an_error_and_canceled(
     hang: Hang, emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor
 ) -> None:
-    raises = {"raises": QueryNotAwaitedError, "match": f"Nobody has waited .* for {FILE}, which"}
+    raises = {"raises": QueryNotAwaitedError, "match": f"has not waited .* for {FILE}, so"}
     with start_try(**raises), use_cluster(CLUSTER, stop=False) as ctx:
         hang(ctx)
     assert query_statuses(emulator) == ["Canceled"]
@@ -149,7 +149,7 @@ def test_a_temporary_result_that_nobody_has_waited_for_is_an_error_and_canceled(
     emulator: RunningEmulator, start_try: StartTry
 ) -> None:
     emulator.add_fault("SubmitQuery", "query_hangs")
-    raises = {"raises": QueryNotAwaitedError, "match": "Nobody has waited .* temporary result"}
+    raises = {"raises": QueryNotAwaitedError, "match": "has not waited .* temporary result"}
     with start_try(**raises), use_cluster(CLUSTER, stop=False) as ctx:
         TWO_ROWS.remote(ctx).single_node().execute(blocking=False)
     assert query_statuses(emulator) == ["Canceled"]
@@ -207,12 +207,15 @@ def test_a_cancel_that_fails_is_logged_and_the_query_stays_on_record_for_the_nex
     [cluster] = emulator.state()["clusters"]
     left = f"Could not end query {get_query_id(query)} for {FILE} on cluster {cluster['id']}"
     assert f"{left} of shop.run_query in run manual__1: " in caplog.text
-    assert "stays on record, for the next try" in caplog.text
+    assert "The next try, clean_up or the orphan sweep will try again" in caplog.text
     [entry] = entries(supervisor, "task")
     assert entry["queries"][FILE]["query_id"] == get_query_id(query)
 
     # The task has failed, so its next try submits all queries again.
-    with pytest.raises(ConnectionError, match="An earlier try's queries still run"), start_try(2):
+    with (
+        pytest.raises(ConnectionError, match="Queries of an earlier try are still running"),
+        start_try(2),
+    ):
         raise AssertionError("the body ran beside the query of the first try")
     emulator.clear_faults()
     with start_try(3), use_cluster(CLUSTER, stop=False) as ctx:
@@ -253,7 +256,7 @@ def test_what_goes_wrong_while_an_error_is_on_its_way_does_not_replace_it(
         hang(ctx)
         monkeypatch.setattr(supervisor, "send", refuse)
         raise KeyError("mine")
-    assert "the task's queries are left alone (Airflow is unavailable)" in caplog.text
+    assert "the task's queries keep running (Airflow is unavailable)" in caplog.text
 
 
 def test_nothing_is_submitted_that_could_not_be_recorded(
@@ -420,7 +423,7 @@ def test_sigterm_while_airflow_does_not_answer_leaves_everything_to_the_next_try
     # Airflow's SIGKILL comes 5 seconds after SIGTERM.
     assert time.monotonic() - began < kills.GRACE_SECONDS
     supervisor.knows_states.set()
-    assert "Airflow does not say why" in caplog.text
+    assert "Airflow did not report the task's state" in caplog.text
     assert query_statuses(emulator) == ["InProgress"]
     with start_try(2), use_cluster(CLUSTER) as ctx:
         second = hang(ctx)
@@ -536,7 +539,7 @@ def test_a_frozen_worker_cancels_nothing_and_stops_nothing_once_the_next_try_own
     with start_try(2), use_cluster(CLUSTER) as ctx:
         query = submit(ctx)
         frozen.wake(AirflowTaskTimeout())
-        assert "A later try of this task owns its queries" in caplog.text
+        assert "A later try of this task has adopted its queries" in caplog.text
         assert [query["cancels"] for query in emulator.state()["queries"]] == [0]
         assert cluster_statuses(emulator) == ["Running"]
         emulator.advance_clock(timedelta(seconds=60))
@@ -638,5 +641,5 @@ def test_a_task_whose_record_was_deleted_ends_its_query_and_its_cluster_all_the_
 def test_the_scope_ends_with_the_task(start_try: StartTry, emulator: RunningEmulator) -> None:
     with start_try():
         assert current_scope().session.conn_id == "polars_cloud"
-    with pytest.raises(NotAuthenticatedError, match="Put @authenticate below @task"):
+    with pytest.raises(NotAuthenticatedError, match="put @authenticate below @task"):
         current_scope()

@@ -509,7 +509,7 @@ def test_a_canceled_trigger_to_which_airflow_gives_no_answer_leaves_its_task_alo
     end_deferred(trigger, "failed")
     assert query_statuses(emulator) == ["InProgress", "InProgress"]
     assert entries(supervisor, "task")
-    assert "Airflow does not say why" in caplog.text
+    assert "Airflow did not report the task's state" in caplog.text
 
 
 # Clusters
@@ -784,7 +784,7 @@ def test_an_entry_that_cannot_be_ended_is_warned_of_once(
         "shop.run_query in run manual__1: The Airflow Connection 'nowhere' is missing"
     )
     assert sentence.endswith(
-        "service account. It stays on record, for the next try, clean_up or the sweep"
+        "service account. The next try, clean_up or the orphan sweep will try again"
     )
     assert entries(supervisor, "task")
     assert entries(supervisor, "cluster")

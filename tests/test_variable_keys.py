@@ -116,7 +116,7 @@ def test_entries_that_are_written_and_erased_are_found_and_lost() -> None:
 
 
 def test_a_key_that_is_not_the_records_is_refused() -> None:
-    with pytest.raises(ValueError, match="'polars_cloud/else' is no key of the record"):
+    with pytest.raises(ValueError, match="'polars_cloud/else' is not a key of the record"):
         variable_keys.add("polars_cloud/else")
 
 

@@ -347,7 +347,9 @@ def clear_before_the_callback(airflow: Deployment, dag_id: str) -> Run:
     # Airflow delays a callback that arrives during a parse until the next parse.
     with airflow.edited(dag_id, commented):
         airflow.eventually(
-            lambda: "is active: nothing of it is ended" in airflow.callback_log(dag_id)
+            lambda: (
+                "is active: its queries and clusters keep running" in airflow.callback_log(dag_id)
+            )
         )
         emulator.api.advance_clock(timedelta(seconds=LONG))
         run.wait_for_end()

@@ -145,7 +145,7 @@ KILLED = f"Canceled query|{CANCELED_TRIGGER}"
 
 UNAVAILABLE = "is unavailable, retrying"
 REPLY_LOST = "accepted although the reply was lost"
-REGISTERED_ANEW = "is registered anew"
+REGISTERED_ANEW = "Registering manifest"
 STATUS, CONTEXT, MANUAL = "count_order_statuses", "value_stock", "find_best_customers"
 SHELVES, REFUNDS = "find_empty_shelves", "sum_refunds"
 
@@ -220,7 +220,7 @@ QUERIES: Mapping[str, Scenario] = {
         meet(always("SubmitQuery", "query_hangs")),
         {
             "published_line": failing(
-                "ask", submits=2, cancels=2, cause="Nobody has waited for the query"
+                "ask", submits=2, cancels=2, cause="has not waited for its query"
             )
         },
     ),
@@ -683,7 +683,7 @@ USERS: Mapping[str, Scenario] = {
         ),
         {
             "two_queries_retried_later": Expected(
-                "success", tries=2, submits=4, cancels=2, cause="it submits its queries anew"
+                "success", tries=2, submits=4, cancels=2, cause="it submits all its queries again"
             )
         },
     ),

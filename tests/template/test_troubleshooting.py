@@ -19,7 +19,7 @@ INSIDE_ANOTHER = {
     "it is still running",
     "query … has not ended",
     "query … is …",
-    "… is no key of the record",
+    "… is not a key of the record",
     "module … has no attribute …",
 }
 """Sentences that are a part of another one, or are meant for developers of the helpers."""
