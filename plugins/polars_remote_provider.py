@@ -11,7 +11,7 @@ DISTRIBUTION = "airflow-polars-remote"
 
 
 def get_provider_info() -> dict[str, Any]:
-    """Return the provider's metadata, as Airflow's entry point `apache_airflow_provider` has it."""
+    """Return the provider's metadata, for Airflow's entry point `apache_airflow_provider`."""
     return {
         "package-name": DISTRIBUTION,
         "name": "Polars Cloud",

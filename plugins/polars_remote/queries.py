@@ -173,7 +173,9 @@ class RecordingClient:
                 except QueryRefusedError:  # the block ended while a thread submitted the query
                     cancel_query(self._scope.session, query)
                     raise
-                self._submit_again[name] = lambda: self._submit_once(name, found, submit, anew=True)
+                self._submit_again[name] = lambda: self._submit_once(
+                    name, found, submit, again=True
+                )
                 logger.info("Submitted query %s", describe(query))
         except BaseException:
             self._scope.queries.release_name(name)
@@ -254,9 +256,9 @@ class RecordingClient:
         status, reason = session.call(get_cluster_status, record.cluster_id, workspace)
         return status in ("STOPPING", "STOPPED") and not reason
 
-    def _check_open(self, name: str, *, anew: bool = False) -> None:
+    def _check_open(self, name: str, *, again: bool = False) -> None:
         # A returned query may be submitted again after its block: the task still uses the cluster.
-        if self._scope.queries.is_closed or not (self._is_open or anew):
+        if self._scope.queries.is_closed or not (self._is_open or again):
             raise QueryRefusedError(
                 f"The query for {name} was not submitted, because the use_cluster block of its "
                 "context has ended: submit it inside the block"
@@ -287,16 +289,16 @@ class RecordingClient:
         return query
 
     def _submit_once(
-        self, name: str, plan: Plan, submit: Callable[[], DirectQuery], *, anew: bool = False
+        self, name: str, plan: Plan, submit: Callable[[], DirectQuery], *, again: bool = False
     ) -> DirectQuery:
         scope, ctx = self._scope, self._ctx
         destination = plan.destinations[0] if len(plan.destinations) == 1 else ""
         for may_have_stopped in (True, False):
             with self._starting:
                 # A cluster that is started after the block would not be stopped.
-                self._check_open(name, anew=anew)
+                self._check_open(name, again=again)
                 self._start(ctx)
-            self._check_open(name, anew=anew)
+            self._check_open(name, again=again)
             record = QueryRecord(
                 cluster_id=get_cluster_id(ctx) or "",
                 manifest=self._manifest,

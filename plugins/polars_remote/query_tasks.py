@@ -263,7 +263,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
         seconds = {"seconds": deferral.IN_WORKER_SECONDS} if self.defers else {}
         found = wait_until_ended(
             scope,
-            # Over this worker's open connections, where it has some.
+            # Use this worker's open connections, where there are any.
             {**queries, **scope.queries.get_connected(queries)},
             resubmit=resubmit,
             **seconds,
@@ -351,7 +351,7 @@ def _is_name(value: Any) -> bool:
 
 
 def _find_names(returned: Any) -> Iterable[str]:
-    """Return the names of the queries in what a task has returned."""
+    """Return the names of the queries in a task's return value."""
     names: dict[str, None] = {}
 
     def add(value: Any) -> None:

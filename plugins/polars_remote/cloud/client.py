@@ -421,7 +421,7 @@ class ProxyClient:
         execution_id: str | None,
         lineage_context: Any,
     ) -> UUID:
-        """Submit a query and return its id. Polars Cloud takes no `execution_id`, a notebook's."""
+        """Submit a query and return its id. `execution_id` is dropped: Polars Cloud takes none."""
         from polars_cloud.constants import API_CLIENT
 
         assert self._ctx._compute_id is not None, "the cluster has been started"
@@ -435,7 +435,7 @@ class ProxyClient:
         return API_CLIENT.get_query(self._ctx.workspace.id, query_id).query.status_code
 
     def get_direct_query_result(self, query_id: UUID, timeout_ms: int) -> QueryInfo:
-        """Return the result of a query that has ended. Never waits, whatever `timeout_ms` is.
+        """Return the result of a query that has ended. Does not wait; `timeout_ms` is ignored.
 
         Raises
         ------

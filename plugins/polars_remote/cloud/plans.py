@@ -63,7 +63,7 @@ class Plan(NamedTuple):
 
 
 def read_plan(plan: bytes) -> Plan:
-    """Read the sinks and scans of a plan that Polars 2.0 serialized.
+    """Return the identity, sinks and scans of a plan that Polars 2.0 serialized.
 
     A plan is a header and a MessagePack document: the root's index, the data of in-memory frames,
     and last the nodes. Only the root and the nodes are decoded.

@@ -25,10 +25,10 @@ from .record import ClusterUse
 logger = logging.getLogger(__name__)
 
 STOP_WAIT_SECONDS = 10.0
-"""Maximum seconds to wait until a cluster has stopped, when the time of its end is known."""
+"""Maximum seconds to wait until a cluster has stopped. Before that, its cost is not final."""
 
 Span = tuple[float, float]
-"""Begin and end of a use, in seconds since the epoch."""
+"""Start and end of a use, in seconds since the epoch."""
 
 Cost = dict[str, Any]
 """Cost of a run's use of one cluster, as plain JSON; see `describe_cost`."""
@@ -190,7 +190,7 @@ def _get_recorded_bill(use: ClusterUse, cluster_id: str) -> ClusterBill | None:
 
 
 def _get_bill(session: CloudSession, cluster_id: str, *, waits_for_stop: bool) -> ClusterBill:
-    """Return the cluster's bill; with `waits_for_stop`, after the cluster has stopped if it can."""
+    """Return the cluster's bill. With `waits_for_stop`, wait some seconds for the final one."""
     deadline = time.monotonic()
     if waits_for_stop and time_left(math.inf) == math.inf:  # a task that is killed does not wait
         deadline += STOP_WAIT_SECONDS

@@ -1,9 +1,9 @@
-"""End tasks' queries and cluster uses, and those of orphans.
+"""End the queries and cluster uses of tasks: cancel queries, and stop clusters after the last use.
 
-An entry of the record is an orphan if its owner has ended, according to Airflow. Orphans are ended
-by whatever finds them first: the next try, a teardown, a trigger, a DAG's callback, the next user
-of the same cluster, or the orphan sweep. To end means to cancel a query, and to stop a cluster
-after its last use. Failures are logged; they never change a task's result.
+An entry of the record is an orphan if its owner has ended, according to Airflow. An orphan is ended
+by the first of these that finds it: the next try, a teardown, a trigger, a DAG's callback, the next
+user of the same cluster, or the orphan sweep. Failures are logged; they never change a task's
+result.
 """
 
 from __future__ import annotations
@@ -441,7 +441,7 @@ class _Others:
                 record.erase(key)
 
     def stop_unless_used(self, ctx: ComputeContext | None) -> bool:
-        """Stop the cluster if `should_stop`. Return False if it has got another user."""
+        """Stop the cluster if `should_stop`. Return False if another user has started to use it."""
         return not self.should_stop or _stop(self._session, self._use, ctx)
 
     def _end_tasks(self, use: ClusterUse) -> bool:
@@ -467,7 +467,7 @@ class _Others:
 
 
 def _stop(session: CloudSession, use: ClusterUse, ctx: ComputeContext | None) -> bool:
-    """Stop the cluster unless a query runs on it. Return False if it has got another user."""
+    """Stop the cluster unless a query runs on it. Return False if another user came."""
     manifest = use.manifest
     status = session.call(ctx.get_status) if ctx else None
     # After a stop, another user may have started a new cluster of the manifest.

@@ -161,7 +161,7 @@ class Wait(Stored):
     Attributes
     ----------
     since
-        Begin of the wait, in seconds since the epoch.
+        Start of the wait, in seconds since the epoch.
     cluster
         Id of the cluster that is starting; empty if the task waits for queries.
     returned, outlet_events
@@ -242,7 +242,8 @@ class ClusterUse(Stored):
     stops
         Whether the last user stops the cluster; otherwise its idle timeout does.
     clusters
-        Begin of the use by cluster id, in seconds since the epoch; 0 for the cluster's start.
+        Start of the use of each cluster, by cluster id, in seconds since the epoch. 0 if the use
+        started with the cluster.
     nodes, vcpus, seen_at
         Number of nodes of the latest cluster, their total vCPUs if known, and the time since which
         the task has used it, in seconds since the epoch.

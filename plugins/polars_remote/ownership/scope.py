@@ -302,7 +302,7 @@ class TaskScope:
         return lineage.report_datasets(self.queries.results.values())
 
     def on_kill(self) -> None:
-        """Raise `TaskKilled`, because Airflow's SIGTERM alone runs no `finally` block of a task."""
+        """Raise `TaskKilled`, because SIGTERM by itself runs no `finally` block of a `@task`."""
         # Airflow also calls this after a time-out, which has raised its own exception.
         if isinstance(sys.exc_info()[1], AirflowTaskTimeout):
             return

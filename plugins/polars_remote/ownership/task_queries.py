@@ -20,8 +20,8 @@ class TaskQueries:
     """Queries of a try, by name.
 
     The name of a query is its destination. A query with no destination, or with several, is named
-    by its plan's digest and a number. If the code changes, the next try does not resume such a
-    query, because its digest is another.
+    by its plan's digest and a number. If the code changes, the digest changes, and the next try
+    does not resume such a query.
 
     Attributes
     ----------

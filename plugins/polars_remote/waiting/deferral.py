@@ -22,13 +22,14 @@ IN_WORKER_SECONDS = 3.0
 """Seconds for which the worker waits before it defers. Shorter queries need no deferral."""
 
 SHORTEST_RESUME_DELAY, LONGEST_RESUME_DELAY = 6.0, 12.0
-"""Limits of the seconds until a trigger may fire; in between, as long as the task's start-up took.
-If a trigger fires before the scheduler has seen the worker exit, Airflow treats the task as killed
-(apache/airflow #67287, #71580)."""
+"""Limits, in seconds, of the delay before a trigger may fire; within them, as long as the task took
+to start. If a trigger fires before the scheduler has seen the worker exit, Airflow treats the task
+as killed (apache/airflow #67287, #71580)."""
 
 SHORTEST_TRIGGER_TIMEOUT, LONGEST_TRIGGER_TIMEOUT = 300.0, 1800.0
-"""Limits of the trigger time-out in seconds; in between, as long as the task has waited so far. The
-trigger then resumes the task in any case. Without a triggerer, Airflow does so a little later."""
+"""Limits, in seconds, of the trigger time-out; within them, as long as the task has waited so far.
+The trigger then resumes the task in any case. Without a triggerer, Airflow does so a little later.
+"""
 
 TIMEOUT_MARGIN_SECONDS = 60.0
 """Seconds by which Airflow's time-out for the deferral is later than the trigger's own."""
@@ -37,7 +38,7 @@ TIMEOUT_MARGIN_SECONDS = 60.0
 def defer_until_started(scope: TaskScope, cluster_id: str, *, after: float) -> None:
     """Defer a `@query_task` until the cluster is running; its function is then called again.
 
-    Returns if the task cannot be deferred, or has not waited long enough to be.
+    Does nothing if the task cannot be deferred, or has waited for less than `IN_WORKER_SECONDS`.
 
     Parameters
     ----------

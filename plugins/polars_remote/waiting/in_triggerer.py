@@ -1,8 +1,9 @@
 """Poll queries and clusters from the triggerer, where many tasks wait in one process.
 
 Each poll is a single call in a thread, so that the triggerer's event loop is never blocked. The
-client has one login per process, so calls for different Connections run one after another. Polls of
-queries run concurrently, except in proxy mode: the connection to each cluster keeps its own login.
+client has one login per process, so calls for different Connections wait for each other. Polls of
+queries do not, because the connection to each cluster keeps its own login. Proxy mode has no such
+connection, so its polls wait, too.
 """
 
 from __future__ import annotations
@@ -273,7 +274,7 @@ class Outage:
 
         Errors of the login are raised: the trigger fails, and the task waits in its worker.
         """
-        # Such as a missing client on the triggerer.
+        # For example, polars-cloud is not installed on the triggerer.
         if not isinstance(error, Exception) or isinstance(error, AirflowFailException):
             raise error
         if not is_transient(error) and not is_logged_out(error):

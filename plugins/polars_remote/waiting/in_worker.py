@@ -57,8 +57,8 @@ def wait_until_ended(
     results: dict[str, QueryResult] = {}
 
     def end(name: str, result: QueryResult) -> None:
-        if result.status.name == "FAILED" and (anew := resubmit(name)):
-            left[name] = anew
+        if result.status.name == "FAILED" and (resubmitted := resubmit(name)):
+            left[name] = resubmitted
         else:
             del left[name]
             results[name] = result

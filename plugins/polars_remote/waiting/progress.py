@@ -15,10 +15,10 @@ LOG_AFTER_SECONDS = (60, 120, 300, 600, 1200, 1800)
 """Log progress after these seconds, then every 1,800."""
 
 FIRST_POLL_SECONDS, SHORT_QUERY_POLL_SECONDS, LONG_QUERY_POLL_SECONDS = 0.5, 1.5, 8.0
-"""Triggerer poll intervals in seconds: of a new query, and the longest before and after the first
-5 minutes."""
+"""Triggerer poll intervals in seconds: the first, the longest of a short query, and the longest."""
 
 SHORT_QUERY_SECONDS = 300.0
+"""Age in seconds up to which a query counts as short."""
 
 
 def get_poll_interval(age: float) -> float:
