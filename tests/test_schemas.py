@@ -345,9 +345,9 @@ def test_a_function_of_a_module_that_the_cluster_does_not_have_is_explained(
     with pytest.raises(ModuleNotFoundError) as raised, start_try():
         run_function(double)
     assert raised.value.__notes__ == [
-        f"A function of the query needs the module {package}, which the cluster does not have: "
-        "define what it needs inside the task, or name a package that has it in the cluster's "
-        "requirements"
+        f"A function of the query imports the module {package}, which is not installed on the "
+        "cluster: define what the function needs inside the task, or add the package to the "
+        "cluster's requirements"
     ]
 
 
