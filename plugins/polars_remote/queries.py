@@ -76,10 +76,10 @@ class RecordingClient:
     worker ends, the query keeps running and the next try resumes it.
 
     If the reply to a submission is lost, the query is looked up by its destination before it is
-    submitted again. Two kinds of query cannot be looked up, and are simply submitted again: one
-    with a temporary result, which has no destination, and one that writes to an Iceberg table, to
-    which other tasks may append at the same time. Of the two submissions to an Iceberg table,
-    Polars commits only one.
+    submitted again. Some queries cannot be looked up, and are simply submitted again: those with a
+    temporary result or several destinations, and those that write to an Iceberg table, to which
+    other tasks may append at the same time. Of two submissions to an Iceberg table, Polars commits
+    only one.
 
     Parameters
     ----------

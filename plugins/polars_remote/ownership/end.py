@@ -427,9 +427,10 @@ class _Others:
         return of_this_run, [key for key in users if key not in of_this_run]
 
     def erase_ended(self) -> None:
-        """Erase ended uses: all of them after the last user, else orphans of an ended run.
+        """Erase ended and orphaned uses, after the last user of the cluster.
 
-        Other ended uses stay in the record, for the shares of users that are active.
+        While other users are active, erase only this run's orphans, after the last user of the run.
+        Ended uses then stay in the record, for the others' shares of the cost.
         """
         run = self._use.owner.run
         of_this_run, _ = self._get_users()

@@ -49,7 +49,7 @@ FIRST_SWEEP_SECONDS, SWEEP_SECONDS = 5.0, 60.0
 """First delay and interval of the orphan sweep."""
 
 KEEP_LOG_OPEN_SECONDS = 5.0
-"""Seconds for which a canceled trigger stays alive: Airflow then closes the task's log."""
+"""Maximum seconds for which a canceled trigger stays, so that Airflow keeps the task's log open."""
 
 START_POLL_SECONDS = 3.0
 """Poll interval in seconds for a cluster that is starting."""

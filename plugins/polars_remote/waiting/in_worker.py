@@ -195,7 +195,7 @@ def _long_polling(
                     held[name] = result
                     break
             except Exception:
-                pass  # the next poll at an interval raises the error again
+                pass  # if the error persists, the next poll at an interval raises it
             is_closed.wait(LONGEST_POLL_SECONDS)
         has_ended.set()
 
