@@ -11,14 +11,14 @@ FOLDER = Path(__file__).parents[1] / "plugins" / "polars_remote"
 ROOMS = {
     # Packages that each one may import, besides itself.
     "compat": set[str](),
-    "links": set[str](),
+    "links": {"compat"},
     "errors": {"compat"},
     "settings": {"errors"},
     "cloud": {"compat", "errors", "settings"},
     "ownership": {"cloud", "compat", "errors", "settings"},
     "connection": {"cloud", "settings"},
     "page": {"ownership", "compat"},
-    "plugin": {"page"},
+    "plugin": {"links", "page"},
     "waiting": {"ownership", "cloud", "compat", "errors", "settings"},
 }
 """The modules that a DAG imports are above these packages, in this order."""

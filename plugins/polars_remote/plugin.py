@@ -1,4 +1,4 @@
-"""The page *Polars Cloud* in Airflow's UI.
+"""The page *Polars Cloud* and the link *Polars Cloud query* in Airflow's UI.
 
 Every task process imports plugins, so this module imports nothing of the page.
 """
@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from airflow.plugins_manager import AirflowPlugin
+
+from .links import StoredQueryLink
 
 
 async def _serve(scope: Any, receive: Callable[[], Any], send: Callable[[Any], Any]) -> None:
@@ -17,9 +19,10 @@ async def _serve(scope: Any, receive: Callable[[], Any], send: Callable[[Any], A
 
 
 class PolarsCloudPlugin(AirflowPlugin):
-    """A page about what is in use, and its place in the menu."""
+    """A page about what is in use, its place in the menu, and the link of tasks with a query."""
 
     name = "polars_cloud"
+    operator_extra_links = [StoredQueryLink()]  # noqa: RUF012
     fastapi_apps = [  # noqa: RUF012
         {"name": "Polars Cloud", "app": _serve, "url_prefix": "/polars-cloud"}
     ]

@@ -31,6 +31,7 @@ from .cloud.queries import cancel_query, describe, get_page
 from .cloud.retry import start_thread
 from .cloud.session import CloudSession
 from .errors import QueryRefusedError
+from .links import link_to_query
 from .ownership.labels import get_labels, get_lineage
 from .ownership.lineage import add_datasets
 from .ownership.record import QueryRecord
@@ -243,6 +244,7 @@ class RecordingClient:
         )
         forget_cluster(self._ctx)
         query = submit()
+        link_to_query(self._scope.task, get_page(query), instead_of=record.page)
         for query_id, (each, _) in list(self._queries.items()):
             if each == name:
                 self._queries[query_id] = name, query
@@ -286,6 +288,7 @@ class RecordingClient:
             add_datasets(record, plan)
             self.names.add(name)
             self._scope.queries.record_query(name, record, query)
+            link_to_query(self._scope.task, record.page)
         return query
 
     def _submit_once(
@@ -324,6 +327,7 @@ class RecordingClient:
         record.submitted_at = time.time()
         self._known[record.cluster_id].append((record.query_id, destination))
         scope.queries.record_query(name, record, query)
+        link_to_query(scope.task, record.page)
         return query
 
     def _submit_unless_accepted(

@@ -1,14 +1,14 @@
 """Functions that use private names of Airflow; no other module does."""
 
 import json
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from airflow.sdk import Context
 from airflow.sdk.bases.operator import TRIGGER_FAIL_REPR
 from airflow.sdk.exceptions import AirflowRuntimeError, ErrorType
 from airflow.sdk.execution_time import comms, task_runner
 
-from .versions import COUNTS_CLEARED_TASKS
+from .versions import COUNTS_CLEARED_TASKS, VERSION
 
 TASK_ENDS = {"success", "failed", "skipped", "upstream_failed", "removed"}
 """States of a task that has ended."""
@@ -118,3 +118,26 @@ def find_states(dag_id: str, run_id: str) -> dict[tuple[str, int], str | None]:
         return {
             (task_id, map_index): state for task_id, map_index, state in session.execute(of_run)
         }
+
+
+def get_python_operators() -> list[type]:
+    """Return the operators of Airflow that run a Python function in the task's own process."""
+    from airflow.providers.standard.decorators import branch_python, python, short_circuit
+    from airflow.providers.standard.operators.python import PythonOperator
+
+    return [
+        PythonOperator,
+        python._PythonDecoratedOperator,
+        branch_python._BranchPythonDecoratedOperator,
+        short_circuit._ShortCircuitDecoratedOperator,
+    ]
+
+
+def read_link(name: str, xcom_key: str, operator: Any, ti_key: Any) -> str:
+    """Return the address that a task's worker has stored for a link, or an empty string."""
+    if TYPE_CHECKING or VERSION >= (3, 2):
+        from airflow.serialization.definitions.operatorlink import XComOperatorLink
+    else:
+        from airflow.serialization.serialized_objects import XComOperatorLink
+    link = XComOperatorLink(name=name, xcom_key=xcom_key)
+    return link.get_link(operator, ti_key=ti_key)
