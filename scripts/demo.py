@@ -77,7 +77,7 @@ def main(dag_ids: list[str], stay: bool, realistic: bool) -> int:
             migration = subprocess.Popen([sys.executable, "-m", "airflow", "db", "migrate"])
         emulator = started.enter_context(running_emulator(realistic=realistic))
         use_emulator(emulator.environment)
-        console.print(f"Emulator at {emulator.rest_url}, Airflow's log in {LOG.relative_to(ROOT)}")
+        console.print(f"Airflow's log: {LOG.relative_to(ROOT)}\nEmulator: {emulator.rest_url}")
 
         from airflow.dag_processing.dagbag import DagBag
 
@@ -126,7 +126,7 @@ def main(dag_ids: list[str], stay: bool, realistic: bool) -> int:
                 summary = [""] * len(summary)
         console.print(table)
         if stay:
-            console.print(f"\nWhat each cluster did: {emulator.rest_url}, until Ctrl-C")
+            console.print(f"\nWhat each cluster did, until Ctrl-C: {emulator.rest_url}")
             with contextlib.suppress(KeyboardInterrupt):
                 signal.pause()
         else:

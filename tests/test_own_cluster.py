@@ -314,9 +314,9 @@ def test_a_connection_to_own_clusters_starts_none_on_polars_cloud(start_try: Sta
 @pytest.mark.parametrize(
     ("wrong", "problem"),
     [
-        ({"uri": "scheduler:5051"}, "must be its scheduler's address"),
-        ({"uri": ""}, "must be its scheduler's address"),
-        ({"uri": "https://name:secret@scheduler"}, "must be its scheduler's address"),
+        ({"uri": "scheduler:5051"}, "is its scheduler's address"),
+        ({"uri": ""}, "is its scheduler's address"),
+        ({"uri": "https://name:secret@scheduler"}, "without a login"),
         ({"uri": "https://scheduler", "cpus": 2}, "does not take cpus"),
         ({"uri": "https://scheduler", "name": "shop"}, "does not take name"),
     ],

@@ -88,12 +88,12 @@ def main() -> None:
             on_premises=options.on_premises,
         )
         with emulator:
-            ready = f"Polars Cloud emulator ready at {emulator.rest_url}"
+            ready = "Polars Cloud emulator ready"
             if options.env_file is not None:
                 write_env_file(options.env_file, emulator.environment)
                 env_file = shlex.quote(str(options.env_file.absolute()))
                 ready += f"; in another shell: set -a; . {env_file}; set +a"
-            print(ready, flush=True)
+            print(f"{ready}\nIts page: {emulator.rest_url}", flush=True)
             while not stop.wait(PARENT_CHECK_SECONDS if options.parent else None):
                 if os.getppid() != options.parent:
                     break

@@ -119,12 +119,12 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
             started.enter_context(process)
             started.callback(process.kill)
             assert process.stdout is not None
-            line = process.stdout.readline()
+            lines = [process.stdout.readline() for _ in range(2)]
             served = Served(read_env_file(env_file), process.pid)
             object.__setattr__(served, "process", process)
             shell = f"set -a; . {env_file}; set +a"
-            ready = f"Polars Cloud emulator ready at {served.rest_url}"
-            assert line == f"{ready}; in another shell: {shell}\n"
+            ready = f"Polars Cloud emulator ready; in another shell: {shell}"
+            assert lines == [f"{ready}\n", f"Its page: {served.rest_url}\n"]
             return served
 
         yield start

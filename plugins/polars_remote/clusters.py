@@ -298,8 +298,8 @@ def _check_own_cluster(cluster: Cluster) -> None:
     url = urlsplit(str(cluster["uri"]))
     if url.scheme not in ("http", "https") or not url.hostname or url.username:
         raise ClusterRefusedError(
-            f"The uri of a cluster of your own must be its scheduler's address, such as "
-            f'"https://polars.example.com:5051", instead of {cluster["uri"]!r}'
+            "The uri of a cluster of your own is its scheduler's address, without a login, such as "
+            "https://polars.example.com:5051"
         )
     if others := sorted(map(str, cluster.keys() - {"uri"})):
         raise ClusterRefusedError(
