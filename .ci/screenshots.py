@@ -1,4 +1,4 @@
-"""Log in to Airflow as a person does, and save pictures of its UI for the README."""
+"""Log in to Airflow as a person does, save pictures of its UI, and click the links to queries."""
 
 import argparse
 import io
@@ -31,6 +31,23 @@ def save(page: Page, path: Path) -> None:
     size = path.stat().st_size
     print(f"{path}: {size} bytes")
     assert size < MAX_BYTES, f"{path} has {size} bytes"
+
+
+def open_queries(page: Page, airflow: str, dag_id: str, task: str) -> None:
+    """Click the query's address in the task's log, and the link under the task's details."""
+    page.goto(f"{airflow}/dags/{dag_id}/runs")
+    run = page.locator(f"a[href*='/dags/{dag_id}/runs/']").first.get_attribute("href")
+    for tab, link in (
+        ("", page.locator("a[href*='/queries/']").first),
+        ("/details", page.get_by_role("link", name="Polars Cloud query")),
+    ):
+        page.goto(f"{airflow}{str(run).rstrip('/')}/tasks/{task}{tab}")
+        with page.expect_popup() as opened:
+            link.click()
+        query = opened.value
+        expect(query.get_by_role("heading", name=task.replace("/mapped/", "["))).to_be_visible()
+        expect(query.get_by_role("heading", name="Plan", exact=True)).to_be_visible()
+        query.close()
 
 
 def main() -> None:
@@ -75,15 +92,10 @@ def main() -> None:
         for dag_id, task in (
             (DAG, "build_report"),
             ("parallel_single_node", "rank_products/mapped/0"),
+            ("status_check", "count_order_statuses"),
+            ("single_query", "submit_best_sellers"),
         ):
-            page.goto(f"{arguments.url}/dags/{dag_id}/runs")
-            run = page.locator(f"a[href*='/dags/{dag_id}/runs/']").first.get_attribute("href")
-            page.goto(f"{arguments.url}{str(run).rstrip('/')}/tasks/{task}/details")
-            link = page.get_by_role("link", name="Polars Cloud query")
-            address = str(link.get_attribute("href"))
-            page.goto(address)
-            expect(page.get_by_role("heading", name=task.replace("/mapped/", "["))).to_be_visible()
-            expect(page.get_by_role("heading", name="Plan", exact=True)).to_be_visible()
+            open_queries(page, arguments.url, dag_id, task)
 
         page.goto(arguments.emulator)
         for width in (390, 1200):

@@ -277,6 +277,14 @@ class Run:
 
         self.deployment.eventually(ended)
 
+    def links(self) -> set[str]:
+        """Return where the links *Polars Cloud query* of its tasks lead, as for the UI."""
+        answers = [
+            self.deployment.call("GET", f"{self.path}/taskInstances/{task}/links?map_index={index}")
+            for task, index in self._rows(f"SELECT task_id, map_index FROM {TASK_INSTANCES}")
+        ]
+        return {link for each in answers for link in each["extra_links"].values() if link}
+
     def log(self, task_id: str = "*", attempt: str = "*") -> str:
         """Return the logs of the tasks and their triggers, of all tries."""
         return "".join(path.read_text() for path in self.logs(task_id, attempt))
