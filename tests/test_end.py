@@ -14,9 +14,9 @@ from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 from polars_cloud_emulator.testing import RunningEmulator, eventually
 from polars_remote import clean_up, detach, use_cluster
 from polars_remote.cloud import session
-from polars_remote.cloud.client import get_query_id
+from polars_remote.cloud.client import ClusterBill, get_cluster_bill, get_query_id
 from polars_remote.clusters import start_for_run
-from polars_remote.ownership import end, record
+from polars_remote.ownership import costs, end, record
 from polars_remote.ownership.end import end_orphans, end_task_entry
 from tests.observed import calls, cluster_statuses, entries, query_statuses
 from tests.tries import StartTry, Supervisor, kill
@@ -361,6 +361,39 @@ def test_a_shared_cluster_is_an_orphan_when_its_run_has_ended(
     assert cluster_statuses(emulator) == ["Idle"]
     supervisor.states["manual__1"]["run_query"] = "success"
     assert end_orphans() == []
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert supervisor.variables == {}
+
+
+def test_ending_orphans_does_not_wait_until_their_cluster_has_stopped(
+    emulator: RunningEmulator, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def get_bill_while_stopping(cluster_id: str, workspace: Any) -> ClusterBill:
+        """On the emulator, a stop takes no time."""
+        asked.append(cluster_id)
+        bill = get_cluster_bill(cluster_id, workspace)
+        return bill._replace(status="STOPPING", stopped_at=None)
+
+    monkeypatch.setattr(costs, "get_cluster_bill", get_bill_while_stopping)
+    query_and_die(emulator, supervisor)
+    assert end_orphans() == []
+    assert cluster_statuses(emulator) == ["Stopped"]
+    assert len(asked) == 1
+
+
+def test_an_orphan_stays_on_record_for_the_cost_while_a_task_of_its_run_uses_the_cluster(
+    emulator: RunningEmulator, supervisor: Supervisor, start_try: StartTry
+) -> None:
+    # In this order the task that ends sees them.
+    killed, active = sorted(("one", "two"), key=lambda name: record.digest(name, -1, False))
+    with start_try(task_id=active), use_cluster(CLUSTER):
+        query_and_die(emulator, supervisor, task_id=killed)
+        with start_try(task_id="ending"), use_cluster(CLUSTER):
+            pass
+        assert query_statuses(emulator) == ["Canceled"]
+        assert owners(supervisor, "cluster") == {(killed, "manual__1"), (active, "manual__1")}
     assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}
 

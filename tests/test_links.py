@@ -4,7 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
+import httpx
 import polars as pl
+import pytest
 from airflow.providers.standard.operators.bash import BashOperator
 from airflow.providers.standard.operators.python import PythonOperator
 from airflow.sdk import DAG, BaseOperator, task
@@ -66,6 +68,25 @@ def test_the_worker_stores_the_page_of_a_plain_tasks_query(
     [(key, page)] = stored_links(ti.task).items()
     assert page.endswith(f"/{query['cluster_id']}/queries/{query['id']}")
     assert key == QueryLink().xcom_key
+
+
+@pytest.mark.parametrize("mode", ["direct", "proxy"])
+def test_the_link_opens_the_page_of_a_mapped_tasks_query(
+    pc: ModuleType,
+    emulator: RunningEmulator,
+    start_try: StartTry,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+) -> None:
+    portal = emulator.environment["POLARS_CLOUD_PORTAL"]
+    monkeypatch.setattr("polars_remote.cloud.queries.PORTAL", portal)
+    cluster = {**CLUSTER, "connection_mode": mode}
+    with start_try(map_index=3) as ti, use_cluster(cluster, stop=False) as ctx:
+        run_query(ctx).await_result()
+    [page] = stored_links(ti.task).values()
+    answer = httpx.get(page, trust_env=False)
+    assert answer.status_code == 200
+    assert "run_query[3]" in answer.text
 
 
 def test_the_worker_stores_no_link_of_a_task_without_a_query(

@@ -247,18 +247,20 @@ def test_the_log_tells_the_age_of_a_query_where_the_observatory_is_out_of_reach(
     assert "INPROGRESS after 0 min" in caplog.text
 
 
-@pytest.mark.parametrize("has_provider", [True, False])
+@pytest.mark.parametrize("provider", ["works", "is missing", "lacks a macro"])
 def test_a_query_names_its_task_and_the_tasks_run_for_lineage(
     own: RunningEmulator,
     cluster: dict[str, str],
     start_try: StartTry,
     monkeypatch: pytest.MonkeyPatch,
-    has_provider: bool,
+    provider: str,
 ) -> None:
-    if not has_provider:
+    if provider == "is missing":
         monkeypatch.setitem(sys.modules, macros.__name__, None)
+    elif provider == "lacks a macro":  # as any error in it, it refuses no query
+        monkeypatch.delattr(macros, "lineage_run_id")
     with start_try() as ti, use_cluster(cluster) as ctx:
-        run_id = str(macros.lineage_run_id(ti) if has_provider else ti.id)  # type: ignore[arg-type]
+        run_id = str(macros.lineage_run_id(ti) if provider == "works" else ti.id)  # type: ignore[arg-type]
         submit(ctx).await_result()
         given: Any = TWO_ROWS.remote(ctx)
         given.with_lineage(job_namespace="mine", job_name="own").execute()
