@@ -120,17 +120,18 @@ def find_states(dag_id: str, run_id: str) -> dict[tuple[str, int], str | None]:
         }
 
 
-def get_python_operators() -> list[type]:
+def get_python_operators() -> set[type]:
     """Return the operators of Airflow that run a Python function in the task's own process."""
     from airflow.providers.standard.decorators import branch_python, python, short_circuit
     from airflow.providers.standard.operators.python import PythonOperator
 
-    return [
-        PythonOperator,
-        python._PythonDecoratedOperator,
-        branch_python._BranchPythonDecoratedOperator,
-        short_circuit._ShortCircuitDecoratedOperator,
-    ]
+    # Not by their names, which are private: without one, the API server would show no DAG.
+    return {
+        each
+        for module in (python, branch_python, short_circuit)
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, PythonOperator)
+    }
 
 
 def read_link(name: str, xcom_key: str, operator: Any, ti_key: Any) -> str:
