@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from datetime import timedelta
+from decimal import Decimal
 from typing import Any
 
 import httpx
@@ -65,9 +66,78 @@ def test_clusters_are_named_by_what_ran_there_the_latest_first(
         )
         context.stop()
     page = text(browser.get("/").text)
-    assert page.index("second 2 nodes, stopped by its user") < page.index("first 2 nodes, stopped")
-    assert "count[3], try 2 succeeded, 2 rows" in page
-    assert "node-seconds billed" in page
+    first = page.index("first 2 nodes, 4 vCPUs stopped by its user")
+    assert page.index("second 2 nodes, 4 vCPUs stopped by its user") < first
+    assert "✓ count[3], try 2 succeeded, 2 rows" in page
+
+
+def numbers(pattern: str, page: str) -> list[Decimal]:
+    return [Decimal(found.replace(",", "")) for found in re.findall(pattern, page)]
+
+
+def test_numbers_of_the_clusters_add_up_to_those_above_them(
+    emulator: RunningEmulator, browser: httpx.Client, start_cluster: StartCluster
+) -> None:
+    for size in (1, 2, 3, 1, 2):
+        context = start_cluster(cluster_size=size)
+        run(context, pl.LazyFrame({"x": [1]}), given=labels("d", "t"))
+        emulator.advance_clock(timedelta(seconds=12.345 * size))
+        context.stop()
+    page = text(browser.get("/").text)
+    for amount, unit in ((r"([\d,]+\.\d{4})", " vCPU-hours"), (r"([\d,]+\.\d)", " node-seconds")):
+        total, *rows = numbers(amount + unit, page)
+        assert len(rows) == 5
+        assert sum(rows) == total
+    [total_busy] = numbers(r"a query ran in ([\d,]+\.\d) of these", page)
+    assert sum(numbers(r"([\d,]+\.\d) busy", page)) == total_busy
+    # Of 2 vCPUs each.
+    hours, *_ = numbers(r"([\d,]+\.\d{4}) vCPU-hours", page)
+    seconds, *_ = numbers(r"([\d,]+\.\d) node-seconds", page)
+    assert float(hours) == pytest.approx(float(seconds) * 2 / 3600, abs=0.001)
+
+
+def test_failed_query_is_named_without_opening_anything(
+    emulator: RunningEmulator, browser: httpx.Client, start_cluster: StartCluster
+) -> None:
+    context = start_cluster()
+    bad = pl.LazyFrame({"x": ["a"]}).select(pl.col("x").cast(pl.Int8))
+    run(context, pl.LazyFrame({"x": [1]}), given=labels("sales", "good"))
+    for number in range(7):
+        with pytest.raises(pl.exceptions.InvalidOperationError):
+            run(context, bad, given=labels("sales", "bad", map=str(number)))
+    page = browser.get("/").text
+    seen = text(re.sub("<details>.*?</details>", "", page, flags=re.DOTALL))
+    assert "✗ 7 queries failed , on sales" in seen
+    assert "✗ 7 queries failed: bad[0] , bad[1] , bad[2] , bad[3] , bad[4] and 2 more" in seen
+    assert "✗ bad[6]" in seen
+    failed = emulator.state()["queries"][1]
+    assert f'<a href="{query_page(failed)}">bad[0]</a>' in page
+    assert re.search('<text class="[^"]*failed"[^>]*>✗ bad', page)
+
+
+def test_cluster_that_is_still_billed_is_told_from_one_that_has_ended(
+    browser: httpx.Client, start_cluster: StartCluster
+) -> None:
+    context = start_cluster()
+    page = browser.get("/").text
+    assert "1 node, 2 vCPUs idle, still billed" in text(page)
+    assert 'class="live" fill="url(#stripes)" x=' in page
+    assert 'class="ended" x=' not in page
+    context.stop()
+    page = browser.get("/").text
+    assert "1 node, 2 vCPUs stopped by its user" in text(page)
+    assert 'class="live" fill="url(#stripes)" x=' not in page
+    assert 'class="ended" x=' in page
+
+
+def test_legend_names_every_kind_of_bar(browser: httpx.Client, start_cluster: StartCluster) -> None:
+    run(start_cluster(), pl.LazyFrame({"x": [1]}), given=labels("d", "t"))
+    page = browser.get("/").text
+    legend = re.findall('<ul class="legend".*?</ul>', page, re.DOTALL)[0]
+    kinds = {"starting", "live", "ended", "waiting", "running", "succeeded", "failed", "canceled"}
+    assert kinds <= {*re.findall('<rect class="([^"]+)"', legend)}
+    assert {*re.findall('<rect class="([^"]+)"', page)} <= kinds | {"stripe"}
+    assert "starting cluster, still billed cluster, ended query waiting" in text(legend)
 
 
 def test_query_without_labels_is_named_by_its_id(
@@ -77,7 +147,7 @@ def test_query_without_labels_is_named_by_its_id(
     [query] = emulator.state()["queries"]
     page = text(browser.get("/").text)
     assert f"query {query['id'][:8]} succeeded" in page
-    assert f"cluster {query['cluster_id'][:8]} 1 node, idle" in page
+    assert f"cluster {query['cluster_id'][:8]} 1 node, 2 vCPUs idle" in page
 
 
 def test_filters_leave_the_clusters_of_one_dag_or_manifest(
@@ -110,6 +180,7 @@ def test_running_and_waiting_queries_are_told_apart(
     page = text(browser.get("/").text)
     assert "slow running" in page
     assert "next waiting" in page
+    assert ">next</text>" in browser.get("/").text
     blocking.release()
     eventually(lambda: "next succeeded" in text(browser.get("/").text))
 
@@ -121,7 +192,7 @@ def test_start_up_is_drawn(
     rest.post(f"{WORKSPACE}/compute/start", json=CLUSTER)
     emulator.advance_clock(timedelta(seconds=30))
     page = browser.get("/").text
-    assert "1 node, starting" in text(page)
+    assert "1 node, 2 vCPUs starting, still billed" in text(page)
     assert 'class="starting" x="0.0%" width="100.0%"' in page
 
 
@@ -129,13 +200,15 @@ def test_page_of_a_query_tells_all_about_it(
     emulator: RunningEmulator, browser: httpx.Client, start_cluster: StartCluster
 ) -> None:
     frame = pl.LazyFrame({"x": [3, 1]}).sort("x")
-    run(start_cluster(), frame, given=labels("sales", "sort", run="monday"))
+    given = labels("sales", "sort", run="manual__2026-1~0a1b2c", run2="1-28T21:48", run3=":48")
+    run(start_cluster(), frame, given=given)
     [query] = emulator.state()["queries"]
     page = text(browser.get(query_page(query)).text)
     for words in (
-        "sort succeeded on the cluster sales",
+        "✓ succeeded on the cluster sales",
+        "Rows All 2 rows x Int64 1 3 Details",
         f"Id {query['id']}",
-        "Run monday",
+        "Run manual__2026-11-28T21:48:48 Mode",
         "Rows 2",
         "Written to s3://your-bucket/pages/00000000.parquet",
         "Plan SINK (file) SORT BY [col(&#34;x&#34;)]",
@@ -177,9 +250,70 @@ def test_page_of_a_failed_query_has_its_whole_error_as_text(
         frame.remote(start_cluster()).execute()
     [query] = emulator.state()["queries"]
     page = browser.get(query_page(query)).text
+    assert "✗ failed" in text(page)
     assert "InvalidOperationError: conversion from `str` to `i8` failed" in page
     assert "&lt;script&gt;alert(1)" in page
     assert "<script>alert" not in page
+
+
+def test_page_of_a_failed_query_shows_its_error_once(
+    emulator: RunningEmulator, browser: httpx.Client, start_cluster: StartCluster
+) -> None:
+    with pytest.raises(pl.exceptions.ColumnNotFoundError):
+        pl.LazyFrame({"x": [1]}).select("nope").remote(start_cluster()).execute()
+    [query] = emulator.state()["queries"]
+    page = text(browser.get(query_page(query)).text)
+    assert page.count("unable to find column") == 1
+    assert "Polars cannot show this plan: see the error above." in page
+
+
+@pytest.mark.parametrize(
+    "sink",
+    [
+        lambda remote: remote.sink_parquet("s3://your-bucket/rows/"),
+        lambda remote: remote.sink_csv("s3://your-bucket/rows/"),
+        lambda remote: remote.sink_ipc("s3://your-bucket/rows/"),
+        lambda remote: remote.sink_parquet(pl.PartitionBy("s3://your-bucket/rows/", key="letter")),
+        lambda remote: remote.execute(blocking=False),
+    ],
+    ids=["parquet", "csv", "ipc", "partitions", "temporary"],
+)
+def test_page_of_a_query_shows_its_first_rows(
+    emulator: RunningEmulator,
+    browser: httpx.Client,
+    start_cluster: StartCluster,
+    sink: Callable[[Any], Any],
+) -> None:
+    frame = pl.LazyFrame({"letter": ["a", None, "<b>"] * 4, "number": range(12)})
+    sink(frame.remote(start_cluster())).await_result()
+    [query] = emulator.state()["queries"]
+    page = browser.get(query_page(query)).text
+    assert "The first 10 of 12 rows letter String number Int64 a 0 null 1 &lt;b&gt; 2" in text(page)
+    assert page.count("<tr>") == 1 + 10
+    assert '<td class="number">9</td>' in page
+    assert '<td class="number">10</td>' not in page
+
+
+def test_page_of_several_sinks_says_whose_rows_it_shows(
+    emulator: RunningEmulator, browser: httpx.Client, start_cluster: StartCluster
+) -> None:
+    frame = pl.LazyFrame({"x": [7]})
+    sinks = [
+        frame.sink_ndjson("s3://your-bucket/both/x.ndjson", lazy=True),
+        frame.select(pl.col("x") * 2).sink_parquet("s3://your-bucket/both/x.parquet", lazy=True),
+    ]
+    pl.collect_all(sinks, lazy=True).remote(start_cluster()).execute()
+    [query] = emulator.state()["queries"]
+    page = text(browser.get(query_page(query)).text)
+    assert "1 row, of the first of 2 destinations x Int64 7" in page
+
+
+def test_page_of_a_query_without_rows_says_so(
+    emulator: RunningEmulator, browser: httpx.Client, start_cluster: StartCluster
+) -> None:
+    pl.LazyFrame({"x": [1]}).filter(pl.col("x") > 1).remote(start_cluster()).execute()
+    [query] = emulator.state()["queries"]
+    assert "Rows No rows x Int64 Details" in text(browser.get(query_page(query)).text)
 
 
 def test_link_in_the_clients_own_words_opens_the_page(
@@ -212,7 +346,7 @@ def test_address_with_a_stray_ending_leads_to_the_page(
     for address, name in ((query_page(query), "query sort"), (cluster, "cluster sales")):
         page = browser.get(f"{address}{stray}", headers=NAVIGATION)
         assert page.status_code == 404
-        assert f"This is the page of the {name}: {address} All clusters" in text(page.text)
+        assert f"This is the page of the {name}: {address} This is" in text(page.text)
         assert f'<a href="{address}">' in page.text
 
 
@@ -224,6 +358,7 @@ def test_unknown_address_is_a_page_for_a_browser_and_json_for_a_client(
         assert page.status_code == 404
         assert page.headers["content-type"].startswith("text/html")
         assert "default-src 'none'" in page.headers["content-security-policy"]
+        assert "This is the Polars Cloud emulator" in page.text
         assert '<a href="/">All clusters</a>' in page.text
         assert "<b>" not in page.text
     assert emulator.state()["unmatched"] == []

@@ -1,10 +1,11 @@
 """Where moments come to lie on the axis of the page."""
 
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 
 import pytest
 
-from polars_cloud_emulator.planes.timeline import GAP, Axis, Interval, Span, total_seconds
+from polars_cloud_emulator.planes.timeline import GAP, LABEL, Axis, Interval, Span, total_seconds
 
 NOON = datetime(2026, 6, 1, 12, tzinfo=UTC)
 
@@ -46,15 +47,24 @@ def test_short_pause_between_two_clusters_is_shown() -> None:
 @pytest.mark.parametrize(
     ("seconds", "labels"),
     [
-        (4, ["12:00:00", "12:00:01", "12:00:02", "12:00:03", "12:00:04"]),
-        (60, ["12:00:00", "12:00:10", "12:00:20", "12:00:30", "12:00:40", "12:00:50", "12:01:00"]),
-        (1800, ["12:00", "12:05", "12:10", "12:15", "12:20", "12:25", "12:30"]),
-        (7200, ["12:00", "12:30", "13:00", "13:30", "14:00"]),
+        (4, ["12:00:00", "12:00:01", "12:00:02", "12:00:03", None]),
+        (60, ["12:00:00", "12:00:10", "12:00:20", "12:00:30", "12:00:40", "12:00:50", None]),
+        (1800, ["12:00", "12:05", "12:10", "12:15", "12:20", "12:25", None]),
+        (7200, ["12:00", "12:30", "13:00", "13:30", None]),
     ],
 )
-def test_ticks_stand_at_round_times(seconds: int, labels: list[str]) -> None:
+def test_ticks_stand_at_round_times(seconds: int, labels: list[str | None]) -> None:
     axis = Axis([interval(0, seconds)])
     assert [tick.label for tick in axis.ticks()] == labels
+
+
+def test_labels_neither_touch_each_other_nor_the_end() -> None:
+    starts = (0, 3600, 4000, 9000, 20000)
+    ticks = Axis([interval(start, start + 100) for start in starts]).ticks()
+    labeled = [tick.position for tick in ticks if tick.label]
+    assert len(ticks) > len(labeled) > 2
+    assert all(after - before >= LABEL for before, after in pairwise(labeled))
+    assert labeled[-1] <= 100 - LABEL
 
 
 def test_ticks_of_weeks_are_few() -> None:

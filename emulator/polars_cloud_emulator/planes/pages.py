@@ -16,11 +16,12 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from polars_cloud_emulator.clock import Clock
-from polars_cloud_emulator.model.clusters import Cluster, ClusterStatus, TerminationReason
+from polars_cloud_emulator.model.clusters import Cluster, TerminationReason
 from polars_cloud_emulator.model.errors import NotFound, TooLarge, Unauthenticated
 from polars_cloud_emulator.model.queries import Query, QueryStatus
 from polars_cloud_emulator.model.state import State
 from polars_cloud_emulator.planes.credentials_in_urls import without_credentials
+from polars_cloud_emulator.planes.first_rows import read_first_rows
 from polars_cloud_emulator.planes.timeline import Axis, Interval, Span, total_seconds
 from polars_cloud_emulator.protocol.access_tokens import CLIENT_ID, AccessTokens
 from polars_cloud_emulator.protocol.device_logins import DeviceLogins
@@ -37,6 +38,8 @@ EXPLAINED_AT_ONCE = 2
 """Plans; each takes a process, and anybody on this machine may ask for it."""
 LANES = 30
 """As many queries of a cluster are drawn."""
+NAMED_FAILURES = 5
+"""As many failed queries of a cluster are named above its drawing."""
 ENDS = {
     TerminationReason.STOPPED_BY_USER: "stopped by its user",
     TerminationReason.STOPPED_INACTIVE: "stopped at its idle timeout",
@@ -49,7 +52,18 @@ WORDS = {
     QueryStatus.FAILED: "failed",
     QueryStatus.CANCELED: "canceled",
 }
+SYMBOLS = {
+    QueryStatus.SCHEDULED: "…",
+    QueryStatus.IN_PROGRESS: "▶",
+    QueryStatus.SUCCESS: "✓",
+    QueryStatus.FAILED: "✗",
+    QueryStatus.CANCELED: "⊘",
+}
+"""For readers who do not see the colors."""
 ELSEWHERE = "here: the emulator was started anew or emptied since, or the page is of another one."
+RUN_PART = re.compile("run[0-9]+")
+SHORTENED = re.compile("~[0-9a-f]{6}$")
+"""The end of a label that stands for what was cut off."""
 IDENTIFIER = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; "
@@ -82,9 +96,13 @@ class Row(NamedTuple):
     lanes: list[Lane]
     more: int
     """Queries that are not drawn."""
-    billed: float
-    used: float
-    """Seconds from its request to its end, and those in which a query ran."""
+    failures: list[Lane]
+    """All failed queries, also those that are not drawn."""
+    vcpu_hours: float
+    node_seconds: float
+    """From the cluster's request to its end. Rounded: what is shown of all rows is their sum."""
+    busy: float
+    """Those node-seconds in which a query ran."""
 
 
 class Pages:
@@ -122,8 +140,18 @@ class Pages:
             lstrip_blocks=True,
             undefined=jinja2.StrictUndefined,
         )
-        self._templates.globals |= {"words": WORDS, "static": f"{ADMIN_PREFIX}static"}
-        self._templates.filters |= {"moment": _moment, "seconds": _seconds, "end": self._end}
+        self._templates.globals |= {
+            "words": WORDS,
+            "symbols": SYMBOLS,
+            "named_failures": NAMED_FAILURES,
+            "static": f"{ADMIN_PREFIX}static",
+        }
+        self._templates.filters |= {
+            "moment": _moment,
+            "seconds": _seconds,
+            "count": _count,
+            "end": self._end,
+        }
 
     def routes(self) -> list[BaseRoute]:
         workspace = f"{PORTAL_PREFIX}{{workspace:uuid}}"
@@ -157,8 +185,10 @@ class Pages:
             rows=rows,
             axis=axis,
             older=len(chosen) - len(shown),
-            billed=sum(row.billed * row.cluster.spec.cluster_size for row in rows),
-            used=sum(row.used * row.cluster.spec.cluster_size for row in rows),
+            total={
+                column: sum(getattr(row, column) for row in rows)
+                for column in ("vcpu_hours", "node_seconds", "busy")
+            },
             dag=dag,
             dags=sorted({dag for cluster in clusters for dag in self._dags(cluster)}),
             manifest=manifest,
@@ -181,14 +211,18 @@ class Pages:
             return self._missing(f"{error} {ELSEWHERE}")
         async with self._explaining:
             plan = await self._compute.plan_text(query, "plain")
+        head = query.outcome.head if query.outcome else None
+        first_rows = await asyncio.to_thread(read_first_rows, head) if head else None
         row = self._row(cluster, Axis([self._life(cluster)]))
         return self._page(
             "query.html",
             query=query,
             name=_name(query),
             row=row,
-            labels=_labels(query),
+            labels=_joined(_labels(query)),
+            first_rows=first_rows,
             plan=plan,
+            is_known_error=_reason(query.error) in (plan.error or "") if query.error else False,
             longest=LONGEST_PLAN,
         )
 
@@ -236,7 +270,9 @@ class Pages:
     def _row(self, cluster: Cluster, axis: Axis, dag: str = "") -> Row:
         life = self._life(cluster)
         queries = [q for q in self._queries(cluster) if not dag or _labels(q).get("dag") == dag]
-        lanes = [self._lane(query, axis) for query in queries[:LANES]]
+        lanes = [self._lane(query, axis) for query in queries]
+        spec, seconds = cluster.spec, self._state.clusters.billed_seconds(cluster)
+        busy = total_seconds(self._ran(query) for query in queries if query.started_at)
         ready = min(max(cluster.ready_at, life.start), life.end)
         dags = sorted(self._dags(cluster))
         return Row(
@@ -246,10 +282,12 @@ class Pages:
             f"{PORTAL_PREFIX}{self._organization_id}/{self._workspace_id}/compute/{cluster.id}",
             axis.span(Interval(life.start, ready)),
             axis.span(life),
-            lanes,
-            len(queries) - len(lanes),
-            self._state.clusters.billed_seconds(cluster),
-            total_seconds(self._ran(q) for q in queries if q.started_at),
+            lanes[:LANES],
+            len(lanes[LANES:]),
+            [lane for lane in lanes if lane.query.status is QueryStatus.FAILED],
+            round(seconds * spec.cluster_size * spec.vcpus / 3600, 4),
+            round(seconds * spec.cluster_size, 1),
+            round(busy * spec.cluster_size, 1),
         )
 
     def _lane(self, query: Query, axis: Axis) -> Lane:
@@ -280,12 +318,11 @@ class Pages:
         return {each["dag"] for each in labels if "dag" in each}
 
     def _end(self, cluster: Cluster) -> str:
-        """How a cluster is, or came to its end."""
-        if cluster.termination_reason is None:
-            return str(cluster.status).lower()
+        """Return how a cluster is, or how it ended."""
+        if cluster.stopped_at is None:
+            return f"{cluster.status.lower()}, still billed"
+        assert cluster.termination_reason is not None, "it has stopped"
         end = ENDS[cluster.termination_reason]
-        if cluster.status is ClusterStatus.STOPPING:
-            end = f"stopping, {end}"
         return f"{end}: {cluster.termination_message}" if cluster.termination_message else end
 
 
@@ -293,6 +330,21 @@ def _labels(query: Query) -> dict[str, str]:
     """Those labels of a query that are a key and a value."""
     pairs: Iterable[list[str]] = (label.split("=", 1) for label in query.labels)
     return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
+
+
+def _joined(labels: dict[str, str]) -> dict[str, str]:
+    """Return the labels with the run's id in one piece: ``run2`` and so on continue ``run``."""
+    parts = [labels[key] for key in sorted(labels, key=len) if RUN_PART.fullmatch(key)]
+    if not parts or "run" not in labels:
+        return labels
+    run = SHORTENED.sub("", labels["run"]) + "".join(parts)
+    others = {key: value for key, value in labels.items() if not RUN_PART.fullmatch(key)}
+    return others | {"run": run}
+
+
+def _reason(error: str) -> str:
+    """Return the first line of a query's error, without its type."""
+    return error.partition(": ")[2].partition("\n")[0]
 
 
 def _name(query: Query) -> str:
@@ -316,3 +368,7 @@ def _moment(moment: datetime | None) -> str:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:,.1f} s"
+
+
+def _count(number: int, noun: str, plural: str) -> str:
+    return f"{number:,} {noun if number == 1 else plural}"

@@ -12,6 +12,8 @@ LONGEST_GAP = 0.05
 GAP = 3.0
 """Percent of the axis that stand for a time left out."""
 TICKS = 6
+LABEL = 14.0
+"""Percent of the axis that a label takes on a narrow page."""
 STEPS = [
     *(timedelta(seconds=n) for n in (1, 2, 5, 10, 15, 30)),
     *(timedelta(minutes=n) for n in (1, 2, 5, 10, 15, 30)),
@@ -30,7 +32,8 @@ class Interval(NamedTuple):
 
 class Tick(NamedTuple):
     position: float
-    label: str
+    label: str | None
+    """None where it would touch the label before it, or the end of the axis."""
 
 
 class Span(NamedTuple):
@@ -79,13 +82,17 @@ class Axis:
         """Round times of the day."""
         shown = sum((part.length for part in self._parts), timedelta())
         step = next((step for step in STEPS if shown / step <= TICKS), STEPS[-1])
-        ticks = []
+        ticks: list[Tick] = []
+        free = 0.0
         for part in self._parts:
             midnight = part.start.replace(hour=0, minute=0, second=0, microsecond=0)
             moment = midnight + step * -((midnight - part.start) // step)
             while moment <= part.end:
                 text = f"{moment:%H:%M:%S}" if step < timedelta(minutes=1) else f"{moment:%H:%M}"
-                ticks.append(Tick(self.position(moment), text))
+                position = self.position(moment)
+                has_room = free <= position <= 100 - LABEL
+                free = position + LABEL if has_room else free
+                ticks.append(Tick(position, text if has_room else None))
                 moment += step
         return ticks
 
