@@ -21,6 +21,42 @@ def test_labels_of_a_mapped_task_name_its_map_index(start_try: StartTry) -> None
         assert get_labels()[4:] == ["map=0"]
 
 
+@pytest.mark.parametrize(
+    ("run_id", "labels"),
+    [
+        ("manual__7", ["run=manual__7"]),
+        (
+            "scheduled__2026-11-23T00:00:00+00:00",
+            ["run=scheduled__2026-11-23~31c937", "run2=T00:00:00+00:00"],
+        ),
+        (
+            "asset_triggered__2026-11-23T00:00:00.123456+00:00_Ab3dE6gH",
+            [
+                "run=asset_triggered__2026~868a48",
+                "run2=-11-23T00:00:00.123456+00:",
+                "run3=00_Ab3dE6gH",
+            ],
+        ),
+        ("a run with a name of several words", ["run=a run with a name of ~93f972"]),
+        ("märz_märz_märz_märz_märz_märz", ["run=märz_märz_märz_mä~e0c672"]),
+    ],
+)
+def test_labels_hold_the_whole_id_of_the_run(
+    start_try: StartTry, run_id: str, labels: list[str]
+) -> None:
+    with start_try(run_id=run_id, scope=False):
+        assert [label for label in get_labels() if label.startswith("run")] == labels
+
+
+def test_whole_id_of_the_longest_run_has_labels_of_32_bytes(start_try: StartTry) -> None:
+    run_id = "0123456789" * 25  # the longest that Airflow stores
+    with start_try(run_id=run_id, scope=False):
+        labels = get_labels()
+    assert all(len(label) <= LONGEST for label in labels)
+    first, *others = (label.partition("=")[2] for label in labels if label.startswith("run"))
+    assert first.partition("~")[0] + "".join(others) == run_id
+
+
 @pytest.mark.parametrize("label", ["dag=" + "x" * 28, "dag=" + "ü" * 14])
 def test_a_label_of_32_bytes_is_kept(label: str) -> None:
     assert len(label.encode()) == MAX_LABEL_BYTES == 32
@@ -56,4 +92,6 @@ def test_polars_cloud_shows_the_labels_of_a_task_with_long_ids(
         labels = get_labels()
     [query] = emulator.state()["queries"]
     assert query["labels"] == labels
-    assert [label.partition("=")[0] for label in labels] == ["dag", "task", "run", "try", "map"]
+    assert [label.partition("=")[0] for label in labels] == [
+        *("dag", "task", "run", "try", "map", "run2"),
+    ]

@@ -434,7 +434,7 @@ def test_a_task_that_is_resumed_with_results_stops_its_cluster_and_tells_of_them
     caplog.clear()
     assert task.resume({"results": RESULT}) == [FILE]
     query_id = entry["queries"][FILE]["query_id"]
-    assert re.search(f"Query {query_id} wrote 2 rows in .* s to {FILE}$", caplog.text, re.MULTILINE)
+    assert re.search(f"Query {query_id} wrote 2 rows to {FILE}$", caplog.text, re.MULTILINE)
     assert calls(emulator, "CancelQuery") == 0
     assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}
@@ -473,7 +473,7 @@ def test_a_task_that_is_resumed_without_results_looks_for_itself(
     end_held()
     caplog.clear()
     assert task.resume() == [FILE]
-    assert re.search(f" wrote 2 rows in .* s to {FILE}$", caplog.text, re.MULTILINE)
+    assert re.search(f" wrote 2 rows to {FILE}$", caplog.text, re.MULTILINE)
     assert cluster_statuses(emulator) == ["Stopped"]
     assert supervisor.variables == {}
 

@@ -197,7 +197,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
             wait.results[name] = Result.load(found)
             if query := scope.queries.get_record(name):
                 rows, location = found["rows"], found["location"]
-                log_result(query.query_id or name, rows, location, query.submitted_at)
+                log_result(query.query_id or name, rows, location)
         for name, result in wait.results.items():
             if (query := scope.queries.get_record(name)) and query.query_id:
                 scope.queries.mark_ended(query.query_id, result)

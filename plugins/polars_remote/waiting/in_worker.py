@@ -136,8 +136,7 @@ def check_result(scope: TaskScope, name: str, query: DirectQuery, result: QueryR
             f"This query succeeded, but its result has no location: {describe(query)}"
         )
     else:
-        submitted_at = record.submitted_at if record else None
-        log_result(query_id, result.n_rows_total, result.location or [], submitted_at)
+        log_result(query_id, result.n_rows_total, result.location or [])
 
 
 def to_result(result: QueryResult) -> Result:
@@ -145,13 +144,14 @@ def to_result(result: QueryResult) -> Result:
     return Result(location=result.location or [], rows=result.n_rows_total)
 
 
-def log_result(
-    query_id: str, rows: int | None, location: list[str], submitted_at: float | None
-) -> None:
-    """Log the rows, the location and the duration of a query that has succeeded."""
-    age = time.time() - (submitted_at or time.time())
+def log_result(query_id: str, rows: int | None, location: list[str]) -> None:
+    """Log the rows and the location of a query that has succeeded.
+
+    The task sees the end of a query later than Polars Cloud does, so it does not log a duration: the
+    query's page would show another one.
+    """
     places = ", ".join(location) or "nowhere"
-    logger.info("Query %s wrote %s rows in %.1f s to %s", query_id, rows, age, places)
+    logger.info("Query %s wrote %s rows to %s", query_id, rows, places)
 
 
 def check_all_awaited(
