@@ -66,8 +66,8 @@ def test_clusters_are_named_by_what_ran_there_the_latest_first(
         )
         context.stop()
     page = text(browser.get("/").text)
-    first = page.index("first 2 nodes, 4 vCPUs stopped by its user")
-    assert page.index("second 2 nodes, 4 vCPUs stopped by its user") < first
+    first = page.index("first 2 nodes, 4 vCPUs, stopped by its user")
+    assert page.index("second 2 nodes, 4 vCPUs, stopped by its user") < first
     assert "✓ count[3], try 2 succeeded, 2 rows" in page
 
 
@@ -120,12 +120,12 @@ def test_cluster_that_is_still_billed_is_told_from_one_that_has_ended(
 ) -> None:
     context = start_cluster()
     page = browser.get("/").text
-    assert "1 node, 2 vCPUs idle, still billed" in text(page)
+    assert "1 node, 2 vCPUs, idle, still billed" in text(page)
     assert 'class="live" fill="url(#stripes)" x=' in page
     assert 'class="ended" x=' not in page
     context.stop()
     page = browser.get("/").text
-    assert "1 node, 2 vCPUs stopped by its user" in text(page)
+    assert "1 node, 2 vCPUs, stopped by its user" in text(page)
     assert 'class="live" fill="url(#stripes)" x=' not in page
     assert 'class="ended" x=' in page
 
@@ -147,7 +147,7 @@ def test_query_without_labels_is_named_by_its_id(
     [query] = emulator.state()["queries"]
     page = text(browser.get("/").text)
     assert f"query {query['id'][:8]} succeeded" in page
-    assert f"cluster {query['cluster_id'][:8]} 1 node, 2 vCPUs idle" in page
+    assert f"cluster {query['cluster_id'][:8]} 1 node, 2 vCPUs, idle" in page
 
 
 def test_filters_leave_the_clusters_of_one_dag_or_manifest(
@@ -192,7 +192,7 @@ def test_start_up_is_drawn(
     rest.post(f"{WORKSPACE}/compute/start", json=CLUSTER)
     emulator.advance_clock(timedelta(seconds=30))
     page = browser.get("/").text
-    assert "1 node, 2 vCPUs starting, still billed" in text(page)
+    assert "1 node, 2 vCPUs, starting, still billed" in text(page)
     assert 'class="starting" x="0.0%" width="100.0%"' in page
 
 
