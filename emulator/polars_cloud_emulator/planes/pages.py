@@ -323,7 +323,9 @@ class Pages:
             return f"{cluster.status.lower()}, still billed"
         assert cluster.termination_reason is not None, "it has stopped"
         end = ENDS[cluster.termination_reason]
-        return f"{end}: {cluster.termination_message}" if cluster.termination_message else end
+        if cluster.termination_reason is TerminationReason.FAILED:
+            end += f": {cluster.termination_message}"
+        return end
 
 
 def _labels(query: Query) -> dict[str, str]:
