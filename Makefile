@@ -16,7 +16,7 @@ export UV_CACHE_DIR := $(CURDIR)/.venv/cache
 export UV_COMPILE_BYTECODE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo emulator airflow copy preflight check check-style check-file check-run test \
+.PHONY: help demo emulator airflow copy preflight check test \
 	test-template test-failures test-versions test-celery test-mutations wheel lint lock outdated \
 	bench bench-calls bench-comparison bench-load bench-waiting clean
 
@@ -26,8 +26,9 @@ help: ## List the commands
 
 ##@ Run it
 
-demo: .venv/installed ## Run the DAGs on the emulator; OPEN=1 shows the emulator's page, REALISTIC=1 simulates slow starts
-	.venv/bin/python scripts/demo.py $(if $(OPEN),--open) $(if $(REALISTIC),--realistic)
+demo: .venv/installed ## Run the DAGs, or DAG=multi_stage; OPEN=1 serves the emulator's page, REALISTIC=1 simulates slow starts
+	@.venv/bin/python scripts/demo.py $(DAG) $(ROWS:%=--rows=%) $(if $(OPEN),--open) \
+		$(if $(REALISTIC),--realistic)
 
 emulator: .venv/installed ## Serve the emulator until Ctrl-C
 	.venv/bin/python -m polars_cloud_emulator serve --state-dir .emulator --env-file .emulator/env
@@ -38,20 +39,16 @@ airflow: .venv/installed ## Serve Airflow with the DAGs, and the emulator, until
 
 ##@ Write your own DAGs
 
-# Side by side: a parse and a run take a core each.
-check: .venv/installed ## Lint and run a DAG, and print what it wrote: DAG=multi_stage; all DAGs without DAG=
-	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target check-style check-file check-run
+# What is wrong with the file comes first, what is only its style last.
+check: .venv/installed ## Lint and run a DAG, and show what it wrote: DAG=multi_stage ROWS=20; all DAGs without DAG=
+	@.venv/bin/python -m pytest -q --no-header --exitfirst -rN --tb=short --numprocesses=0 \
+		tests/test_dag_integrity.py $(DAG:%=--dag=%)
+	@.venv/bin/python -m ruff check $(CHECKED)
+	@.venv/bin/python scripts/demo.py $(DAG) $(ROWS:%=--rows=%)
+	@.venv/bin/python -m ruff format --check $(CHECKED) || \
+		{ echo 'All but the format is well. To format: .venv/bin/ruff format dags include' >&2; exit 1; }
 
-check-style:
-	.venv/bin/python -m ruff check dags include plugins
-	.venv/bin/python -m ruff format --check dags include plugins
-
-check-file:
-	.venv/bin/python -m pytest -q --numprocesses=0 tests/test_dag_integrity.py \
-		$(if $(DAG),-k "$(DAG) or touches_nothing")
-
-check-run:
-	.venv/bin/python scripts/demo.py $(DAG)
+check: CHECKED = $(if $(DAG),$(DAG:%=dags/%.py),dags) include plugins
 
 ##@ Use your own Airflow and account
 
@@ -169,7 +166,7 @@ clean: ## Delete everything that these commands created
 # The constraint makes the installation fail if the lock is older than requirements.txt.
 .venv/installed: requirements.txt requirements-dev.lock | .venv/bin/uv
 	@echo 'Installing into .venv, and compiling what was installed: half a minute or so, once'
-	.venv/bin/uv pip sync --python .venv --no-build --constraint requirements.txt \
+	@.venv/bin/uv pip sync --quiet --python .venv --no-build --constraint requirements.txt \
 		requirements-dev.lock
 	@touch $@
 
@@ -188,7 +185,8 @@ clean: ## Delete everything that these commands created
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "$(PYTHON) cannot make virtual environments: on Debian and Ubuntu," \
 			"install the package python3-venv." >&2; exit 1; }
-	$(PYTHON) -m venv --clear .venv
+	@echo 'Making .venv with $(PYTHON)'
+	@$(PYTHON) -m venv --clear .venv
 	@sed -n '/^uv==/,/# via/p' requirements-dev.lock >.venv/uv.txt
-	.venv/bin/python -m pip install --quiet --no-cache-dir --disable-pip-version-check \
+	@.venv/bin/python -m pip install --quiet --no-cache-dir --disable-pip-version-check \
 		--requirement .venv/uv.txt

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from left_to_do import Places, find_tasks
-from local_airflow import ROOT
+from local_airflow import ROOT, find_dag_file
 
 LIBRARY = "polars_remote"
 PACKAGE = ROOT / "plugins" / LIBRARY
@@ -307,10 +307,7 @@ def is_same(place: Path, file: Path) -> bool:
 
 
 def main(dag_id: str, folder: str, *, diff: bool = False) -> None:
-    dag_file = ROOT / "dags" / f"{dag_id}.py"
-    if not dag_file.is_file():
-        names = ", ".join(sorted(file.stem for file in dag_file.parent.glob("*.py")))
-        sys.exit(f"There is no DAG {dag_id!r}. Choose one of {names}")
+    dag_file = find_dag_file(dag_id)
     to = Path(folder).resolve()
     if not to.is_dir():
         sys.exit(f"There is no folder {to}. Create it, or name another")

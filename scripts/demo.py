@@ -1,19 +1,36 @@
-"""Run the eight DAGs against an emulator, one after the other, and show what they did."""
+"""Run DAGs against an emulator, and show what they wrote or why they failed."""
 
 import argparse
 import contextlib
+import inspect
+import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+import traceback
+from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Column, Table
 
-from local_airflow import PATTERNS, ROOT, airflow_output_in, use_airflow, use_emulator
+from local_airflow import (
+    PATTERNS,
+    ROOT,
+    airflow_output_in,
+    find_dag_file,
+    use_airflow,
+    use_emulator,
+)
 from polars_cloud_emulator.model.workspace import DATA_BUCKET, TEMPORARY_BUCKET
 from polars_cloud_emulator.testing import RunningEmulator, running_emulator
+
+if TYPE_CHECKING:
+    from airflow.sdk import DAG, Context
+    from rich.console import Console
 
 AIRFLOW_HOME = ROOT / ".airflow"
 LOG = AIRFLOW_HOME / "demo.log"
@@ -22,6 +39,17 @@ MIGRATED = AIRFLOW_HOME / f"migrated-to-{version('apache-airflow-core')}"
 """There once this Airflow has migrated the database: to look again would take seconds."""
 QUERY_TIMEOUT = 60.0
 """Seconds for the query that nobody waits for."""
+ROWS = 5
+"""Rows that are shown of each result if DAGs are named."""
+PLAN = "\n\nResolved plan until failure:"
+"""Where Polars begins to quote the plan in an error, which is left to the log."""
+
+
+class Failure(NamedTuple):
+    """A task that has failed, and with what."""
+
+    task: Any
+    error: BaseException
 
 
 def ended_queries(emulator: RunningEmulator, known: set[str]) -> list[dict[str, Any]]:
@@ -47,6 +75,48 @@ def billed(emulator: RunningEmulator, queries: list[dict[str, Any]]) -> str:
     return f"{hours:.4f}" + (f"+{idle:.4f} idle" if idle else "")
 
 
+def run_once(dag: "DAG") -> tuple[str, list[Failure]]:
+    """Run a DAG without retries, whatever its file says; the run's state, and what failed."""
+    failures: list[Failure] = []
+
+    def note(context: "Context") -> None:
+        error = context["exception"]
+        assert isinstance(error, BaseException)
+        failures.append(Failure(context["task"], error))
+
+    for task in dag.tasks:
+        task.retries = 0
+        callbacks = task.on_failure_callback or []
+        others = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
+        task.on_failure_callback = [*others, note]
+    return str(dag.test().state), failures
+
+
+def find_place(failure: Failure, dag_file: Path) -> str:
+    """Return the line of the DAG's file at which a task has failed, or at which it begins."""
+    frames = traceback.extract_tb(failure.error.__traceback__)
+    # A query that the task has returned fails outside of the file.
+    function = getattr(failure.task, "python_callable", None)
+    code = inspect.unwrap(function).__code__ if function else None
+    places = [(code.co_filename, code.co_firstlineno)] if code else []
+    places += [(frame.filename, frame.lineno or 0) for frame in frames]
+    lines = [line for file, line in places if file == str(dag_file)]
+    return f"{dag_file.relative_to(ROOT)}" + (f", line {lines[-1]}" if lines else "")
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an exception's own lines."""
+    text = "".join(traceback.format_exception_only(error))
+    notes = getattr(error, "__notes__", ()) if PLAN in text else ()
+    return "\n".join([text.partition(PLAN)[0].rstrip(), *notes])
+
+
+def get_task(query: dict[str, Any]) -> str:
+    """Return the task that has submitted a query, with its map index if it is mapped."""
+    labels = dict(label.split("=", 1) for label in query["labels"])
+    return labels["task"] + (f"[{labels['map']}]" if "map" in labels else "")
+
+
 def describe(uri: str) -> str:
     """Name what a query wrote, below the bucket of the sample data."""
     return (
@@ -56,7 +126,43 @@ def describe(uri: str) -> str:
     )
 
 
-def main(dag_ids: list[str], stay: bool, realistic: bool) -> int:
+def show_rows(console: "Console", query: dict[str, Any], count: int) -> None:
+    """Print the first rows of each result of a query."""
+    import polars as pl
+
+    scans: dict[str, Callable[[str], pl.LazyFrame]] = {
+        ".csv": pl.scan_csv,
+        ".ndjson": pl.scan_ndjson,
+        ".arrow": pl.scan_ipc,
+    }
+    for uri in query["destinations"]:
+        rows = query["n_rows"]
+        console.print(
+            f"\n  [{'bold' if rows else 'yellow'}]{get_task(query)}[/] wrote {rows:,} rows: "
+            f"{describe(uri)}"
+        )
+        if not rows:
+            continue
+        try:
+            frame = scans.get(Path(uri).suffix, pl.scan_parquet)(uri).head(count).collect()
+        except (pl.exceptions.PolarsError, OSError) as error:
+            print_below(console, f"It cannot be shown here: {error}")
+            continue
+        with pl.Config(
+            tbl_rows=count,
+            tbl_cols=-1,
+            tbl_width_chars=console.width - 2,
+            tbl_hide_dataframe_shape=True,
+        ):
+            print_below(console, str(frame))
+
+
+def print_below(console: "Console", text: str) -> None:
+    """Print lines as they are, indented."""
+    console.print(textwrap.indent(text, "  "), markup=False, soft_wrap=True)
+
+
+def main(dag_ids: list[str], stay: bool, realistic: bool, rows: int) -> int:
     """Run the DAGs; the exit code.
 
     Parameters
@@ -67,6 +173,8 @@ def main(dag_ids: list[str], stay: bool, realistic: bool) -> int:
         Whether the emulator is served on, with its page, until Ctrl-C.
     realistic
         Whether the emulator is as slow and forgetful as a cloud.
+    rows
+        How many rows of each result are shown.
     """
     with airflow_output_in(LOG) as console, contextlib.ExitStack() as started:
         console.print("Starting Airflow and the emulator ...")
@@ -81,12 +189,16 @@ def main(dag_ids: list[str], stay: bool, realistic: bool) -> int:
 
         from airflow.dag_processing.dagbag import DagBag
 
-        dag_bag = DagBag()
-        for path, error in dag_bag.import_errors.items():
-            console.print(f"{path}: {error}", style="red")
-        if missing := set(dag_ids) - dag_bag.dags.keys():
-            console.print(f"No DAG {', '.join(sorted(missing))} in dags/", style="red")
-            return 1
+        dags: dict[str, DAG] = {}
+        failures = 0
+        for file in (find_dag_file(dag_id) for dag_id in dag_ids or PATTERNS):
+            dag_bag = DagBag(file)
+            dags |= dag_bag.dags
+            problem = "" if dag_bag.dags else "It defines no DAG: call its function at the end"
+            for error in dag_bag.import_errors.values() or filter(None, [problem]):
+                failures += 1
+                console.print(f"\n{file.relative_to(ROOT)}", style="red")
+                print_below(console, error.rstrip())
         if migration:
             if migration.wait():
                 console.print(f"The migration of Airflow's database failed: see {LOG}", style="red")
@@ -102,36 +214,53 @@ def main(dag_ids: list[str], stay: bool, realistic: bool) -> int:
             padding=(0, 1, 0, 0),
         )
         known: set[str] = set()
-        failures = len(dag_bag.import_errors)
-        for dag_id in dag_ids or PATTERNS:
+        for dag_id, dag in dags.items():
             console.print(f"{dag_id} ...", end=" ")
             start = time.monotonic()
-            run = dag_bag.dags[dag_id].test()
+            state, failed = run_once(dag)
             seconds = f"{time.monotonic() - start:.1f}"
             queries = ended_queries(emulator, known)
             known |= {query["id"] for query in queries}
-            succeeded = run.state == "success" and all(q["status"] == "Success" for q in queries)
+            succeeded = state == "success" and all(q["status"] == "Success" for q in queries)
             failures += not succeeded
-            console.print(f"{run.state}, {len(queries)} queries, {seconds} s")
+            count = f"{len(queries)} {'query' if len(queries) == 1 else 'queries'}"
+            console.print(f"{state}, {count}, {seconds} s")
+            for failure in failed:
+                place = find_place(failure, Path(dag.fileloc))
+                console.print(f"\n  {failure.task.task_id} failed: {place}", style="red")
+                print_below(console, describe_error(failure.error))
+            for query in queries:
+                if query["status"] == "Success" and rows:
+                    show_rows(console, query, rows)
+                elif query["status"] != "Success" and state == "success":
+                    console.print(f"\n  A query of {get_task(query)} failed", style="red")
+                    print_below(console, (query["error"] or query["status"]).partition(PLAN)[0])
             summary = [
                 f"[{'green' if succeeded else 'red'}]{dag_id}",
                 seconds,
                 billed(emulator, queries),
             ]
             written = [
-                (str(q["n_rows"]), describe(uri)) for q in queries for uri in q["destinations"]
+                (str(q["n_rows"] or "[yellow]0"), describe(uri), get_task(q))
+                for q in queries
+                for uri in q["destinations"]
             ]
-            for cells in written or [("", "")]:
-                table.add_row(*summary, *cells)
+            named = len({task for *_, task in written}) > 1
+            for n_rows, uri, task in written or [("", "", "")]:
+                table.add_row(*summary, n_rows, f"{task}: {uri}" if named else uri)
                 summary = [""] * len(summary)
+        console.print()
         console.print(table)
+        if failures:
+            console.print(f"\nThe whole log of the tasks: {LOG.relative_to(ROOT)}")
         if stay:
             console.print(f"\nWhat each cluster did, until Ctrl-C: {emulator.rest_url}")
             with contextlib.suppress(KeyboardInterrupt):
                 signal.pause()
         else:
-            console.print("\nWhat each cluster did, in a browser: make demo OPEN=1")
-    return 1 if failures or not known else 0
+            chosen = f" DAG={shlex.quote(' '.join(dag_ids))}" if dag_ids else ""
+            console.print(f"\nWhat each cluster did, in a browser: make demo OPEN=1{chosen}")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
@@ -139,4 +268,10 @@ if __name__ == "__main__":
     parser.add_argument("dag_ids", nargs="*", metavar="DAG")
     parser.add_argument("--open", action="store_true", dest="stay")
     parser.add_argument("--realistic", action="store_true")
-    sys.exit(main(**vars(parser.parse_args())))
+    parser.add_argument("--rows", type=int)
+    arguments = parser.parse_args()
+    for dag_id in arguments.dag_ids:
+        find_dag_file(dag_id)
+    if arguments.rows is None:
+        arguments.rows = ROWS if arguments.dag_ids else 0
+    sys.exit(main(**vars(arguments)))

@@ -1,6 +1,7 @@
 """The environment in which this repository's DAGs run without Docker."""
 
 import contextlib
+import difflib
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,22 @@ ACCOUNT = ("POLARS_CLOUD_CLIENT_ID", "POLARS_CLOUD_CLIENT_SECRET")
 """Variables with which the client would log in by itself, without the Connection."""
 WIDTH = 160
 """Columns of output that is not a terminal, so that no URI is wrapped."""
+
+
+def find_dag_file(dag_id: str) -> Path:
+    """Return the file of one of this repository's DAGs.
+
+    Raises
+    ------
+    SystemExit
+        There is none of this name; with those that there are.
+    """
+    files = {file.stem: file for file in sorted((ROOT / "dags").glob("*.py"))}
+    if dag_id not in files:
+        like = difflib.get_close_matches(Path(dag_id).stem, files, n=1)
+        meant = f" Did you mean {like[0]}?" if like else ""
+        sys.exit(f"There is no DAG {dag_id!r} in dags/.{meant} There are {', '.join(files)}")
+    return files[dag_id]
 
 
 def use_airflow(home: Path) -> None:
@@ -68,4 +85,8 @@ def airflow_output_in(log: Path) -> Iterator[Console]:
     with log.open("w") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
-        yield console
+        try:
+            yield console
+        except Exception as error:
+            console.print(f"{type(error).__name__}: {error}\nSee {log}", style="red", markup=False)
+            raise

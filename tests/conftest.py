@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from local_airflow import use_airflow
+from local_airflow import find_dag_file, use_airflow
 from polars_cloud_emulator.testing import RunningEmulator
 from tests.eight_dags import DELETED
 
@@ -33,8 +33,18 @@ os.environ["POLARS_CLOUD_DOMAIN"] = "nobody@127.0.0.1:9"
 os.environ["POLARS_DISABLE_HTTP_RATE_LIMIT"] = "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--dag", action="append", default=[], help="test this DAG's file alone")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for dag_id in config.getoption("--dag"):
+        find_dag_file(dag_id)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests of a DAG file that was deleted."""
+    """Deselect DAGs other than those given with `--dag`, and tests of a DAG file that was deleted."""
+    chosen = config.getoption("--dag")
 
     def is_about_deleted(item: pytest.Item) -> bool:
         names = [name for mark in item.iter_markers("dag") for name in mark.args]
@@ -42,7 +52,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             names += [item.callspec.params.get("dag_id")]
         return any(f"{name}_".startswith(f"{deleted}_") for name in names for deleted in DELETED)
 
-    deselected = [item for item in items if is_about_deleted(item)]
+    def is_chosen(item: pytest.Item) -> bool:
+        return not chosen or (
+            isinstance(item, pytest.Function)
+            and hasattr(item, "callspec")
+            and item.callspec.params.get("dag_id") in chosen
+        )
+
+    deselected = [item for item in items if is_about_deleted(item) or not is_chosen(item)]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in deselected]
