@@ -22,6 +22,7 @@ from local_airflow import (
     ROOT,
     airflow_output_in,
     find_dag_file,
+    shorten,
     use_airflow,
     use_emulator,
 )
@@ -114,7 +115,7 @@ def describe_error(error: BaseException) -> str:
 def get_task(query: dict[str, Any]) -> str:
     """Return the task that has submitted a query, with its map index if it is mapped."""
     labels = dict(label.split("=", 1) for label in query["labels"])
-    return labels["task"] + (f"[{labels['map']}]" if "map" in labels else "")
+    return f"{labels['task']}" + (f"[{labels['map']}]" if "map" in labels else "")
 
 
 def describe(uri: str) -> str:
@@ -198,7 +199,7 @@ def main(dag_ids: list[str], stay: bool, realistic: bool, rows: int) -> int:
             for error in dag_bag.import_errors.values() or filter(None, [problem]):
                 failures += 1
                 console.print(f"\n{file.relative_to(ROOT)}", style="red")
-                print_below(console, error.rstrip())
+                print_below(console, shorten(error))
         if migration:
             if migration.wait():
                 console.print(f"The migration of Airflow's database failed: see {LOG}", style="red")

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,6 +39,16 @@ def find_dag_file(dag_id: str) -> Path:
     return files[dag_id]
 
 
+def shorten(trace: str) -> str:
+    """Leave out of a DAG file's traceback what is not in the user's own files."""
+    entries = re.compile(r'  File "([^"]+)".*\n(?:    .*\n)*')
+    own = tuple(f"{ROOT / folder}/" for folder in ("dags", "include"))
+    return entries.sub(
+        lambda entry: entry[0].replace(f"{ROOT}/", "") if entry[1].startswith(own) else "",
+        trace.rstrip(),
+    )
+
+
 def use_airflow(home: Path) -> None:
     """Make this process and its children use an Airflow with this repository's DAGs.
 
@@ -53,6 +64,7 @@ def use_airflow(home: Path) -> None:
         del os.environ[name]
     os.environ |= {
         "AIRFLOW_HOME": str(home),
+        "AIRFLOW__CORE__DAGBAG_IMPORT_ERROR_TRACEBACK_DEPTH": "50",
         "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "dags"),
         "AIRFLOW__CORE__PLUGINS_FOLDER": str(ROOT / "plugins"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",

@@ -18,7 +18,7 @@ from airflow.dag_processing.dagbag import DagBag
 from airflow.sdk import DAG
 
 from copy_dag import find_modules
-from local_airflow import PATTERNS, ROOT, UPKEEP
+from local_airflow import PATTERNS, ROOT, UPKEEP, shorten
 from polars_remote import clean_up
 from tests.eight_dags import KEPT
 
@@ -52,16 +52,16 @@ for request in sys.stdin:
 """
 ADVICE = {
     "import": (
-        "imports {what} while it is parsed. Airflow parses it every few seconds, and this import "
+        "imports {what} while the DAG is parsed. Airflow parses it every few seconds, and this import "
         "takes longer than all the rest. Move it into the functions that need it: the first line "
         "of a task's function is `import polars as pl`"
     ),
     "secret": (
-        "reads the {what} while it is parsed. Airflow parses it every few seconds, and each time "
+        "reads the {what} while the DAG is parsed. Airflow parses it every few seconds, and each time "
         "asks its database. Read it in the function of the task that needs it"
     ),
     "call": (
-        "calls the network while it is parsed: {what}. Airflow parses it every few seconds, and "
+        "calls the network while the DAG is parsed: {what}. Airflow parses it every few seconds, and "
         "shows no DAG while the other side is away. Move the call into the function of a task"
     ),
 }
@@ -142,18 +142,18 @@ def name_of(file: str) -> str:
     return os.path.relpath(file, ROOT) if file.startswith(f"{ROOT}/") else file
 
 
-def describe(touch: list[Any], file: Path) -> str:
-    """Say in which line a file touches something, and what to do instead."""
-    kind, what, lines = touch
-    ours = [
-        (name, line)
-        for name, line in lines
-        if name == str(file) or name.startswith(f"{ROOT / 'include'}/")
-    ]
-    [(first, line), *_] = ours or [(str(file), 0)]
-    (inner, inner_line) = ours[-1] if ours else (first, line)
-    by = f" ({name_of(inner)}, line {inner_line})" if inner != first else ""
-    return f"{name_of(first)}, line {line}{by}, {ADVICE[kind].format(what=what)}"
+def describe_touches(touches: list[Any], file: Path) -> list[str]:
+    """Say in which line a file touches something, and what to do instead; once for each line."""
+    advice: dict[str, str] = {}
+    for kind, what, lines in touches:
+        ours = [
+            f"{name_of(name)}, line {line}"
+            for name, line in lines
+            if name == str(file) or name.startswith(f"{ROOT / 'include'}/")
+        ]
+        place = " → ".join(ours or [name_of(str(file))])
+        advice.setdefault(place, f"{place}: {ADVICE[kind].format(what=what)}")
+    return [*advice.values()]
 
 
 @pytest.mark.parametrize("dag_id", sorted(DAG_IDS | UPKEEP))
@@ -162,8 +162,8 @@ def test_a_dag_file_defines_a_dag_of_its_name_and_touches_nothing(
 ) -> None:
     file = ROOT / "dags" / f"{dag_id}.py"
     report = parse(file, ROOT, ROOT / "plugins")
-    refuse(*(f"{name_of(path)}:\n{error}" for path, error in report["errors"].items()))
-    refuse(*dict.fromkeys(describe(touch, file) for touch in report["touches"]))
+    refuse(*map(shorten, report["errors"].values()))
+    refuse(*describe_touches(report["touches"], file))
     if dag_id not in report["dags"]:
         found = ", ".join(report["dags"])
         refuse(
@@ -192,8 +192,8 @@ def test_a_dag_file_that_does_more_than_define_is_told_its_line_and_what_to_do_i
 ) -> None:
     file = tmp_path / "careless.py"
     file.write_text(f"from airflow.sdk import BaseHook, DAG, Variable\n{line}")
-    problem, *_ = (describe(touch, file) for touch in parse(file)["touches"])
-    assert problem.startswith(f"{file}, line 2, {advice}")
+    [problem] = describe_touches(parse(file)["touches"], file)
+    assert problem.startswith(f"{file}, line 2: {advice}")
     assert re.search(r"\b(Move|Read) .+ function", problem)
 
 

@@ -39,7 +39,7 @@ from .ownership.scope import TaskScope, current_scope
 from .waiting.in_worker import check_result, wait_until_ended
 
 if TYPE_CHECKING:
-    from polars_cloud import ComputeContext, DirectQuery
+    from polars_cloud import ComputeContext, DirectQuery, ProxyQuery
 
     from .cloud.client import QueryInfo
 
@@ -49,10 +49,10 @@ RESUBMIT_SECONDS = 30.0
 """Maximum age in seconds of a query that is submitted again after its cluster was stopped."""
 
 if TYPE_CHECKING:
-    Query = DirectQuery
+    Query = DirectQuery | ProxyQuery
 else:
     Query = object  # importing it costs as much as Polars
-"""`polars_cloud.DirectQuery`, which a remote sink or `execute(blocking=False)` returns."""
+"""Type of what a remote sink or `execute(blocking=False)` returns."""
 
 
 def detach(query: DirectQuery) -> str:

@@ -215,6 +215,10 @@ class QueryTask(DecoratedOperator, PythonOperator):
 
         def replace_by_name(value: Any) -> Any:
             if is_result(value):
+                logger.info(
+                    "This task waited for its query in the worker. To hold no worker slot, leave "
+                    "out await_result(), or write execute(blocking=False)"
+                )
                 if value.status.name == "FAILED":
                     value.raise_err()
                 if value.status.name == "CANCELED":

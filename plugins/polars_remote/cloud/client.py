@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -509,6 +509,15 @@ def is_result(value: object) -> TypeGuard[QueryResult]:
     from polars_cloud import QueryResult
 
     return isinstance(value, QueryResult)
+
+
+def holds_query(value: object) -> bool:
+    """Return whether the value is a query or a result, or a list or dict with one in it."""
+    if isinstance(value, Mapping):
+        value = [*value.values()]
+    if isinstance(value, list | tuple):
+        return any(map(holds_query, value))
+    return is_query(value) or is_result(value)
 
 
 def get_query_id(query: DirectQuery) -> str:

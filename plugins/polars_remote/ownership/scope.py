@@ -19,6 +19,7 @@ from ..cloud.client import (
     get_cluster_id,
     get_manifest_name,
     get_size,
+    holds_query,
     refuse_queries_without_context,
 )
 from ..cloud.session import CloudSession
@@ -181,7 +182,13 @@ class TaskScope:
     """
 
     def __init__(self, conn_id: str) -> None:
-        context = get_current_context()
+        try:
+            context = get_current_context()
+        except RuntimeError:
+            raise NotAuthenticatedError(
+                "The function below @authenticate was called outside of a task: put @query_task, "
+                "or @task, above @authenticate"
+            ) from None
         ti = context["ti"]
         self.task: Any = ti.task
         self.started_at = ti.start_date.timestamp()
@@ -248,9 +255,21 @@ class TaskScope:
             self.entry.save()
 
     def await_returned_queries(self, returned: Any) -> Any:
-        """Return the task's value. A `@query_task` first waits for the queries in it."""
-        wait = getattr(self.task, "await_returned_queries", None)
-        return wait(self, returned) if wait else returned
+        """Return the task's value. A `@query_task` first waits for the queries in it.
+
+        Raises
+        ------
+        QueryRefusedError
+            Another task returned a query or a query's result, which Airflow cannot store.
+        """
+        if wait := getattr(self.task, "await_returned_queries", None):
+            return wait(self, returned)
+        if holds_query(returned):
+            raise QueryRefusedError(
+                "The task returned a query or its result, which only a @query_task may: replace "
+                "@task by @query_task, or return query.await_result().location"
+            )
+        return returned
 
     def defer(self, waits_for: Wait, deferral: TaskDeferred) -> NoReturn:
         """Save the entry and defer the task. Its queries and clusters keep running."""
