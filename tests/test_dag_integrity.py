@@ -52,17 +52,17 @@ for request in sys.stdin:
 """
 ADVICE = {
     "import": (
-        "imports {what} while the DAG is parsed. Airflow parses it every few seconds, and this import "
-        "takes longer than all the rest. Move it into the functions that need it: the first line "
-        "of a task's function is `import polars as pl`"
+        "imports {what} while the DAG is parsed. Airflow parses it every few seconds, and this "
+        "import takes longer than all the rest. Move it into the functions that need it: the "
+        "first line of a task's function is `import polars as pl`"
     ),
     "secret": (
-        "reads the {what} while the DAG is parsed. Airflow parses it every few seconds, and each time "
-        "asks its database. Read it in the function of the task that needs it"
+        "reads the {what} while the DAG is parsed. Airflow parses it every few seconds, and asks "
+        "its database each time. Read it in the function of the task that needs it"
     ),
     "call": (
-        "calls the network while the DAG is parsed: {what}. Airflow parses it every few seconds, and "
-        "shows no DAG while the other side is away. Move the call into the function of a task"
+        "calls the network while the DAG is parsed: {what}. Airflow parses it every few seconds, "
+        "and shows no DAG while the other side is away. Move the call into the function of a task"
     ),
 }
 """What to do about a touch, by its kind."""
@@ -308,6 +308,68 @@ def test_every_task_that_waits_has_a_time_limit(dags: dict[str, DAG], dag_id: st
                 "return the query, from sink_parquet(...) or execute(blocking=False): then it "
                 "holds no worker slot"
             )
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ("return 1", None),
+        ("return lf.remote(ctx).sink_parquet(uri)", "makes a remote query, but does not log in"),
+        ("return lf.remote(ctx).execute()", "waits in its worker without a limit"),
+    ],
+)
+def test_a_task_of_the_users_is_told_its_line_and_what_to_write(
+    tmp_path: Path, body: str, problem: str | None
+) -> None:
+    (tmp_path / "reports.py").write_text(
+        "from airflow.sdk import dag, task\n"
+        "@dag(schedule=None)\n"
+        "def reports():\n"
+        "    @task\n"
+        "    def count():\n"
+        f"        {body}\n"
+        "    count()\n"
+        "reports()\n"
+    )
+    dags = DagBag(tmp_path).dags
+    found = get_refusals(
+        lambda: test_every_task_that_makes_a_query_is_authenticated(dags, "reports"),
+        lambda: test_every_task_that_waits_has_a_time_limit(dags, "reports"),
+    )
+    assert bool(found) == (problem is not None)
+    if problem:
+        assert all(each.startswith(f"{tmp_path}/reports.py, line 4: the task c") for each in found)
+        assert all("Write @" in each for each in found)
+        assert problem in found[-1]
+
+
+def test_a_dag_without_a_description_or_with_clean_up_in_one_callback_is_told_what_to_write() -> (
+    None
+):
+    dags = {"reports": DAG("reports", schedule=None, on_failure_callback=clean_up)}
+    said, cleaned = get_refusals(
+        lambda: test_a_dag_says_what_it_is_for(dags, "reports"),
+        lambda: test_a_run_is_cleaned_up_first_of_all_and_however_it_ends(dags, "reports"),
+    )
+    assert said.startswith("dags/reports.py: the DAG does not say")
+    assert "Write a docstring" in said
+    assert "Write on_failure_callback=[clean_up" in cleaned
+
+
+def test_a_dag_file_that_was_not_imported_is_named_by_the_tests_that_need_its_dag() -> None:
+    [problem] = get_refusals(lambda: test_a_dag_says_what_it_is_for({}, "reports"))
+    assert problem == "dags/reports.py: there is no DAG reports"
+
+
+def get_refusals(*checks: Callable[[], None]) -> list[str]:
+    """Return what the checks say that do not pass."""
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except pytest.fail.Exception as error:
+            problems.append(str(error))
+    return problems
 
 
 @pytest.mark.parametrize(

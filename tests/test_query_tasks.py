@@ -240,7 +240,7 @@ def test_a_query_that_was_waited_for_needs_no_return() -> None:
 
 
 def test_a_query_that_blocks_gives_its_location_and_an_event_of_the_outlet(
-    emulator: RunningEmulator, supervisor: Supervisor
+    emulator: RunningEmulator, supervisor: Supervisor, caplog: pytest.LogCaptureFixture
 ) -> None:
     def ask_and_block(ctx: Any) -> Any:
         return {"all": TWO_ROWS.remote(ctx).single_node().execute(), "file": sink(ctx)}
@@ -248,6 +248,7 @@ def test_a_query_that_blocks_gives_its_location_and_an_event_of_the_outlet(
     task = TriedTask(using(CLUSTER, ask_and_block), outlets=[REPORTS])
     returned = task.run()
     [location] = returned["all"]
+    assert "To hold no worker slot, leave out await_result()" in caplog.text
     assert returned["file"] == [FILE]
     assert extra(task) == {"location": returned, "rows": {"all": 2, "file": 2}}
     assert pl.read_parquet(location).to_dict(as_series=False) == {"x": [1, 2]}
@@ -759,6 +760,28 @@ def test_a_plain_task_may_not_return_a_query(
     with start_try(task=operator, scope=False, **raises):
         operator.execute(get_current_context())
     assert query_statuses(emulator) == ["Canceled"]
+    assert supervisor.variables == {}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda query: query, lambda query: query.await_result(), lambda query: {"all": [query]}],
+    ids=["query", "result", "nested"],
+)
+def test_a_plain_task_that_returns_what_airflow_cannot_store_is_told_of_query_task(
+    supervisor: Supervisor, wrap: Callable[[Any], Any], start_try: StartTry
+) -> None:
+    def ask_and_return() -> Any:
+        with use_cluster(CLUSTER) as ctx:
+            query = sink(ctx)
+            query.await_result()
+            return wrap(query)
+
+    with DAG("shop", schedule=None):
+        made: Any = task(task_id="run_query")(authenticate(ask_and_return))()
+    raises = {"raises": QueryRefusedError, "match": "replace @task by @query_task"}
+    with start_try(task=made.operator, scope=False, **raises):
+        made.operator.execute(get_current_context())
     assert supervisor.variables == {}
 
 
