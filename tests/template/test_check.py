@@ -21,6 +21,10 @@ MISTAKES = {
 """What each DAG has in place of a text of the README's example."""
 
 
+def rename(code: str, dag_id: str) -> str:
+    return re.sub(r"\borders\(\)", f"{dag_id}()", code)
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """This repository with the README's example, and with DAGs that have a mistake each."""
@@ -34,7 +38,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "dags" / "orders.py").write_text(ORDERS)
     (folder / "dags" / "refused.py").write_text("from airflow.sdk import dag\n1 / 0\n")
     for name, (right, wrong) in MISTAKES.items():
-        code = ORDERS.replace(right, wrong).replace("orders()", f"{name}()")
+        code = rename(ORDERS.replace(right, wrong), name)
         assert wrong in code
         # Retries with a delay, which would take minutes.
         options = 'default_args={"retries": 2, "retry_delay": 300.0}'
@@ -107,7 +111,7 @@ def test_a_dag_that_is_not_there_is_answered_with_those_that_are(clone: Path, co
 
 
 def test_only_the_dag_that_was_named_is_checked(clone: Path) -> None:
-    (clone / "dags" / "orders_daily.py").write_text(ORDERS.replace("orders()", "orders_daily()"))
+    (clone / "dags" / "orders_daily.py").write_text(rename(ORDERS, "orders_daily"))
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-n0", "--dag=orders"]
     environment = {"PYTHONPATH": f"{clone}:{clone}/emulator:{clone}/plugins", "PATH": "/usr/bin"}
     collected = subprocess.run(
