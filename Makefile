@@ -57,7 +57,7 @@ preflight: .venv/installed ## Check your account; SPEND=1 starts a cluster, too;
 	.venv/bin/python scripts/preflight.py $(if $(EMULATOR),--emulator) $(if $(SPEND),--spend)
 
 copy: .venv/installed ## Copy or upgrade a DAG in another Airflow: DAG=complete_pipeline TO=/path; DIFF=1 shows changes
-	.venv/bin/python scripts/copy_dag.py "$(DAG)" "$(TO)" $(if $(DIFF),--diff)
+	@.venv/bin/python scripts/copy_dag.py "$(DAG)" "$(TO)" $(if $(DIFF),--diff)
 
 ##@ Test
 

@@ -40,7 +40,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name, (right, wrong) in MISTAKES.items():
         code = rename(ORDERS.replace(right, wrong), name)
         assert wrong in code
-        # Retries with a delay, which would take minutes.
+        # Retries with a delay would take minutes.
         options = 'default_args={"retries": 2, "retry_delay": 300.0}'
         code = code.replace("schedule=None", f"schedule=None, {options}")
         (folder / "dags" / f"{name}.py").write_text(code)
@@ -125,8 +125,8 @@ def test_only_the_dag_that_was_named_is_checked(clone: Path) -> None:
     assert set(re.findall(r"\[(.*)\]", collected)) == {"orders"}
 
 
-def test_the_example_of_the_readme_has_types() -> None:
-    command = [sys.executable, "-m", "mypy", "--strict", "--command", ORDERS]
+def test_the_example_of_the_readme_has_types(clone: Path) -> None:
+    command = [sys.executable, "-m", "mypy", "--strict", str(clone / "dags" / "orders.py")]
     checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
 
