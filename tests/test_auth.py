@@ -223,11 +223,6 @@ def test_a_task_without_authenticate_is_told_to_have_it() -> None:
         current_scope()
 
 
-def test_an_authenticated_function_that_is_no_task_is_told_to_become_one() -> None:
-    with pytest.raises(NotAuthenticatedError, match="put @query_task, or @task, above"):
-        run_query("north")
-
-
 @pytest.mark.parametrize("run", [run_query, lambda region: asyncio.run(await_query(region))])
 def test_a_task_that_has_ended_uses_no_cluster(
     emulator: RunningEmulator, run: Callable[[str], object]

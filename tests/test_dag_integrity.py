@@ -281,6 +281,25 @@ def test_a_cluster_without_a_name_is_an_error_while_the_dag_file_is_parsed(
     assert "A cluster needs a name" in error
 
 
+def test_an_authenticated_function_that_is_no_task_is_told_to_become_one(
+    parse: Parse, tmp_path: Path
+) -> None:
+    (tmp_path / "reports.py").write_text(
+        "from airflow.sdk import dag\n"
+        "from include.auth import authenticate\n"
+        "@dag(schedule=None)\n"
+        "def reports():\n"
+        "    @authenticate\n"
+        "    def count():\n"
+        "        return 1\n"
+        "    count()\n"
+        "reports()\n"
+    )
+    [error] = parse(tmp_path, ROOT, ROOT / "plugins")["errors"].values()
+    assert 'reports.py", line 8, in reports' in error
+    assert "put @query_task, or @task, above @authenticate" in error
+
+
 @pytest.mark.parametrize("dag_id", sorted(DAG_IDS))
 def test_every_task_that_makes_a_query_is_authenticated(dags: dict[str, DAG], dag_id: str) -> None:
     tasks = [task for task in find_dag(dags, dag_id).tasks if task.task_id not in CLUSTER_TASKS]
