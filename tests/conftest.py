@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect DAGs other than those given with `--dag`, and tests of a DAG file that was deleted."""
+    """Deselect DAGs other than those of `--dag`, and tests of a DAG file that was deleted."""
     chosen = config.getoption("--dag")
 
     def is_about_deleted(item: pytest.Item) -> bool:

@@ -52,7 +52,7 @@ def test_whole_id_of_the_longest_run_has_labels_of_32_bytes(start_try: StartTry)
     run_id = "0123456789" * 25  # the longest that Airflow stores
     with start_try(run_id=run_id, scope=False):
         labels = get_labels()
-    assert all(len(label) <= LONGEST for label in labels)
+    assert all(len(label) <= MAX_LABEL_BYTES for label in labels)
     first, *others = (label.partition("=")[2] for label in labels if label.startswith("run"))
     assert first.partition("~")[0] + "".join(others) == run_id
 

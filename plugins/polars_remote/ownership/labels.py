@@ -18,8 +18,8 @@ DIGEST_LENGTH = 7
 def get_labels() -> list[str]:
     """Return labels for DAG, task, run and try of the current task, and its map index if mapped.
 
-    Each label is a text such as `dag=multi_stage`, of at most 32 bytes. A longer run id continues in
-    the labels `run2`, `run3` and so on.
+    Each label is a text such as `dag=multi_stage`, of at most 32 bytes. A longer run id continues
+    in the labels `run2`, `run3` and so on.
     """
     ti = get_current_context()["ti"]
     labels = {"dag": ti.dag_id, "task": ti.task_id, "run": ti.run_id, "try": ti.try_number}

@@ -147,7 +147,7 @@ def to_result(result: QueryResult) -> Result:
 def log_result(query_id: str, rows: int | None, location: list[str]) -> None:
     """Log the rows and the location of a query that has succeeded.
 
-    The task sees the end of a query later than Polars Cloud does, so it does not log a duration: the
+    The task sees the end of a query later than Polars Cloud does. It logs no duration, because the
     query's page would show another one.
     """
     places = ", ".join(location) or "nowhere"

@@ -23,7 +23,7 @@ def without_triggerer() -> None:
     def ask() -> Query:
         import polars as pl
 
-        deferral.SHORTEST_TRIGGER_TIMEOUT = deferral.TIMEOUT_MARGIN_SECONDS = 2.0  # minutes by default
+        deferral.SHORTEST_TRIGGER_TIMEOUT = deferral.TIMEOUT_MARGIN_SECONDS = 2.0
         with use_cluster(CLUSTER) as ctx:
             return pl.LazyFrame({"number": [1]}).remote(ctx).execute(blocking=False)
 
