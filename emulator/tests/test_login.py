@@ -117,7 +117,7 @@ def test_token_from_an_emulator_that_is_ahead_tells_the_client_its_own_time(
         ),
         (
             "Bearer " + jwt.encode({"sub": "polars-cloud-emulator"}, None, algorithm="none"),
-            "this access token was not issued here",
+            "this access token was not issued by this emulator",
         ),
     ],
 )
