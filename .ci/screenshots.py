@@ -24,6 +24,8 @@ MAX_BYTES = 60_000
 WIDTH = 520
 """Of the pages: a phone shows them at three quarters of their size, and so their letters."""
 MARGIN = 12
+HIDDEN = "[role=tooltip], .react-flow__panel { display: none !important }"
+"""What lies on top of the parts that a picture shows."""
 
 
 def save(page: Page, parts: Locator, path: Path) -> None:
@@ -102,8 +104,7 @@ def main() -> None:
             page.get_by_role("menu").get_by_text(column).click()
         page.keyboard.press("Escape")
         expect(page.get_by_role("columnheader", name="Tags")).to_have_count(0)
-        page.mouse.move(0, 0)  # away from the button, which has a tooltip
-        expect(page.get_by_role("tooltip")).to_have_count(0)
+        page.add_style_tag(content=HIDDEN)
         page.set_viewport_size({"width": 720, "height": 1200})
         # Without the buttons of each row, at its end.
         cells = page.get_by_role("table").locator("tr > :nth-child(-n + 3)")
@@ -122,9 +123,7 @@ def main() -> None:
         expect(tasks.filter(has_text="success")).to_have_count(6)
         # Waits for the graph to stand still.
         tasks.last.click(trial=True)
-        page.add_style_tag(content=".react-flow__panel { display: none }")
-        page.mouse.move(0, 0)  # away from the task, which has a tooltip
-        expect(page.get_by_role("tooltip")).to_have_count(0)
+        page.add_style_tag(content=HIDDEN)
         graph = page.locator(".react-flow__node, .react-flow__edge")
         save(page, graph, arguments.folder / f"{DAG}.png")
 
