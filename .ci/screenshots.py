@@ -23,7 +23,7 @@ TIMEOUT = 30_000
 MAX_BYTES = 60_000
 WIDTH = 520
 """Of the pages: a phone shows them at three quarters of their size, and so their letters."""
-MARGIN = 12
+MARGIN = 8
 HIDDEN = "[role=tooltip], .react-flow__panel { display: none !important }"
 """What lies on top of the parts that a picture shows."""
 
