@@ -78,22 +78,22 @@ def numbers(pattern: str, page: str) -> list[Decimal]:
 def test_numbers_of_the_clusters_add_up_to_those_above_them(
     emulator: RunningEmulator, browser: httpx.Client, start_cluster: StartCluster
 ) -> None:
-    for size in (1, 2, 3, 1, 2):
+    for size in (1, 2, 3) * 6:  # so many that roundings do not cancel out
         context = start_cluster(cluster_size=size)
         run(context, pl.LazyFrame({"x": [1]}), given=labels("d", "t"))
-        emulator.advance_clock(timedelta(seconds=12.345 * size))
+        emulator.advance_clock(timedelta(seconds=3.456 * size))
         context.stop()
     page = text(browser.get("/").text)
     for amount, unit in ((r"([\d,]+\.\d{4})", " vCPU-hours"), (r"([\d,]+\.\d)", " node-seconds")):
         total, *rows = numbers(amount + unit, page)
-        assert len(rows) == 5
+        assert len(rows) == 18
         assert sum(rows) == total
     [total_busy] = numbers(r"a query ran in ([\d,]+\.\d) of these", page)
     assert sum(numbers(r"([\d,]+\.\d) busy", page)) == total_busy
     # Of 2 vCPUs each.
     hours, *_ = numbers(r"([\d,]+\.\d{4}) vCPU-hours", page)
     seconds, *_ = numbers(r"([\d,]+\.\d) node-seconds", page)
-    assert float(hours) == pytest.approx(float(seconds) * 2 / 3600, abs=0.001)
+    assert float(hours) == pytest.approx(float(seconds) * 2 / 3600, abs=0.01)
 
 
 def test_failed_query_is_named_without_opening_anything(
