@@ -40,8 +40,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name, (right, wrong) in MISTAKES.items():
         code = rename(ORDERS.replace(right, wrong), name)
         assert wrong in code
-        # Retries with a delay would take minutes.
-        options = 'default_args={"retries": 2, "retry_delay": 300.0}'
+        options = 'default_args={"retries": 2, "retry_delay": 1.0}'
         code = code.replace("schedule=None", f"schedule=None, {options}")
         (folder / "dags" / f"{name}.py").write_text(code)
     yield folder
