@@ -3,7 +3,6 @@
 import asyncio
 import json
 import sys
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,27 +14,20 @@ import pytest
 from airflow.dag_processing.dagbag import DagBag
 from airflow.providers.openlineage.plugins import macros
 from airflow.sdk import DAG, DagRunState
-from airflow.sdk.exceptions import AirflowFailException, TaskDeferred
+from airflow.sdk.exceptions import AirflowFailException
 
 from local_airflow import ROOT
 from polars_cloud_emulator.testing import RunningEmulator, running_emulator
 from polars_remote import detach, ensure_manifest, shared_cluster, use_cluster
 from polars_remote.errors import ClusterRefusedError, LoginRefusedError
 from polars_remote.ownership.end import end_orphans
-from polars_remote.ownership.record import Wait
-from polars_remote.ownership.scope import current_scope
 from polars_remote.waiting import deferral, progress
-from polars_remote.waiting.deferral import defer_until_ended
 from polars_remote.waiting.in_triggerer import cancel_queries
-from polars_remote.waiting.triggers import QueryTrigger
 from tests.observed import calls, entries, query_statuses, variables
 from tests.tries import StartTry, Supervisor, kill
+from tests.two_rows import FILE, SECONDS, TWO_ROWS, defer, first_event, submit, submit_and_freeze
 
-FILE = "s3://your-bucket/results/one.parquet"
-TWO_ROWS = pl.LazyFrame({"x": [1, 2]})
 MINUTE = timedelta(minutes=1)
-SECONDS = 60.0
-"""Seconds after which a trigger fails the test."""
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +41,8 @@ def own(
     running_own: RunningEmulator,
     emulator: RunningEmulator,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
 ) -> Iterator[RunningEmulator]:
     """A cluster of your own and its Connection; no call goes to Polars Cloud."""
-    caplog.set_level("INFO", "polars_remote")
     connection = running_own.environment["AIRFLOW_CONN_POLARS_CLOUD"]
     monkeypatch.setenv("AIRFLOW_CONN_POLARS_CLOUD", connection)
     yield running_own
@@ -63,33 +53,6 @@ def own(
 @pytest.fixture
 def cluster(own: RunningEmulator) -> dict[str, str]:
     return {"uri": own.environment["POLARS_CLUSTER_URI"]}
-
-
-def submit(ctx: Any, uri: str = FILE, frame: pl.LazyFrame = TWO_ROWS) -> Any:
-    return frame.remote(ctx).single_node().sink_parquet(uri)
-
-
-def submit_and_freeze(cluster: dict[str, str]) -> Iterator[None]:
-    with use_cluster(cluster) as ctx:
-        submit(ctx)
-        yield
-
-
-def defer(
-    own: RunningEmulator, cluster: dict[str, str], supervisor: Supervisor, start_try: StartTry
-) -> QueryTrigger:
-    """Defer a task whose query takes a minute, and return its trigger."""
-    own.add_fault("SubmitQuery", "query_takes", seconds=60)
-    with pytest.raises(TaskDeferred) as deferred, start_try():  # noqa: PT012
-        scope = current_scope()
-        scope.task.defers = True
-        with use_cluster(cluster) as ctx:
-            submit(ctx)
-        defer_until_ended(scope, [FILE], Wait(since=time.time()))
-    supervisor.states["manual__1"]["run_query"] = "deferred"
-    trigger = deferred.value.trigger
-    assert isinstance(trigger, QueryTrigger)
-    return trigger
 
 
 def runs(own: RunningEmulator) -> bool:
@@ -216,12 +179,7 @@ def test_a_deferred_task_gets_the_result_that_its_trigger_has_seen(
     monkeypatch.setattr(deferral, "LONGEST_RESUME_DELAY", 0.0)
     trigger = defer(own, cluster, supervisor, start_try)
     own.advance_clock(MINUTE)
-
-    async def fire() -> Any:
-        return (await anext(aiter(trigger.run()))).payload
-
-    event = asyncio.run(asyncio.wait_for(fire(), SECONDS))
-    assert event == {"results": {FILE: {"location": [FILE], "rows": 2}}}
+    assert first_event(trigger) == {"results": {FILE: {"location": [FILE], "rows": 2}}}
 
 
 def test_a_trigger_cancels_the_query_of_a_task_that_is_out_of_time(

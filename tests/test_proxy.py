@@ -1,71 +1,29 @@
 """Clusters in proxy mode: Polars Cloud forwards the queries, and all promises hold."""
 
 import asyncio
-import time
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 import polars as pl
 import pytest
-from airflow.sdk.exceptions import AirflowFailException, TaskDeferred
+from airflow.sdk.exceptions import AirflowFailException
 
 from polars_cloud_emulator.testing import RunningEmulator
 from polars_remote import detach, use_cluster
 from polars_remote.cloud.session import EMULATOR
 from polars_remote.errors import ClusterRefusedError, QueryCanceledError, QueryRefusedError
 from polars_remote.ownership.end import end_orphans
-from polars_remote.ownership.record import Wait
-from polars_remote.ownership.scope import current_scope
 from polars_remote.waiting import deferral, progress
-from polars_remote.waiting.deferral import defer_until_ended
 from polars_remote.waiting.in_triggerer import cancel_queries
-from polars_remote.waiting.triggers import PolarsCloudTrigger, QueryTrigger
+from polars_remote.waiting.triggers import QueryTrigger
 from tests.observed import calls, cluster_statuses, entries, query_statuses
 from tests.tries import StartTry, Supervisor, kill
+from tests.two_rows import FILE, SECONDS, TWO_ROWS, defer, first_event, submit, submit_and_freeze
 
 CLUSTER = {"name": "shop", "cpus": 2, "memory": 4, "connection_mode": "proxy"}
-FILE = "s3://your-bucket/results/one.parquet"
-TWO_ROWS = pl.LazyFrame({"x": [1, 2]})
 MINUTE = timedelta(minutes=1)
-SECONDS = 60.0
-"""Seconds after which a trigger fails the test."""
 
 pytestmark = pytest.mark.usefixtures("pc")
-
-
-def submit(ctx: Any, uri: str = FILE, frame: pl.LazyFrame = TWO_ROWS) -> Any:
-    return frame.remote(ctx).single_node().sink_parquet(uri)
-
-
-def submit_and_freeze() -> Iterator[None]:
-    with use_cluster(CLUSTER) as ctx:
-        submit(ctx)
-        yield
-
-
-def defer(emulator: RunningEmulator, supervisor: Supervisor, start_try: StartTry) -> QueryTrigger:
-    """Defer a task whose query takes a minute, and return its trigger."""
-    emulator.add_fault("SubmitQuery", "query_takes", seconds=60)
-    with pytest.raises(TaskDeferred) as deferred, start_try():  # noqa: PT012
-        scope = current_scope()
-        scope.task.defers = True
-        with use_cluster(CLUSTER) as ctx:
-            submit(ctx)
-        defer_until_ended(scope, [FILE], Wait(since=time.time()))
-    supervisor.states["manual__1"]["run_query"] = "deferred"
-    trigger = deferred.value.trigger
-    assert isinstance(trigger, QueryTrigger)
-    return trigger
-
-
-def first_event(trigger: PolarsCloudTrigger) -> Any:
-    """Return the trigger's first event."""
-
-    async def fire() -> Any:
-        return (await anext(aiter(trigger.run()))).payload
-
-    return asyncio.run(asyncio.wait_for(fire(), SECONDS))
 
 
 def test_a_query_is_on_record_and_labeled_and_no_call_goes_to_the_cluster(
@@ -91,7 +49,7 @@ def test_the_next_try_of_a_killed_worker_resumes_the_query(
     emulator: RunningEmulator, start_try: StartTry
 ) -> None:
     emulator.add_fault("SubmitQuery", "query_takes", seconds=60)
-    kill(submit_and_freeze)
+    kill(lambda: submit_and_freeze(CLUSTER))
     with start_try(2), use_cluster(CLUSTER) as ctx:
         query = submit(ctx)
         emulator.advance_clock(MINUTE)
@@ -126,7 +84,7 @@ def test_a_cancellation_that_is_refused_is_tried_again(
 def test_a_query_that_polars_cloud_has_forgotten_is_submitted_anew(
     emulator: RunningEmulator, start_try: StartTry
 ) -> None:
-    kill(submit_and_freeze)
+    kill(lambda: submit_and_freeze(CLUSTER))
     emulator.add_fault("GET query/{id}", "http_error", status=404)
     with start_try(2), use_cluster(CLUSTER) as ctx:
         submit(ctx).await_result()
@@ -137,7 +95,7 @@ def test_the_orphan_of_a_task_that_has_ended_is_canceled_and_its_cluster_stopped
     emulator: RunningEmulator, supervisor: Supervisor
 ) -> None:
     emulator.add_fault("SubmitQuery", "query_hangs")
-    kill(submit_and_freeze)
+    kill(lambda: submit_and_freeze(CLUSTER))
     supervisor.states["manual__1"]["run_query"] = "failed"
     assert end_orphans() == []
     assert query_statuses(emulator) == ["Canceled"]
@@ -195,7 +153,7 @@ def test_a_deferred_task_gets_the_result_that_its_trigger_has_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(deferral, "LONGEST_RESUME_DELAY", 0.0)
-    trigger = defer(emulator, supervisor, start_try)
+    trigger = defer(emulator, CLUSTER, supervisor, start_try)
     emulator.advance_clock(MINUTE)
     assert first_event(trigger) == {"results": {FILE: {"location": [FILE], "rows": 2}}}
 
@@ -208,7 +166,7 @@ def test_a_trigger_polls_with_the_login_of_its_own_connection(
 ) -> None:
     client_id, secret = emulator.add_service_account("second")
     monkeypatch.setenv("AIRFLOW_CONN_SECOND", f"http://{client_id}:{secret}@")
-    first = defer(emulator, supervisor, start_try)
+    first = defer(emulator, CLUSTER, supervisor, start_try)
     second = QueryTrigger(**(first.serialize()[1] | {"conn_id": "second"}))
     query_id = emulator.state()["queries"][0]["id"]
 
@@ -232,7 +190,7 @@ def test_a_trigger_polls_with_the_login_of_its_own_connection(
 def test_a_trigger_cancels_the_query_of_a_task_that_is_out_of_time(
     emulator: RunningEmulator, supervisor: Supervisor, start_try: StartTry
 ) -> None:
-    trigger = defer(emulator, supervisor, start_try)
+    trigger = defer(emulator, CLUSTER, supervisor, start_try)
 
     asyncio.run(asyncio.wait_for(cancel_queries(trigger.conn_id, trigger.queries), SECONDS))
     assert query_statuses(emulator) == ["Canceled"]

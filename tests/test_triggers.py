@@ -18,7 +18,6 @@ import polars as pl
 import pytest
 from airflow.sdk.exceptions import TaskDeferred
 from airflow.sdk.execution_time import comms
-from airflow.triggers.base import TriggerEvent
 
 from polars_cloud_emulator.testing import RunningEmulator, eventually
 from polars_remote import use_cluster
@@ -36,12 +35,11 @@ from polars_remote.waiting.in_triggerer import watching_task
 from polars_remote.waiting.triggers import ClusterTrigger, PolarsCloudTrigger
 from tests.observed import calls, cluster_statuses, entries, query_statuses
 from tests.tries import StartTry, Supervisor, kill
+from tests.two_rows import SECONDS, first_event
 
 CLUSTER = {"name": "shop", "cpus": 2, "memory": 4, "cluster_size": 2}
 FILES = ["s3://your-bucket/results/one.parquet", "s3://your-bucket/results/two.parquet"]
 MINUTE = timedelta(minutes=1)
-SECONDS = 60.0
-"""Seconds after which a trigger or a sweep fails the test."""
 
 Defer = Callable[..., PolarsCloudTrigger]
 
@@ -86,17 +84,6 @@ def sent_to_triggerer(trigger: PolarsCloudTrigger) -> PolarsCloudTrigger:
     made = import_class(path)(**json.loads(json.dumps(arguments)))
     assert type(made) is type(trigger)
     return made
-
-
-def first_event(trigger: PolarsCloudTrigger) -> Any:
-    """Return the trigger's first event."""
-
-    async def fire() -> TriggerEvent:
-        async for event in trigger.run():
-            return event
-        raise AssertionError("the trigger has not fired")
-
-    return asyncio.run(asyncio.wait_for(fire(), SECONDS)).payload
 
 
 @contextlib.contextmanager
