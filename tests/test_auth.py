@@ -362,7 +362,7 @@ def test_return_type_imported_for_type_checking_only_does_not_stop_the_dag_file(
 
 
 def test_decorating_a_task_is_refused_with_the_right_order() -> None:
-    with pytest.raises(TypeError, match="put it below @task"):
+    with pytest.raises(TypeError, match="Put it below @task"):
         authenticate(task(lambda: None))
 
 

@@ -421,7 +421,7 @@ def leave_out(name: str) -> None:
 @pytest.mark.parametrize(
     ("make", "advice"),
     [
-        (leave_out, "The bucket {} does not exist: correct the URI, or create it"),
+        (leave_out, "The bucket {} does not exist: correct the URI, or create the bucket"),
         (create_bucket_of_others, "The cluster may not use {}: give the workspace's role (polars-"),
         (create_bucket_elsewhere, "The bucket {} is not in the cluster's region"),
     ],
@@ -618,6 +618,6 @@ def test_a_dag_that_meets_a_missing_bucket_names_the_variable_and_leaves_no_clus
     set_settings(DATA="s3://nobodys-bucket/shop")
     assert run_states(load("complete_pipeline"))["complete_pipeline"] == "failed"
     log = capfd.readouterr().out
-    assert "The bucket s3://nobodys-bucket does not exist: correct the URI, or create it" in log
+    assert "The bucket s3://nobodys-bucket does not exist: correct the URI, or create the bucket" in log
     assert "it has expired" not in log
     assert cluster_statuses(emulator) == ["Stopped"]

@@ -1140,7 +1140,7 @@ def test_a_temporary_result_that_is_accepted_as_the_task_is_interrupted_is_cance
         lambda: submit_as_somebody_else(pc, emulator, None),
     )
     submission.attempt()
-    submission.end(None)
+    submission.cancel_duplicates(None)
     eventually(lambda: query_statuses(emulator) == ["Success", "Canceled"])
 
 
