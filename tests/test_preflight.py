@@ -618,6 +618,9 @@ def test_a_dag_that_meets_a_missing_bucket_names_the_variable_and_leaves_no_clus
     set_settings(DATA="s3://nobodys-bucket/shop")
     assert run_states(load("complete_pipeline"))["complete_pipeline"] == "failed"
     log = capfd.readouterr().out
-    assert "The bucket s3://nobodys-bucket does not exist: correct the URI, or create the bucket" in log
+    assert (
+        "The bucket s3://nobodys-bucket does not exist: correct the URI, or create the bucket"
+        in log
+    )
     assert "it has expired" not in log
     assert cluster_statuses(emulator) == ["Stopped"]

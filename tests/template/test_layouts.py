@@ -256,7 +256,7 @@ def restart(deployment: Deployment, said: re.Match[str]) -> None:
 IN_DAGS_FOLDER = (
     "The triggerer does not import",
     "Set POLARS_CLOUD_WORKSPACE, ",
-    "Make",
+    "Create",
     "Install",
 )
 
@@ -289,7 +289,7 @@ def airflow_home(folder: Path) -> Deployment:
     (folder / "dags").mkdir()
     (folder / "airflow.cfg").touch()
     deployment = Deployment(folder, triggers=folder / "plugins")
-    expected = ("Restart Airflow", "Set POLARS_CLOUD_WORKSPACE, ", "Make", "Install")
+    expected = ("Restart Airflow", "Set POLARS_CLOUD_WORKSPACE, ", "Create", "Install")
     deployment.copy("status_check", folder, *expected)
     deployment.bundles = {"AIRFLOW_HOME": (folder / "dags", ["status_check"])}
     return deployment
@@ -309,7 +309,7 @@ def mwaa(folder: Path) -> Deployment:
     deployment = Deployment(
         home, triggers=home / "plugins", settings=(bucket / "startup.sh", "export ")
     )
-    expected = ("Set POLARS_CLOUD_WORKSPACE, ", "Make", f"Add {CLIENT}")
+    expected = ("Set POLARS_CLOUD_WORKSPACE, ", "Create", f"Add {CLIENT}")
     deployment.copy("manifest_reuse", bucket, *expected)
     plugins = shutil.make_archive(str(bucket / "plugins"), "zip", bucket / "plugins")
     shutil.unpack_archive(plugins, home / "plugins")
@@ -323,7 +323,7 @@ def google(folder: Path) -> Deployment:
     for name in ("dags", "plugins"):
         (bucket / name).mkdir(parents=True)
     deployment = Deployment(mounted, triggers=mounted / "plugins")
-    expected = ("Set POLARS_CLOUD_WORKSPACE, ", "Make", "Install")
+    expected = ("Set POLARS_CLOUD_WORKSPACE, ", "Create", "Install")
     deployment.copy("multi_stage", bucket, *expected)
     shutil.copytree(bucket, mounted)
     deployment.bundles = {"Google Managed Airflow": (mounted / "dags", ["multi_stage"])}
@@ -359,7 +359,7 @@ def astro(
     return deployment
 
 
-IN_ASTRO = ("Set POLARS_CLOUD_WORKSPACE, ", "Make", "Add")
+IN_ASTRO = ("Set POLARS_CLOUD_WORKSPACE, ", "Create", "Add")
 
 
 def astro_package(folder: Path) -> Deployment:
@@ -383,7 +383,7 @@ def git_sync(folder: Path) -> Deployment:
     repository, link = folder / "repository", folder / "home" / "dags" / "repo"
     (repository / "dags").mkdir(parents=True)
     deployment = Deployment(folder / "home", triggers=link, deployed_to=link)
-    expected = ("Put", "Set POLARS_CLOUD_WORKSPACE, ", "Make", "Install")
+    expected = ("Put", "Set POLARS_CLOUD_WORKSPACE, ", "Create", "Install")
     deployment.copy("status_check", repository, *expected)
     link.parent.mkdir(parents=True)
     link.symlink_to(shutil.copytree(repository, link.parent / ".worktrees" / "4f1d2c"))
