@@ -22,6 +22,7 @@ from local_airflow import (
     ROOT,
     airflow_output_in,
     find_dag_file,
+    get_function,
     shorten,
     use_airflow,
     use_emulator,
@@ -97,7 +98,7 @@ def find_place(failure: Failure, dag_file: Path) -> str:
     """Return the line of the DAG's file at which a task has failed, or at which it begins."""
     frames = traceback.extract_tb(failure.error.__traceback__)
     # A query that the task has returned fails outside of the file.
-    function = getattr(failure.task, "python_callable", None)
+    function = get_function(failure.task)
     code = inspect.unwrap(function).__code__ if function else None
     places = [(code.co_filename, code.co_firstlineno)] if code else []
     places += [(frame.filename, frame.lineno or 0) for frame in frames]
@@ -113,9 +114,14 @@ def describe_error(error: BaseException) -> str:
 
 
 def get_task(query: dict[str, Any]) -> str:
-    """Return the task that has submitted a query, with its map index if it is mapped."""
-    labels = dict(label.split("=", 1) for label in query["labels"])
-    return f"{labels['task']}" + (f"[{labels['map']}]" if "map" in labels else "")
+    """Return the task that has submitted a query, with its map index if it is mapped.
+
+    A query on a context of the user's own has no such labels: it is named by its id.
+    """
+    parts = (label.partition("=") for label in query["labels"])
+    labels: dict[str, str] = {key: value for key, _, value in parts}
+    task = labels.get("task", f"query {query['id'][:8]}")
+    return task + (f"[{labels['map']}]" if "map" in labels else "")
 
 
 def describe(uri: str) -> str:

@@ -2,11 +2,15 @@
 
 import contextlib
 import difflib
+import functools
+import inspect
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import FunctionType
+from typing import Any
 
 from rich.console import Console
 
@@ -37,6 +41,15 @@ def find_dag_file(dag_id: str) -> Path:
         meant = f" Did you mean {like[0]}?" if like else ""
         sys.exit(f"There is no DAG {dag_id!r} in dags/.{meant} There are {', '.join(files)}")
     return files[dag_id]
+
+
+def get_function(task: Any) -> FunctionType | None:
+    """Return the function that a task calls, or None: an operator may call any object, or none."""
+    function = getattr(task, "python_callable", None)
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    return function if inspect.isfunction(function) else None
 
 
 def shorten(trace: str) -> str:

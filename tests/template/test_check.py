@@ -19,6 +19,62 @@ MISTAKES = {
     "unknown_name": ("sink_parquet(COUNTS)", "sink_parquet(COUNT)"),
 }
 """What each DAG has in place of a text of the README's example."""
+ANY_TASKS = """
+from functools import partial
+
+from airflow.providers.standard.operators.empty import EmptyOperator
+from airflow.providers.standard.operators.python import PythonOperator
+from airflow.sdk import dag, task
+
+from include.auth import authenticate
+from polars_remote import Query, query_task, use_cluster
+
+
+class Refusing:
+    def __call__(self) -> None:
+        raise ValueError("refused")
+
+
+@dag(schedule=None)
+def multi_stage_mine() -> None:
+    \"\"\"Has tasks of many kinds.\"\"\"
+
+    @query_task
+    @authenticate
+    def label() -> Query:
+        import polars as pl
+
+        with use_cluster({"name": "mine", "cpus": 2, "memory": 4}) as ctx:
+            remote = pl.LazyFrame({"x": [1]}).remote(ctx).labels("nightly")
+            return remote.single_node().sink_parquet("s3://your-bucket/results/label.parquet")
+
+    @task
+    @authenticate
+    def use_own_context() -> None:
+        import polars as pl
+        import polars_cloud as pc
+
+        remote = pl.LazyFrame({"x": [1]}).remote(pc.ComputeContext(cpus=2, memory=4))
+        remote.single_node().sink_parquet("s3://your-bucket/results/own.parquet")
+
+    @task.sensor(poke_interval=1, timeout=10)
+    def wait() -> bool:
+        return True
+
+    partly = PythonOperator(task_id="partly", python_callable=partial(print, 1))
+    EmptyOperator(task_id="start_cluster") >> partly >> wait()
+    label()
+    use_own_context()
+
+
+@dag(schedule=None)
+def second() -> None:
+    PythonOperator(task_id="refuse", python_callable=Refusing())
+
+
+multi_stage_mine()
+second()
+"""
 
 
 def rename(code: str, dag_id: str) -> str:
@@ -36,6 +92,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / ".venv").symlink_to(Path(sys.prefix))
     (folder / "dags").mkdir()
     (folder / "dags" / "orders.py").write_text(ORDERS)
+    (folder / "dags" / "multi_stage_mine.py").write_text(ANY_TASKS)
     (folder / "dags" / "refused.py").write_text("from airflow.sdk import dag\n1 / 0\n")
     for name, (right, wrong) in MISTAKES.items():
         code = rename(ORDERS.replace(right, wrong), name)
@@ -55,7 +112,7 @@ def make(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
 @pytest.fixture(scope="module")
 def demo(clone: Path) -> list[str]:
     """What `make demo` says of each DAG, up to the table at the end."""
-    dags = " ".join(["orders", *MISTAKES, "refused"])
+    dags = " ".join(["orders", *MISTAKES, "multi_stage_mine", "refused"])
     ran = make(clone, "demo", f"DAG={dags}", "ROWS=2")
     assert ran.returncode, ran.stdout + ran.stderr
     return re.split(r"^(?=\w+ \.\.\. |dags/|DAG )", ran.stdout, flags=re.MULTILINE)
@@ -101,6 +158,19 @@ def test_a_dag_file_that_cannot_be_imported_is_told_with_its_line_alone(demo: li
     assert said.count("File ") == 1
 
 
+def test_queries_without_the_librarys_labels_are_shown_by_their_ids(demo: list[str]) -> None:
+    said = said_of(demo, "multi_stage_mine")
+    assert said.startswith("multi_stage_mine ... success, 2 queries, ")
+    assert "label wrote 1 rows: results/label.parquet" in said
+    assert re.search(r"query [0-9a-f]{8} wrote 1 rows: results/own.parquet", said)
+
+
+def test_an_error_of_an_object_that_a_task_calls_is_told_with_its_line(demo: list[str]) -> None:
+    said = said_of(demo, "second")
+    line = ANY_TASKS.splitlines().index('        raise ValueError("refused")') + 1
+    assert f"refuse failed: dags/multi_stage_mine.py, line {line}\n" in said
+
+
 @pytest.mark.parametrize("command", ["check", "demo", "copy"])
 def test_a_dag_that_is_not_there_is_answered_with_those_that_are(clone: Path, command: str) -> None:
     ran = make(clone, command, "DAG=order", f"TO={clone}")
@@ -111,17 +181,39 @@ def test_a_dag_that_is_not_there_is_answered_with_those_that_are(clone: Path, co
 
 def test_only_the_dag_that_was_named_is_checked(clone: Path) -> None:
     (clone / "dags" / "orders_daily.py").write_text(rename(ORDERS, "orders_daily"))
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-n0", "--dag=orders"]
-    environment = {"PYTHONPATH": f"{clone}:{clone}/emulator:{clone}/plugins", "PATH": "/usr/bin"}
-    collected = subprocess.run(
-        [*command, "tests/test_dag_integrity.py"],
+    collected = check_integrity(clone, "orders", "--collect-only")
+    assert "[orders]" in collected
+    assert set(re.findall(r"\[(.*)\]", collected)) == {"orders"}
+
+
+def test_a_dag_may_be_named_like_a_deleted_one_and_have_tasks_of_any_kind(clone: Path) -> None:
+    assert "\n5 passed, " in check_integrity(clone, "multi_stage_mine")
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [("airflow.decorators", "Please use `'airflow.sdk.dag'`"), ("airflow.sdk", "")],
+)
+def test_an_import_that_airflow_will_drop_is_told_with_its_line(
+    clone: Path, module: str, said: str
+) -> None:
+    code = ORDERS.replace("from airflow.sdk import dag", f"from {module} import dag")
+    (clone / "dags" / "deprecated.py").write_text(rename(code, "deprecated"))
+    checked = check_integrity(clone, "deprecated", "--exitfirst")
+    assert ('File "dags/deprecated.py", line 1, in <module>' in checked) == bool(said)
+    assert said in checked
+
+
+def check_integrity(clone: Path, dag_id: str, *options: str) -> str:
+    """Return what the first step of `make check` says of a DAG."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "tests/test_dag_integrity.py"]
+    return subprocess.run(
+        [*command, f"--dag={dag_id}", *options],
         cwd=clone,
-        env=environment,
+        env={"PYTHONPATH": f"{clone}:{clone}/emulator:{clone}/plugins", "PATH": "/usr/bin"},
         capture_output=True,
         text=True,
     ).stdout
-    assert "[orders]" in collected
-    assert set(re.findall(r"\[(.*)\]", collected)) == {"orders"}
 
 
 def test_the_example_of_the_readme_has_types(clone: Path) -> None:
