@@ -785,6 +785,20 @@ def test_a_plain_task_that_returns_what_airflow_cannot_store_is_told_of_query_ta
     assert supervisor.variables == {}
 
 
+def test_a_plain_task_whose_value_airflow_does_not_store_may_return_a_result(
+    start_try: StartTry,
+) -> None:
+    def ask_and_return() -> Any:
+        with use_cluster(CLUSTER) as ctx:
+            return sink(ctx).await_result()
+
+    with DAG("shop", schedule=None):
+        run_query = task(task_id="run_query", do_xcom_push=False)(authenticate(ask_and_return))
+        made: Any = run_query()
+    with start_try(task=made.operator, scope=False):
+        made.operator.execute(get_current_context())
+
+
 # A record that somebody deletes while the task is deferred
 
 

@@ -264,7 +264,7 @@ class TaskScope:
         """
         if wait := getattr(self.task, "await_returned_queries", None):
             return wait(self, returned)
-        if holds_query(returned):
+        if self.task.do_xcom_push and holds_query(returned):
             raise QueryRefusedError(
                 "The task returned a query or its result, which only a @query_task may: replace "
                 "@task by @query_task, or return query.await_result().location"
