@@ -88,6 +88,14 @@ def test_long_value_is_cut(value: Any) -> None:
     assert text.endswith("…")
 
 
+@pytest.mark.parametrize("name", ["*", "^x$", "^.*$", ""])
+def test_name_of_a_column_is_no_pattern(name: str) -> None:
+    first_rows = shown(pl.DataFrame({name: [1], "x": [2]}))
+    assert [column.name for column in first_rows.columns] == [name, "x"]
+    assert first_rows.rows == [["1", "2"]]
+    assert first_rows.more_columns == 0
+
+
 def test_further_columns_are_counted() -> None:
     first_rows = shown(pl.DataFrame({f"column {n}": [n] for n in range(COLUMNS + 3)}))
     assert [column.name for column in first_rows.columns] == [f"column {n}" for n in range(COLUMNS)]

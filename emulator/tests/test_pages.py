@@ -408,6 +408,26 @@ def test_urls_are_shown_without_passwords_and_query_strings(
         assert "my-signature" not in shown
 
 
+def test_password_in_a_value_is_not_shown_where_the_value_is_cut(
+    emulator: RunningEmulator, browser: httpx.Client, start_cluster: StartCluster
+) -> None:
+    value = f"{'s' * 40} https://reader:{'my-password' * 5}@127.0.0.1/x.csv"
+    run(start_cluster(), pl.LazyFrame({"x": [value]}), given=[])
+    [query] = emulator.state()["queries"]
+    shown = browser.get(query_page(query)).text
+    assert f"{'s' * 40} https://reader:…<" in shown
+
+
+def test_run_that_was_not_cut_has_no_parts(
+    emulator: RunningEmulator, browser: httpx.Client, start_cluster: StartCluster
+) -> None:
+    given = labels("sales", "sort", run="manual__7", run2="of the user's")
+    run(start_cluster(), pl.LazyFrame({"x": [1]}), given=given)
+    [query] = emulator.state()["queries"]
+    page = text(browser.get(query_page(query)).text)
+    assert "Run manual__7 Run2 of the user" in page
+
+
 def test_pages_load_nothing_from_elsewhere(browser: httpx.Client) -> None:
     page = browser.get("/").text
     sources = re.findall(r'(?:src|href)="([^"]+)"', page)

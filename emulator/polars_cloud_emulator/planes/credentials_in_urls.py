@@ -3,7 +3,8 @@
 import re
 
 ADDRESS = re.compile(r"""://[^\s"'<>\\\]]+""")
-PASSWORD = re.compile(r"(://[^/@:]*):[^/@]*@")
+# The second alternative is a password at which a text was cut.
+PASSWORD = re.compile(r"(://[^/@:]*):(?:[^/@]*(?=@)|[^/@]*…$)")
 
 
 def without_credentials(text: str) -> str:
@@ -15,4 +16,4 @@ def _shown(match: re.Match[str]) -> str:
     address, _, query = match[0].partition("?")
     # Without an equals sign, the question mark is part of a file name pattern.
     shown = f"{address}?…" if "=" in query else match[0]
-    return PASSWORD.sub(r"\1:…@", shown)
+    return PASSWORD.sub(r"\1:…", shown)

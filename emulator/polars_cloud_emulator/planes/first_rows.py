@@ -26,19 +26,19 @@ class FirstRows(NamedTuple):
 def read_first_rows(head: bytes) -> FirstRows | None:
     """Return the rows of an Arrow IPC file; None if Python has no values for them."""
     try:
-        names = list(pl.read_ipc_schema(io.BytesIO(head)))
-        frame = pl.read_ipc(io.BytesIO(head), columns=names[:COLUMNS])
-        short = frame.select(
-            _shortened(pl.col(name), dtype) for name, dtype in frame.schema.items()
-        )
+        count = len(pl.read_ipc_schema(io.BytesIO(head)))
+        # By number: Polars takes a name such as ^.*$ for a pattern.
+        frame = pl.read_ipc(io.BytesIO(head), columns=list(range(min(count, COLUMNS))))
+        schema = frame.schema
+        frame.columns = [str(number) for number in range(len(schema))]
+        short = frame.select(_shortened(pl.col(n), dtype) for n, dtype in frame.schema.items())
         rows = [[None if cell is None else _cut(str(cell)) for cell in row] for row in short.rows()]
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, ValueError, OverflowError):
         return None
     columns = [
-        Column(_cut(name), _cut(str(dtype)), dtype.is_numeric())
-        for name, dtype in frame.schema.items()
+        Column(_cut(name), _cut(str(dtype)), dtype.is_numeric()) for name, dtype in schema.items()
     ]
-    return FirstRows(columns, rows, len(names) - len(columns))
+    return FirstRows(columns, rows, count - len(columns))
 
 
 def _shortened(column: pl.Expr, dtype: pl.DataType) -> pl.Expr:

@@ -337,7 +337,7 @@ def _labels(query: Query) -> dict[str, str]:
 def _joined(labels: dict[str, str]) -> dict[str, str]:
     """Return the labels with the run's id in one piece: ``run2`` and so on continue ``run``."""
     parts = [labels[key] for key in sorted(labels, key=len) if RUN_PART.fullmatch(key)]
-    if not parts or "run" not in labels:
+    if not parts or not SHORTENED.search(labels.get("run", "")):
         return labels
     run = SHORTENED.sub("", labels["run"]) + "".join(parts)
     others = {key: value for key, value in labels.items() if not RUN_PART.fullmatch(key)}
