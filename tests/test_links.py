@@ -89,6 +89,20 @@ def test_the_link_opens_the_page_of_a_mapped_tasks_query(
     assert "run_query[3]" in answer.text
 
 
+def test_an_operator_may_have_a_page_of_its_own(
+    pc: ModuleType, emulator: RunningEmulator, start_try: StartTry
+) -> None:
+    with DAG("shop", schedule=None):
+        reader: Any = BaseOperator(task_id="run_query")
+    reader.page = 3
+    with start_try(task=reader) as ti, use_cluster(CLUSTER, stop=False) as ctx:
+        run_query(ctx).await_result()
+    [query] = emulator.state()["queries"]
+    [page] = stored_links(ti.task).values()
+    assert page.endswith(f"/queries/{query['id']}")
+    assert reader.page == 3
+
+
 def test_the_worker_stores_no_link_of_a_task_without_a_query(
     pc: ModuleType, start_try: StartTry
 ) -> None:

@@ -1303,7 +1303,7 @@ def test_a_mapped_task_is_deferred_and_resumed_by_its_own_index(
         with start_try(task=operator, map_index=index, scope=False, raises=TaskDeferred) as ti:
             tries.append(ti.id)
             operator.execute(get_current_context())
-        pages.append(operator.page)
+        pages.append(operator.query_page)
     assert len(entries(supervisor, "task")) == len(set(pages)) == 2
     for index, uri in enumerate(destinations):
         operator = make(index)
@@ -1311,7 +1311,7 @@ def test_a_mapped_task_is_deferred_and_resumed_by_its_own_index(
         with start_try(task=operator, map_index=index, scope=False, resumes=tries[index]):
             resumed = operator.resume_execution("resume", {"event": event}, get_current_context())
         assert resumed == [uri]
-        assert operator.page == pages[index]
+        assert operator.query_page == pages[index]
     assert supervisor.variables == {}
 
 

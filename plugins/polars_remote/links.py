@@ -12,7 +12,7 @@ class QueryLink(BaseOperatorLink):
 
     def get_link(self, operator: Any, *, ti_key: Any) -> str:
         """Return the page of the task's first query."""
-        return str(operator.page)
+        return str(operator.query_page)
 
 
 class StoredQueryLink(BaseOperatorLink):
@@ -42,8 +42,8 @@ def link_to_query(task: Any, page: str, *, instead_of: str = "") -> None:
     instead_of
         Page of the query that this one replaces.
     """
-    if getattr(task, "page", "") in ("", instead_of):
-        task.page = page
+    if getattr(task, "query_page", "") in ("", instead_of):
+        task.query_page = page
     # After the task, the worker stores the addresses of the operator's links.
     if page and not any(isinstance(each, QueryLink) for each in task.operator_extra_links):
         task.operator_extra_links = (*task.operator_extra_links, QueryLink())

@@ -102,7 +102,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
     ----------
     defers
         Whether the task is deferred while it waits.
-    page
+    query_page
         Address of the query's page.
     """
 
@@ -121,7 +121,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
         }
         super().__init__(kwargs_to_upstream=function, **function, **options)
         self.defers = DEFERS and TRIGGERS_CAN_CALL_AIRFLOW
-        self.page = ""
+        self.query_page = ""
 
     def resume_execution(
         self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context
@@ -192,7 +192,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
         _restore_outlet_events(context, from_json(wait.outlet_events))
         returned = from_json(wait.returned)
         names = _find_names(returned)
-        self.page = _find_page(scope, names)
+        self.query_page = _find_page(scope, names)
         for name, found in seen.items():
             wait.results[name] = Result.load(found)
             if query := scope.queries.get_record(name):
@@ -244,7 +244,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
         if not queries and not results:
             return returned
         scope.queries.cancel_adopted(excluding=queries)
-        self.page = _find_page(scope, _find_names(named))
+        self.query_page = _find_page(scope, _find_names(named))
         wait = Wait(
             since=time.time(),
             returned=to_json(named),
