@@ -1,8 +1,8 @@
 """
 ### One cluster for several tasks of a run
 
-One task starts the cluster, others query it at the same time, one stops it. Use it when several
-tasks of a run need the same cluster, and nothing needs it afterwards.
+One task starts the cluster, other tasks query it at the same time, and one task stops it. Use it
+when several tasks of a run need the same cluster, and nothing needs it afterwards.
 
 `shared_cluster` adds a setup task `start_cluster` and a teardown task `stop_cluster`. Airflow runs
 the teardown when all tasks between them have ended, retries included. A failed task still fails the

@@ -6,8 +6,8 @@ pass through Airflow, never the data. Use it when a stage is worth checking or r
 a stage that fails is retried from the result of the previous stage.
 
 Results between stages are temporary: `execute` writes them to Polars Cloud's own storage, which
-deletes them later. Only the last stage writes to a destination of its own. If a stage is cleared
-after its input was deleted, it fails, and its error names the task to clear first.
+deletes them after some hours. Only the last stage writes to a destination of its own. If a stage is
+cleared after its input was deleted, it fails, and its error names the task to clear first.
 
 **What it costs:** the cluster from the first stage to the last. No worker slot while a stage runs.
 

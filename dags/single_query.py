@@ -5,9 +5,9 @@ The task ends as soon as the cluster has accepted the query. Use it for work tha
 such as refreshing a cache.
 
 `detach` lets the query run on after the task has ended. The query is submitted only once, even if
-the reply is lost or the worker is killed.
+the reply is lost. If the worker is killed before `detach`, the next try resumes the query.
 
-**What you do not learn:** whether the query succeeds. The task is green once the query was
+**Limit:** the task does not know whether the query succeeds. It is green once the query was
 submitted. A query that fails later fails no task and no run. Look at its page in Polars Cloud, or
 use `status_check`.
 
