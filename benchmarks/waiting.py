@@ -223,7 +223,7 @@ def main(at_most: int) -> None:
             Column(title, justify="right")
             for title in (
                 "queries",
-                "of s",
+                "seconds of a query",
                 "held at once",
                 "slots while held",
                 "task processes",

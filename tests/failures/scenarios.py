@@ -833,11 +833,11 @@ SHARED_CLUSTERS: Mapping[str, Scenario] = {
         beside("_beside"),
         {"parallel_single_node": Expected("success", submits=10, cause="Cluster .* stopped")},
     ),
-    "two scopes in one run, and one ends first": Scenario(
+    "two clusters are shared in one run, and one is stopped first": Scenario(
         with_running_queries({}, open_gate, takes=LONG),
         {"two_scopes": Expected("success", submits=2, clusters=2, cause="Cluster .* stopped")},
     ),
-    "a query is left to itself beside a scope": Scenario(
+    "a task detaches a query in a run that also shares a cluster": Scenario(
         with_running_queries({}, leave_query, takes=LONG),
         {
             "left_beside_scope": Expected(
@@ -887,8 +887,8 @@ GROUPS = (
     ),
     Group(
         "A cluster does not start, is lost or does not stop",
-        "The task is retried, and starts the cluster again. The result of a task does not depend "
-        "on the stop: a stop that is refused is a warning in the log.",
+        "The task is retried, and starts the cluster again. If the stop is refused, the "
+        "task logs a warning and keeps its state.",
         CLUSTERS,
     ),
     Group(
@@ -1035,7 +1035,7 @@ SHOWN_WITHOUT_SCHEDULER: Mapping[str, str] = {
         "tests/test_clusters.py::"
         "test_a_task_that_is_run_alone_after_an_upgrade_registers_the_manifest_anew"
     ),
-    "a query is left to itself beside a scope": (
+    "a task detaches a query in a run that also shares a cluster": (
         "tests/test_clusters.py::test_stop_leaves_a_query_alone_that_a_task_of_the_run_has_detached"
     ),
 }

@@ -255,7 +255,7 @@ def test_the_table_of_costs_lists_the_nodes_of_each_dag_and_who_stops_them(
 ) -> None:
     documented = {
         dag_id: (int(nodes), re.findall(r"(\d+) minutes after", end))
-        for dags, nodes, end in tables("What a run costs")[0]
+        for dags, nodes, end in tables("Cost of a run")[0]
         for dag_id in names(dags)
     }
     actual = {}
