@@ -5,8 +5,8 @@
     def run() -> list[str]: ...
 
 The Connection is `polars_cloud`, or the one named by `@authenticate(conn_id="...")`: type HTTP,
-login = client ID and password = client secret of a service account. No query outlives its task
-unless the task detaches it.
+login = client ID and password = client secret of a service account. When the task ends, its
+queries are canceled unless they have ended or the task has detached them.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ def authenticate(*, conn_id: str = ...) -> Callable[[Callable[P, R]], Callable[P
 def authenticate(
     function: Callable[..., Any] | None = None, /, *, conn_id: str = "polars_cloud"
 ) -> Callable[..., Any]:
-    """Log in to Polars Cloud before each run of `function`. Put it below `@task`.
+    """Log in to Polars Cloud before each run of `function`. Put the decorator below `@task`.
 
     `function` keeps its signature and annotations, and may be `async`. Decorated functions of one
     task that call each other share login, queries and clusters.

@@ -1,6 +1,7 @@
 """Steps that check the setup before the first DAG runs.
 
-Each step logs one line, with its result or with advice. No step logs a secret.
+Each step logs one line, with its result or with advice. No step logs a secret. Each function
+`check_...` of a step returns the text of its result, or raises.
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ def check_data() -> str:
 
 
 def check_tables() -> str:
-    """Check the tables' types if this machine may read the files. No task needs that right."""
+    """Check the tables' types if this machine can read the files. Tasks do not need this access."""
     try:
         return check_types(lambda query: query.collect())
     except OSError as error:
@@ -196,7 +197,7 @@ def check_types(run: Callable[[pl.LazyFrame], pl.DataFrame]) -> str:
     Parameters
     ----------
     run
-        Run a query where the files can be read.
+        Function that runs a query on a machine that can read the files, and returns its rows.
 
     Raises
     ------
@@ -267,7 +268,7 @@ def check_manifest(session: CloudSession) -> str:
 
 
 def execute(query: pl.LazyFrame, ctx: ComputeContext) -> pl.DataFrame:
-    """Return the first rows of the query's result."""
+    """Run the query on the cluster, and return the first rows of its result."""
     head = query.remote(ctx).single_node().execute().head
     if head is None:
         raise RuntimeError("The query succeeded, but its reply has no rows")

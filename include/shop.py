@@ -79,8 +79,8 @@ def scan_files(source: Any, schema: Schema) -> pl.LazyFrame:
 
     Integers and floats are widened, categories become strings, and a Datetime becomes the Date in
     its own time zone. The query fails if a column has any other type or is missing. Columns that
-    the schema lacks are ignored. The other files must have the first file's types, or narrower
-    ones.
+    the schema lacks are ignored. A later file must have the types of the first file, or narrower
+    types.
 
     Parameters
     ----------
