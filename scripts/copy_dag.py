@@ -1,7 +1,7 @@
 """Copy a DAG and its imports into another Airflow, or upgrade an earlier copy.
 
 FOLDER is an AIRFLOW_HOME or a project that contains `dags/`. Otherwise it is taken for a DAGs
-folder or the root of a DAG bundle. Files that were changed there are kept, and listed.
+folder or the root of a DAG bundle. Files that you have changed there are kept, and listed.
 """
 
 import argparse
@@ -74,7 +74,15 @@ def find_modules(dag_file: Path) -> dict[Path, set[str]]:
 
 @dataclass
 class Plan:
-    """Files of a deployment to write or keep, with their sources here, and files to delete."""
+    """Files of a deployment to write, keep or delete.
+
+    Attributes
+    ----------
+    write, keep
+        Source in this repository by file.
+    delete
+        Files.
+    """
 
     write: dict[Path, Path] = field(default_factory=dict)
     keep: dict[Path, Path] = field(default_factory=dict)
@@ -131,7 +139,7 @@ class Copied:
         """Return the content of the notes after the plan is carried out."""
         gone = {self._name(place) for place in plan.delete}
         hashes = {name: each for name, each in self._hashes.items() if name not in gone}
-        # A file that was changed before there were notes is from now on a copy without a hash.
+        # A file that was changed before there were notes is noted as a copy without a hash.
         hashes = {self._name(place): "" for place in plan.keep} | hashes
         hashes |= {self._name(place): get_hash(file) for place, file in plan.write.items()}
         notes = {"version": get_version(), "sha256": dict(sorted(hashes.items()))}
@@ -142,7 +150,7 @@ class Copied:
 
 
 def plan_copy(dag_file: Path, places: Places, copied: Copied) -> Plan:
-    """Return the plan: write what the DAG needs and unchanged copies, keep what was changed.
+    """Return the plan: write the files that the DAG needs and unchanged copies, keep changed files.
 
     Raises
     ------
@@ -152,7 +160,7 @@ def plan_copy(dag_file: Path, places: Places, copied: Copied) -> Plan:
     """
     include = ROOT / "include"
     needed = [dag_file, *find_modules(dag_file), *list_files(PACKAGE)]
-    # In an `include/` of the user's own, these two are left alone.
+    # If the user has an `include/` already, do not add these two.
     is_new = not (places.include / "include").exists()
     for file in (include / "__init__.py", include / ".airflowignore"):
         if is_new or copied.is_noted(places.get_place(file)):
@@ -322,7 +330,7 @@ def main(dag_id: str, folder: str, *, diff: bool = False) -> None:
     if copied.version not in (None, get_version()):
         print(f"The version before was {copied.version}.")
     for place, file in plan.keep.items():
-        print(f"Kept {place}, because it was changed here{'' if diff else ': DIFF=1 shows how'}.")
+        print(f"Kept {place}, because you have changed it{'' if diff else ': DIFF=1 shows how'}.")
         if diff:
             print(show_difference(place, file))
     tasks = [*restarts, *find_tasks(to, find_modules(dag_file), places)]

@@ -38,24 +38,24 @@ AIRFLOW_HOME = ROOT / ".airflow"
 LOG = AIRFLOW_HOME / "demo.log"
 DATABASE = AIRFLOW_HOME / "airflow.db"
 MIGRATED = AIRFLOW_HOME / f"migrated-to-{version('apache-airflow-core')}"
-"""There once this Airflow has migrated the database: to look again would take seconds."""
+"""Exists after this Airflow has migrated the database, because a check would take seconds."""
 QUERY_TIMEOUT = 60.0
-"""Seconds for the query that nobody waits for."""
+"""Maximum seconds to wait for detached queries."""
 ROWS = 5
-"""Rows that are shown of each result if DAGs are named."""
+"""Default number of rows to show of each result if DAGs are named."""
 PLAN = "\n\nResolved plan until failure:"
-"""Where Polars begins to quote the plan in an error, which is left to the log."""
+"""Start of the plan in a Polars error. The plan is only in the log."""
 
 
 class Failure(NamedTuple):
-    """A task that has failed, and with what."""
+    """A task that has failed, and its exception."""
 
     task: Any
     error: BaseException
 
 
 def ended_queries(emulator: RunningEmulator, known: set[str]) -> list[dict[str, Any]]:
-    """Queries that are not among the known ones, once all of them have ended."""
+    """Wait until all queries have ended, and return those whose ids are not known."""
     deadline = time.monotonic() + QUERY_TIMEOUT
     while True:
         queries = [query for query in emulator.state()["queries"] if query["id"] not in known]
@@ -65,7 +65,7 @@ def ended_queries(emulator: RunningEmulator, known: set[str]) -> list[dict[str, 
 
 
 def billed(emulator: RunningEmulator, queries: list[dict[str, Any]]) -> str:
-    """vCPU-hours of the queries' clusters, and those still to come while they idle."""
+    """Return the vCPU-hours of the queries' clusters so far, and of the idle timeout to come."""
     used = {query["cluster_id"] for query in queries}
     clusters = [cluster for cluster in emulator.state()["clusters"] if cluster["id"] in used]
     hours = sum(each["vcpus"] * each["billed_seconds"] / 3600 for each in clusters)
@@ -78,10 +78,10 @@ def billed(emulator: RunningEmulator, queries: list[dict[str, Any]]) -> str:
 
 
 def run_once(dag: "DAG") -> tuple[str, list[Failure]]:
-    """Run a DAG without retries, whatever its file says; the run's state, and what failed."""
+    """Run a DAG without retries. Return the run's state, and the tasks that failed."""
     failures: list[Failure] = []
 
-    def note(context: "Context") -> None:
+    def add_failure(context: "Context") -> None:
         error = context["exception"]
         assert isinstance(error, BaseException)
         failures.append(Failure(context["task"], error))
@@ -90,12 +90,12 @@ def run_once(dag: "DAG") -> tuple[str, list[Failure]]:
         task.retries = 0
         callbacks = task.on_failure_callback or []
         others = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
-        task.on_failure_callback = [*others, note]
+        task.on_failure_callback = [*others, add_failure]
     return str(dag.test().state), failures
 
 
 def find_place(failure: Failure, dag_file: Path) -> str:
-    """Return the line of the DAG's file at which a task has failed, or at which it begins."""
+    """Return the line of the DAG's file at which a task has failed, or the task's first line."""
     frames = traceback.extract_tb(failure.error.__traceback__)
     # A query that the task has returned fails outside of the file.
     function = get_function(failure.task)
@@ -107,7 +107,7 @@ def find_place(failure: Failure, dag_file: Path) -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return an exception's own lines."""
+    """Return an exception's type, message and notes, without a traceback or plan."""
     text = "".join(traceback.format_exception_only(error))
     notes = getattr(error, "__notes__", ()) if PLAN in text else ()
     return "\n".join([text.partition(PLAN)[0].rstrip(), *notes])
@@ -125,7 +125,7 @@ def get_task(query: dict[str, Any]) -> str:
 
 
 def describe(uri: str) -> str:
-    """Name what a query wrote, below the bucket of the sample data."""
+    """Return the path of a query's result in the bucket of the sample data."""
     return (
         "a temporary result"
         if TEMPORARY_BUCKET in uri
@@ -153,7 +153,7 @@ def show_rows(console: "Console", query: dict[str, Any], count: int) -> None:
         try:
             frame = scans.get(Path(uri).suffix, pl.scan_parquet)(uri).head(count).collect()
         except (pl.exceptions.PolarsError, OSError) as error:
-            print_below(console, f"It cannot be shown here: {error}")
+            print_below(console, f"The rows cannot be shown: {error}")
             continue
         with pl.Config(
             tbl_rows=count,
@@ -170,25 +170,25 @@ def print_below(console: "Console", text: str) -> None:
 
 
 def main(dag_ids: list[str], stay: bool, realistic: bool, rows: int) -> int:
-    """Run the DAGs; the exit code.
+    """Run the DAGs; return the exit code, 1 after a failure.
 
     Parameters
     ----------
     dag_ids
-        Those to run; all if there are none.
+        Ids of the DAGs to run; all patterns if empty.
     stay
-        Whether the emulator is served on, with its page, until Ctrl-C.
+        Whether to serve the emulator and its page afterwards, until Ctrl-C.
     realistic
-        Whether the emulator is as slow and forgetful as a cloud.
+        Whether the emulator has realistic delays and expiry.
     rows
-        How many rows of each result are shown.
+        Number of rows to show of each result.
     """
     with airflow_output_in(LOG) as console, contextlib.ExitStack() as started:
         console.print("Starting Airflow and the emulator ...")
         use_airflow(AIRFLOW_HOME)
         migration = None
         if not (MIGRATED.exists() and DATABASE.exists()):
-            # Beside the start of the emulator, and Airflow's import below.
+            # At the same time as the emulator's start and Airflow's import below.
             migration = subprocess.Popen([sys.executable, "-m", "airflow", "db", "migrate"])
         emulator = started.enter_context(running_emulator(realistic=realistic))
         use_emulator(emulator.environment)
@@ -259,14 +259,14 @@ def main(dag_ids: list[str], stay: bool, realistic: bool, rows: int) -> int:
         console.print()
         console.print(table)
         if failures:
-            console.print(f"\nThe whole log of the tasks: {LOG.relative_to(ROOT)}")
+            console.print(f"\nComplete log of the tasks: {LOG.relative_to(ROOT)}")
         if stay:
-            console.print(f"\nWhat each cluster did, until Ctrl-C: {emulator.rest_url}")
+            console.print(f"\nPage with the clusters, until Ctrl-C: {emulator.rest_url}")
             with contextlib.suppress(KeyboardInterrupt):
                 signal.pause()
         else:
             chosen = f" DAG={shlex.quote(' '.join(dag_ids))}" if dag_ids else ""
-            console.print(f"\nWhat each cluster did, in a browser: make demo OPEN=1{chosen}")
+            console.print(f"\nTo see the clusters in a browser: make demo OPEN=1{chosen}")
     return 1 if failures else 0
 
 

@@ -24,7 +24,7 @@ FOREIGN = ("AIRFLOW_", "AWS_", "POLARS_")
 ACCOUNT = ("POLARS_CLOUD_CLIENT_ID", "POLARS_CLOUD_CLIENT_SECRET")
 """Variables with which the client would log in by itself, without the Connection."""
 WIDTH = 160
-"""Columns of output that is not a terminal, so that no URI is wrapped."""
+"""Width in characters of output that is not a terminal. No URI is wrapped at this width."""
 
 
 def find_dag_file(dag_id: str) -> Path:
@@ -33,13 +33,13 @@ def find_dag_file(dag_id: str) -> Path:
     Raises
     ------
     SystemExit
-        There is none of this name; with those that there are.
+        There is no such DAG. The message lists the existing ones.
     """
     files = {file.stem: file for file in sorted((ROOT / "dags").glob("*.py"))}
     if dag_id not in files:
         like = difflib.get_close_matches(Path(dag_id).stem, files, n=1)
         meant = f" Did you mean {like[0]}?" if like else ""
-        sys.exit(f"There is no DAG {dag_id!r} in dags/.{meant} There are {', '.join(files)}")
+        sys.exit(f"There is no DAG {dag_id!r} in dags/.{meant} The DAGs are {', '.join(files)}")
     return files[dag_id]
 
 
@@ -53,7 +53,7 @@ def get_function(task: Any) -> FunctionType | None:
 
 
 def shorten(trace: str) -> str:
-    """Leave out of a DAG file's traceback what is not in the user's own files."""
+    """Return a DAG file's traceback without the entries outside `dags/` and `include/`."""
     entries = re.compile(r'  File "([^"]+)".*\n(?:    .*\n)*')
     own = tuple(f"{ROOT / folder}/" for folder in ("dags", "include"))
     return entries.sub(

@@ -20,7 +20,7 @@ LIST = ROOT / "tests" / "mutations.toml"
 TEST_SECONDS = 240
 """Time limit of a test, in seconds. A test that hangs counts as having noticed the mutation."""
 MADE = (".git", ".venv", ".airflow", ".emulator", ".*_cache", "__pycache__")
-"""Folders that git or the commands create. No test reads them."""
+"""Folders that git or `make` creates. No test reads them."""
 
 
 class MutationError(Exception):

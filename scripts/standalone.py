@@ -77,7 +77,7 @@ def health(port: int) -> dict[str, str]:
     """Return the status of each component from the API server; empty until it answers."""
     try:
         with urllib.request.urlopen(f"http://{HOST}:{port}/api/v2/monitor/health") as answer:
-            return {component: it["status"] for component, it in json.load(answer).items()}
+            return {component: each["status"] for component, each in json.load(answer).items()}
     except urllib.error.URLError:
         return {}
 

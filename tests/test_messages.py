@@ -84,7 +84,7 @@ def test_an_address_stands_last_and_alone() -> None:
     [
         "Submitted query http://a",
         "\nIts page: http://a",
-        "What each cluster did, until Ctrl-C: http://a",
+        "Page with the clusters, until Ctrl-C: http://a",
     ],
 )
 def test_messages_with_an_address_are_found(text: str) -> None:

@@ -175,7 +175,7 @@ def test_an_error_of_an_object_that_a_task_calls_is_told_with_its_line(demo: lis
 def test_a_dag_that_is_not_there_is_answered_with_those_that_are(clone: Path, command: str) -> None:
     ran = make(clone, command, "DAG=order", f"TO={clone}")
     assert ran.returncode
-    assert "There is no DAG 'order' in dags/. Did you mean orders? There are empty," in ran.stderr
+    assert "There is no DAG 'order' in dags/. Did you mean orders? The DAGs are empty" in ran.stderr
     assert ran.stdout == ""
 
 

@@ -134,7 +134,7 @@ def test_a_copy_from_before_there_were_notes_is_upgraded(there: Path, other_rele
         ).read_bytes()
     for dag_id in ("single_query", "status_check", "single_query"):
         assert (there / "status_check.py").read_text() == mine
-        assert f"Kept {there / 'status_check.py'}, because it was changed here: DIFF=1" in said
+        assert f"Kept {there / 'status_check.py'}, because you have changed it: DIFF=1" in said
         said = copy_from(other_release, dag_id, there)
     former = there / "include" / "polars_remote"
     assert (former / "__init__.py").read_text() == files["include/polars_remote/__init__.py"]
@@ -255,7 +255,7 @@ def test_files_that_the_user_changed_are_kept_and_listed(
         main(next_dag, str(tmp_path))
         assert (tmp_path / file).read_text() == mine
         assert (
-            f"Kept {tmp_path / file}, because it was changed here: DIFF=1"
+            f"Kept {tmp_path / file}, because you have changed it: DIFF=1"
             in capsys.readouterr().out
         )
     main(next_dag, str(tmp_path), diff=True)
