@@ -82,6 +82,10 @@ def use_cluster(cluster: Cluster, *, stop: bool = True) -> Iterator[ComputeConte
 
     Raises
     ------
+    NotAuthenticatedError
+        The task has no `@authenticate`.
+    WorkspaceNotFoundError
+        The account has no workspace `POLARS_CLOUD_WORKSPACE`.
     ClusterRefusedError
         `cluster` has no name, or an option that does not exist or is not supported.
     ValueError
@@ -129,7 +133,7 @@ def ensure_manifest(cluster: Cluster) -> None:
 
     Raises
     ------
-    ClusterRefusedError, ValueError
+    NotAuthenticatedError, WorkspaceNotFoundError, ClusterRefusedError, ValueError
         Same as for `use_cluster`.
     """
     check_cluster(cluster)
@@ -152,16 +156,16 @@ def shared_cluster(
     """Keep a cluster running while the tasks that are created inside the `with` block run.
 
     Creates a setup task `start_cluster` and a teardown task `stop_cluster`. The teardown runs after
-    all tasks in the block have ended, including their retries. If one of them fails, the run still
-    fails. `stop_cluster` logs and returns the cost of the run's use of each cluster, as a list of
-    dicts. Unknown values are None; `remark` gives the reason.
+    all tasks in the block have ended, including their retries. If one of these tasks fails, the run
+    fails, too. `stop_cluster` logs and returns the cost of the run's use of each cluster, as a list
+    of dicts. Unknown values are None; `remark` gives the reason.
 
     For a cluster of your own, no tasks are created and `check` is not called.
 
     Parameters
     ----------
     cluster
-        Same as for `use_cluster`, with which the tasks in the block use the cluster.
+        Same as for `use_cluster`. The tasks in the block pass it to `use_cluster`.
     conn_id
         Id of the Airflow Connection.
     check
@@ -236,7 +240,7 @@ def stop_for_run(cluster: Cluster, conn_id: str, started_by: str) -> list[Cost]:
             use = stored
         else:
             logger.info(
-                "This run's use of the cluster has already ended. Its cost is in the log of the "
+                "This run's use of the cluster has already ended. The cost is in the log of the "
                 "task, callback or orphan sweep that ended it"
             )
         left, costs = end_use(scope.session, use, waits_for_stop=True)
@@ -280,7 +284,7 @@ def check_cluster(cluster: Cluster) -> None:
         return
     if not isinstance(cluster, Mapping) or not cluster.get("name"):
         raise ClusterRefusedError(
-            f"A cluster needs a name, by which it is found after its worker was killed: "
+            f"A cluster needs a name, so that it can be found after its worker was killed: "
             f'write {{"name": "airflow-reports", ...}} instead of {cluster!r}'
         )
     if unknown := cluster.keys() - OPTIONS:

@@ -22,7 +22,7 @@ class StoredQueryLink(BaseOperatorLink):
 
     @property
     def operators(self) -> Any:  # type: ignore[override]
-        """Operators whose tasks may have a query; task processes, too, import this module."""
+        """Operators whose tasks may have a query. Imported late, to keep task processes fast."""
         from .compat.internals import get_python_operators
 
         return get_python_operators()

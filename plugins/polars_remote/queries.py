@@ -52,14 +52,24 @@ if TYPE_CHECKING:
     Query = DirectQuery | ProxyQuery
 else:
     Query = object  # importing it costs as much as Polars
-"""Type of what a remote sink or `execute(blocking=False)` returns."""
+"""Type of a submitted query, which a remote sink or `execute(blocking=False)` returns."""
 
 
 def detach(query: DirectQuery) -> str:
     """Detach a query from its task, and return the query's id.
 
-    The query keeps running when the task ends: nothing waits for it and nothing cancels it. Its
+    The query keeps running when the task ends: nothing waits for the query or cancels it. Its
     cluster is left to the idle timeout. A later try of the task submits the query again.
+
+    Parameters
+    ----------
+    query
+        Query that was submitted on a context of `use_cluster`.
+
+    Raises
+    ------
+    NotAuthenticatedError
+        The task has no `@authenticate`.
     """
     scope, query_id = current_scope(), get_query_id(query)
     name = scope.queries.find_name(query_id)
@@ -189,7 +199,7 @@ class RecordingClient:
         return self._scope.session.call(get_status_code, query)
 
     def get_direct_query_result(self, query_id: UUID, timeout_ms: int) -> QueryInfo:
-        """Return the query's result. Wait in Python, where time-outs and signals reach the task.
+        """Wait for the query and return its result. Time-outs and signals interrupt the wait.
 
         Raises
         ------

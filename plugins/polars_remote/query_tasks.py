@@ -1,6 +1,6 @@
 """`@query_task`: decorator of tasks that return submitted queries.
 
-The task is deferred until its queries have ended. It succeeds if they have succeeded.
+The task is deferred until its queries have ended. It succeeds if all queries succeed.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def query_task(
     """Make a task of a function that returns a submitted query, or a list or dict of queries.
 
     Replaces `@task` and takes its options. Put `@authenticate` below it. The task waits for the
-    queries without holding a worker slot, and succeeds if they succeed. It returns the `location`
-    of each result, a list of URIs, in place of the query. If a query fails, its exception is raised
-    in the task, and the task's other queries are canceled. Each Asset in the task's outlets gets an
-    event with `location` and `rows`, in the shape of the return value.
+    queries without holding a worker slot, and succeeds if all queries succeed. It returns the
+    `location` of each result, a list of URIs, in place of the query. If a query fails, its
+    exception is raised in the task, and the task's other queries are canceled. Each Asset in the
+    task's outlets gets an event with `location` and `rows`, in the shape of the return value.
 
     For the first 3 seconds the worker itself waits. Then the task is deferred, also while its
     cluster starts; when the cluster is running, the function is called again from its beginning.
@@ -103,7 +103,7 @@ class QueryTask(DecoratedOperator, PythonOperator):
     defers
         Whether the task is deferred while it waits.
     query_page
-        Address of the query's page.
+        Address of the page of the task's first query; empty before the submission.
     """
 
     custom_operator_name = "@query_task"

@@ -48,8 +48,7 @@ def _read_name(name: str, default: str) -> str:
 
 
 PORTAL = os.environ.get("POLARS_CLOUD_PORTAL")
-"""Address of the web site with the queries' pages, without a slash at its end; None for Polars
-Cloud's own."""
+"""Base address of the queries' pages, without a slash at its end; None for Polars Cloud's own."""
 
 WORKSPACE = _read_name("POLARS_CLOUD_WORKSPACE", "playground")
 """Name of the Polars Cloud workspace."""

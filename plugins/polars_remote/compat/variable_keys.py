@@ -3,8 +3,8 @@
 Before Airflow 3.3, the keys are stored in lists, which are Variables, too. Tasks share most lists,
 and Airflow has no conditional write. Each writer therefore reads the list again a little later, and
 repeats its change if another writer has undone it. Two simultaneous writers may still lose a key.
-Then a cluster may seem unused between two queries, and `clean_up` may miss an orphan. The list of a
-task's tries is not shared, so its keys cannot be lost.
+In that case, a cluster may seem unused between two queries, and `clean_up` may miss an orphan. The
+list of a task's tries is not shared, so its keys cannot be lost.
 """
 
 from __future__ import annotations

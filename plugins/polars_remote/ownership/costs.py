@@ -1,8 +1,9 @@
 """Cost of a run's use of clusters.
 
 Polars Cloud reports when a cluster was requested and when it stopped. While several runs use the
-cluster, each is charged an equal share. Time in which no run used the cluster, such as its idle
-timeout, is charged to no run.
+cluster, each is charged an equal share. Time in which no run used the cluster is charged to the run
+that stopped the cluster, from the run's first use on. Otherwise, as in an idle timeout, it is
+charged to no run.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 An entry of the record is an orphan if its owner has ended, according to Airflow. An orphan is ended
 by the first of these that finds it: the next try, a teardown, a trigger, a DAG's callback, the next
-user of the same cluster, or the orphan sweep. Failures are logged; they never change a task's
-result.
+user of the same cluster, the orphan sweep, or the DAG `end_orphans`. Failures are logged; they
+never change a task's result.
 """
 
 from __future__ import annotations
@@ -363,7 +363,7 @@ class _Others:
         return ended
 
     def find_uncharged(self, ended: ClusterUse | None) -> Uncharged | str:
-        """Return the uses whose cost is to be logged, or the reason why no cost can be.
+        """Return the uses whose cost is to be logged, or the reason if no cost can be logged.
 
         Parameters
         ----------

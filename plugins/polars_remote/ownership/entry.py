@@ -20,8 +20,8 @@ next try only after a frozen worker's heartbeats have been missing for much long
 class TaskEntry:
     """Entry of a try in the record.
 
-    If the worker is killed, the next try adopts the entry. The earlier try then owns nothing: it
-    submits nothing and cancels nothing.
+    If the worker is killed, the next try adopts the entry. The earlier try then no longer owns the
+    entry, and must not submit or cancel queries.
 
     Attributes
     ----------
@@ -81,7 +81,7 @@ class TaskEntry:
             self.record = stored
 
     def adopt_earlier_tries(self) -> None:
-        """Adopt the entries of earlier tries."""
+        """Merge the entries of earlier tries into this try's entry, and erase them."""
         mine = self.record
         for key in sorted(record.find_keys(record.task_key(mine.owner))):
             if key < self.key and (earlier := record.get_task(key)):

@@ -27,8 +27,8 @@ SCHEMES = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
 def add_datasets(query: QueryRecord, plan: Plan) -> None:
     """Add the datasets that a query reads and writes to its record, if OpenLineage is in use.
 
-    That shows in `sys.modules`: Airflow loads the provider's plugin before it calls the task's
-    function.
+    `sys.modules` then has the provider, because Airflow loads the provider's plugin before it calls
+    the task's function.
     """
     if "airflow.providers.openlineage" in sys.modules:
         found = (name_dataset(path) for paths in plan.scans for path in merge_files(paths))

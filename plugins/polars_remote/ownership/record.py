@@ -3,11 +3,12 @@
 Each entry is an Airflow Variable. All tasks and the DAG processor can read and list Variables, and
 a Variable remains when its worker is killed. An entry exists while its query or its cluster is in
 use. The entry of an ended use stays until the last user is done, if other users share its cost.
-Only the task that an entry's key names writes the entry. Keys consist of digests, because a key has
-at most 250 characters, and because Airflow masks the value of a key that looks like a secret's.
+While a task is active, only the task itself writes its entries. Keys consist of digests, because a
+key has at most 250 characters, and because Airflow masks the value of a key that looks like a
+secret's.
 
-`task_state_store`, and `ResumableJobMixin` on top of it, are no alternative: only the task itself
-can read its state there, but not other users of a cluster and not callbacks.
+Airflow's `task_state_store` and `ResumableJobMixin` cannot be used: only the task itself can read
+its state there. Other users of a cluster and callbacks cannot.
 """
 
 from __future__ import annotations
@@ -59,10 +60,12 @@ class Owner(NamedTuple):
 
     @property
     def run(self) -> str:
+        """Digest of the run, a part of the keys of its entries."""
         return digest(self.dag_id, self.run_id)
 
     @property
     def task(self) -> str:
+        """Digest of the task in its run, a part of the keys of its entries."""
         return digest(self.task_id, self.map_index, self.whole_run)
 
     def is_active(self) -> bool:
@@ -245,8 +248,8 @@ class ClusterUse(Stored):
         Start of the use of each cluster, by cluster id, in seconds since the epoch. 0 if the use
         started with the cluster.
     nodes, vcpus, seen_at
-        Number of nodes of the latest cluster, their total vCPUs if known, and the time since which
-        the task has used it, in seconds since the epoch.
+        Number of nodes of the latest cluster, their total vCPUs if known, and the start of its use,
+        in seconds since the epoch.
     until
         End of the use, in seconds since the epoch. Set only while other users share the cost.
     is_charged
@@ -362,6 +365,7 @@ def erase(key: str) -> None:
 
 
 def digest(*parts: object) -> str:
+    """Return a digest of the parts, as 16 hexadecimal digits."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
 
 

@@ -260,7 +260,8 @@ class TaskScope:
         Raises
         ------
         QueryRefusedError
-            Another task returned a query or a query's result, which Airflow cannot store.
+            A task that is no `@query_task` returned a query or a result, which Airflow cannot
+            store.
         """
         if wait := getattr(self.task, "await_returned_queries", None):
             return wait(self, returned)
@@ -321,7 +322,7 @@ class TaskScope:
         return lineage.report_datasets(self.queries.results.values())
 
     def on_kill(self) -> None:
-        """Raise `TaskKilled`, because SIGTERM by itself runs no `finally` block of a `@task`."""
+        """Raise `TaskKilled`, because SIGTERM alone runs no `finally` block of a `@task`."""
         # Airflow also calls this after a time-out, which has raised its own exception.
         if isinstance(sys.exc_info()[1], AirflowTaskTimeout):
             return
@@ -340,7 +341,16 @@ class TaskScope:
 
 @contextmanager
 def task_scope(conn_id: str) -> Iterator[TaskScope]:
-    """Yield the scope of a try; afterwards end its queries and uses, or leave them to the next."""
+    """Yield the scope of a try. When the block ends, end the try's queries and cluster uses.
+
+    If the worker shuts down, leave them to the next try. If the task is deferred, leave them to the
+    trigger.
+
+    Raises
+    ------
+    NotAuthenticatedError
+        No task is running.
+    """
     scope = TaskScope(conn_id)
     context = cast("dict[str, Any]", get_current_context())
     context[SCOPE] = scope
@@ -399,7 +409,7 @@ def has_open_scope(conn_id: str) -> bool:
     if scope.session.conn_id != conn_id:
         raise LoginRefusedError(
             f"The Airflow Connection {conn_id!r} was not used, because the task is logged in with "
-            f"{scope.session.conn_id!r}: use each Connection in a task of its own"
+            f"{scope.session.conn_id!r}: use only one Connection in each task"
         )
     return True
 

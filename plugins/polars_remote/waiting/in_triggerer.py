@@ -188,10 +188,11 @@ def watching_task(task_key: str) -> Iterator[None]:
 async def watch_queries(
     conn_id: str, queries: list[dict[str, Any]]
 ) -> AsyncIterator[tuple[dict[str, Any], bool]]:
-    """Poll the queries; yield their results so far, and whether to resume the task.
+    """Poll the queries; yield an event with the results so far, and whether to resume the task.
 
-    The task is resumed when all queries have succeeded, when one has failed or was canceled, when a
-    cluster has stopped, or when an outage exceeds `OUTAGE_SECONDS`.
+    The event's `results` has a dict with `location` and `rows` for each query that has succeeded,
+    by the query's name. The task is resumed when all queries have succeeded, when one has failed or
+    was canceled, when a cluster has stopped, or when an outage exceeds `OUTAGE_SECONDS`.
     """
     watch = _get_watch()
     clusters = {
@@ -240,7 +241,11 @@ async def _poll(
 async def watch_cluster(
     conn_id: str, cluster_id: str
 ) -> AsyncIterator[tuple[dict[str, Any], bool]]:
-    """Poll the cluster; yield the reason if it failed to start, and whether to resume the task."""
+    """Poll the cluster; yield an event, and whether to resume the task.
+
+    If the cluster failed to start, the event's `failed` is the reason. Otherwise the event is
+    empty.
+    """
     session = CloudSession(conn_id)
 
     def poll() -> tuple[str, str]:
@@ -327,11 +332,11 @@ async def end_task(task_key: str) -> None:
 async def end_if_ended(task_key: str) -> None:
     """End the queries and cluster uses of a task if the task has ended, according to Airflow.
 
-    Its trigger was canceled. The cause may be that a user has ended the task, that its deferral has
-    timed out, that another triggerer has taken over the trigger, or that this triggerer is
-    stopping; then Airflow does not answer. The work is done in a thread, because Airflow cancels
-    the trigger again every second. The trigger waits for the thread for a few seconds, because
-    Airflow closes the task's log when the trigger ends.
+    Its trigger was canceled, for one of these reasons: a user has ended the task, its deferral has
+    timed out, another triggerer has taken over the trigger, or this triggerer is stopping. In the
+    last case, Airflow does not answer. The work is done in a thread, because Airflow cancels the
+    trigger again every second. The trigger waits for the thread for a few seconds, because Airflow
+    closes the task's log when the trigger ends.
     """
 
     def end() -> None:

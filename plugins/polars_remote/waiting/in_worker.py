@@ -63,10 +63,10 @@ def wait_until_ended(
             del left[name]
             results[name] = result
 
-    with _long_polling(left) as (held, has_ended):
+    with _long_polling(left) as (polled, has_ended):
         while True:
-            while held:
-                name, result = held.popitem()
+            while polled:
+                name, result = polled.popitem()
                 if name in left:
                     end(name, result)
             if not left or any(each.status.name != "SUCCESS" for each in results.values()):
@@ -184,7 +184,7 @@ def _long_polling(
     Yields the results so far by name, and an event that is set when there is a new one. The worker
     also polls at intervals, because networks sometimes cut long polls.
     """
-    held: dict[str, QueryResult] = {}
+    polled: dict[str, QueryResult] = {}
     has_ended, is_closed = threading.Event(), threading.Event()
 
     def long_poll(name: str, query: DirectQuery) -> None:
@@ -192,7 +192,7 @@ def _long_polling(
             try:
                 result = query.await_result(raise_on_failure=False)
                 if result.status.is_done():
-                    held[name] = result
+                    polled[name] = result
                     break
             except Exception:
                 pass  # if the error persists, the next poll at an interval raises it
@@ -202,6 +202,6 @@ def _long_polling(
     for each in queries.items():
         threading.Thread(target=long_poll, args=each, name="polars-cloud-wait", daemon=True).start()
     try:
-        yield held, has_ended
+        yield polled, has_ended
     finally:
         is_closed.set()

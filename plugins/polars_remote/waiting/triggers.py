@@ -104,8 +104,10 @@ class QueryTrigger(PolarsCloudTrigger):
     Parameters
     ----------
     queries
-        One dict per query, with `destination`, `query_id`, `cluster_id`, `page` and
-        `submitted_at`.
+        One dict per query. `destination` is the query's name in the record; `query_id`,
+        `cluster_id` and `page` are texts; `submitted_at` is in seconds since the epoch.
+    times
+        Other parameters, as for `PolarsCloudTrigger`.
     """
 
     def __init__(self, *, queries: list[dict[str, Any]], **times: Any) -> None:
@@ -128,7 +130,15 @@ class QueryTrigger(PolarsCloudTrigger):
 
 
 class ClusterTrigger(PolarsCloudTrigger):
-    """Wait until a cluster is running or has failed to start."""
+    """Wait until a cluster is running or has failed to start.
+
+    Parameters
+    ----------
+    cluster_id
+        Id of the cluster.
+    times
+        Other parameters, as for `PolarsCloudTrigger`.
+    """
 
     def __init__(self, *, cluster_id: str, **times: Any) -> None:
         super().__init__(**times)
