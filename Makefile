@@ -39,21 +39,21 @@ airflow: .venv/installed ## Serve Airflow with the DAGs, and the emulator, until
 
 ##@ Write your own DAGs
 
-# What is wrong with the file comes first, what is only its style last.
-check: .venv/installed ## Lint and run a DAG, and show what it wrote: DAG=multi_stage ROWS=20; all DAGs without DAG=
+# Errors in the file are reported first, its format last.
+check: .venv/installed ## Lint and run a DAG, and show its results: DAG=multi_stage ROWS=20; all DAGs without DAG=
 	@.venv/bin/python -m pytest -q --no-header --exitfirst -rN --tb=short --numprocesses=0 \
 		tests/test_dag_integrity.py $(DAG:%=--dag=%)
 	@.venv/bin/python -m ruff check $(CHECKED)
 	@.venv/bin/python scripts/demo.py $(DAG) $(ROWS:%=--rows=%)
 	@.venv/bin/python -m ruff format --check $(CHECKED) || \
-		{ echo 'All but the format is well. To format: .venv/bin/ruff format dags include' >&2; exit 1; }
+		{ echo 'Only the format is wrong. To format: .venv/bin/ruff format dags include' >&2; exit 1; }
 
 check: CHECKED = $(if $(DAG),$(DAG:%=dags/%.py),dags) include plugins
 
 ##@ Use your own Airflow and account
 
 # Uses the shell's Connection and variables, unchanged.
-preflight: .venv/installed ## Check your account; SPEND=1 starts a cluster, too; EMULATOR=1 checks the emulator instead
+preflight: .venv/installed ## Check your account; SPEND=1 also starts a cluster; EMULATOR=1 checks the emulator instead
 	.venv/bin/python scripts/preflight.py $(if $(EMULATOR),--emulator) $(if $(SPEND),--spend)
 
 copy: .venv/installed ## Copy or upgrade a DAG in another Airflow: DAG=complete_pipeline TO=/path; DIFF=1 shows changes
@@ -61,8 +61,8 @@ copy: .venv/installed ## Copy or upgrade a DAG in another Airflow: DAG=complete_
 
 ##@ Test
 
-# Three processes on two cores, because tests wait part of the time. Work-stealing, because the
-# fixtures that the tests of a file share are made quickly.
+# Three processes on two cores, because tests wait part of the time. Work-stealing splits the tests
+# of a file, which is faster because their shared fixtures are created quickly.
 test: .venv/installed ## Test the DAGs, include/ and the library
 	.venv/bin/python -m pytest --numprocesses=3 --dist=worksteal
 
@@ -97,7 +97,7 @@ endif
 test-celery: .venv/installed ## Run the DAGs on two Celery workers; needs redis-server
 	.venv/bin/python -m pytest tests/celery --numprocesses=0
 
-test-mutations: .venv/installed ## Break each promise in the code, and list what no test notices; WORDS=... selects some
+test-mutations: .venv/installed ## Break each promise in the code, and list the breaks that no test notices; WORDS=... selects some
 	.venv/bin/python scripts/mutations.py $(WORDS)
 
 ##@ Change the template

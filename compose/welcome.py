@@ -20,7 +20,7 @@ AIRFLOW = {
     "triggerer": "triggerer",
 }
 """Services of Airflow, and their names in the API server's answer."""
-# Without the proxy of the environment, which cannot reach containers.
+# Without the environment's proxy, because it cannot reach containers.
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
