@@ -134,13 +134,13 @@ lock: .venv/bin/uv ## Update the lock files after a change of versions
 			--group airflow-$$version --group emulator --group tests || exit; \
 	done
 
-outdated: .venv/installed ## List newer versions of pinned packages, and what each would change
+outdated: .venv/installed ## List newer versions of pinned packages, and their changes in the lock
 	.venv/bin/python scripts/outdated.py
 
 ##@ Measure
 
 bench bench-calls bench-comparison bench-load bench-waiting: PYTHONPATH := $(PYTHONPATH):$(CURDIR)/scripts
-bench: .venv/installed ## Measure the emulator's footprint and what each pattern costs
+bench: .venv/installed ## Measure the emulator's footprint and the cost of each pattern
 	.venv/bin/python benchmarks/emulator_footprint.py
 	.venv/bin/python benchmarks/cluster_cost.py
 
@@ -165,7 +165,7 @@ clean: ## Delete everything that these commands created
 
 # The constraint makes the installation fail if the lock is older than requirements.txt.
 .venv/installed: requirements.txt requirements-dev.lock | .venv/bin/uv
-	@echo 'Installing into .venv, and compiling what was installed: half a minute or so, once'
+	@echo 'Installing and compiling packages in .venv, once: about half a minute'
 	@.venv/bin/uv pip sync --quiet --python .venv --no-build --constraint requirements.txt \
 		requirements-dev.lock
 	@touch $@

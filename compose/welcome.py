@@ -1,4 +1,4 @@
-"""Report what is starting, then print the addresses and the login."""
+"""Report the services that are starting, then print the addresses and the login."""
 
 import contextlib
 import json
@@ -91,7 +91,7 @@ def main() -> None:
             )
         case _:
             polars_cloud = (
-                "your account. All DAGs are paused: each run but that of preflight is billed."
+                "your account. All DAGs are paused: each run except of preflight is billed."
             )
     print(f"Polars Cloud: {polars_cloud}")
 

@@ -10,7 +10,7 @@ run on today. Running a day again replaces only that day's report. An event of t
 `daily_report` gives other DAGs the report's date, rows and location. `stop_cluster` logs and
 returns what the cluster cost, and emits an event of the Asset `daily_report_cost`.
 
-**What it costs:** three nodes from `start_cluster` to `stop_cluster`. No worker slot while a query
+**Cost:** three nodes from `start_cluster` to `stop_cluster`. No worker slot while a query
 runs or the cluster starts.
 
 **Who stops the cluster:** `stop_cluster`, after success and after a failure. Simultaneous runs,

@@ -7,7 +7,7 @@ queries fit in one task, one after the other or at the same time.
 `use_cluster` replaces `with ctx:` of Polars Cloud. If the cluster has already stopped, `with ctx:`
 raises its own error in place of the block's.
 
-**What it costs:** the cluster and a worker slot while the block runs. The cluster stops as soon as
+**Cost:** the cluster and a worker slot while the block runs. The cluster stops as soon as
 the query has ended. With a `@query_task` it would run for some seconds more, until Airflow resumes
 the task.
 

@@ -6,7 +6,7 @@ as orphans. A callback, the triggerer or the next user of the same cluster then 
 this DAG if you run no triggerer, or if DAGs lack `on_failure_callback=clean_up` and
 `on_success_callback=clean_up`.
 
-**What it costs:** a task of one second every 15 minutes, and no call to Polars Cloud if there is no
+**Cost:** a task of one second every 15 minutes, and no call to Polars Cloud if there is no
 orphan. This DAG needs Airflow 3.3. On older versions, a task cannot list Variables.
 
 **Copy along:** the folder `plugins/polars_remote/`.

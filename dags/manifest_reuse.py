@@ -9,7 +9,7 @@ This DAG registers the manifest, so the cluster's size is reviewed and rolled ba
 A changed size is logged, and applied at the next start. A manifest is tied to the worker's versions
 of Polars and Python: after an upgrade, the task registers it again.
 
-**What it costs:** the cluster from the first query until ten minutes after the last. No worker slot
+**Cost:** the cluster from the first query until ten minutes after the last. No worker slot
 while the cluster starts or the query runs.
 
 **Who stops the cluster:** its idle timeout. No task stops it, because another one may be using it.

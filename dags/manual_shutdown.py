@@ -8,7 +8,7 @@ when several tasks of a run need the same cluster, and nothing needs it afterwar
 the teardown when all tasks between them have ended, retries included. A failed task still fails the
 run. (With `TriggerRule.ALL_DONE` on a last task instead, the run would succeed.)
 
-**What it costs:** the cluster from `start_cluster` to `stop_cluster`. No worker slot while queries
+**Cost:** the cluster from `start_cluster` to `stop_cluster`. No worker slot while queries
 run.
 
 **Who stops the cluster:** `stop_cluster`. Simultaneous runs share the cluster, and the last of them

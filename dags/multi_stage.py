@@ -9,7 +9,7 @@ Results between stages are temporary: `execute` writes them to Polars Cloud's ow
 deletes them after some hours. Only the last stage writes to a destination of its own. If a stage is
 cleared after its input was deleted, it fails, and its error names the task to clear first.
 
-**What it costs:** the cluster from the first stage to the last. No worker slot while a stage runs.
+**Cost:** the cluster from the first stage to the last. No worker slot while a stage runs.
 
 **Who stops the cluster:** `stop_cluster`, as in `manual_shutdown`.
 

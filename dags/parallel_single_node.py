@@ -8,7 +8,7 @@ data moves between machines, and more nodes run more queries at a time.
 Each task returns the query that it has submitted, and Airflow defers the task until the query has
 ended. Hundreds of tasks can wait at the same time, however few worker slots there are.
 
-**What it costs:** three nodes from `start_cluster` to `stop_cluster`. No worker slot while queries
+**Cost:** three nodes from `start_cluster` to `stop_cluster`. No worker slot while queries
 run.
 
 **Who stops the cluster:** `stop_cluster`, after the last query, as in `manual_shutdown`.

@@ -10,7 +10,7 @@ With the parameter `spend`, a billed check follows: it starts a cluster, writes 
 `results/preflight.parquet` at the data location, reads it back, checks the tables' types, and stops
 the cluster.
 
-**What it costs:** nothing. With `spend`, one small node for a few minutes.
+**Cost:** nothing. With `spend`, one small node for a few minutes.
 
 **Who stops the cluster:** the task, also if it fails or times out. If its worker is killed, the
 idle timeout stops the cluster.

@@ -11,7 +11,7 @@ the reply is lost. If the worker is killed before `detach`, the next try resumes
 submitted. A query that fails later fails no task and no run. Look at its page in Polars Cloud, or
 use `status_check`.
 
-**What it costs:** the cluster until ten minutes after the query has ended. Ten minutes are the
+**Cost:** the cluster until ten minutes after the query has ended. Ten minutes are the
 shortest idle timeout that Polars Cloud allows, and they are billed. No worker slot while the query
 runs.
 

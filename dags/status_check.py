@@ -9,7 +9,7 @@ cancels its query. A query that failed raises its own exception, for example `Co
 A query that was canceled, or that reports no location, fails the task, too. If the worker is
 killed, the next try resumes the query.
 
-**What it costs:** a worker slot while the query runs, and the cluster until ten minutes after the
+**Cost:** a worker slot while the query runs, and the cluster until ten minutes after the
 query has ended. If the task only waits, use `@query_task`, as in `manifest_reuse`: it holds no
 worker slot.
 

@@ -125,7 +125,7 @@ def check_cluster(cluster: Cluster, limit: timedelta) -> None:
 
 
 def describe_cost(cluster: Cluster, limit: timedelta) -> str:
-    """Return what is billed and for how long, idle timeout included."""
+    """Return a text with the billed node and minutes, idle timeout included."""
     node = cluster.get("instance_type") or f"{cluster['cpus']} CPUs and {cluster['memory']} GB"
     minutes = limit.total_seconds() / 60 + cluster["idle_timeout_mins"]
     return f"one node ({node}) is billed for a few minutes, at most {minutes:.0f}"

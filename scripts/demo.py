@@ -1,4 +1,4 @@
-"""Run DAGs against an emulator, and show what they wrote or why they failed."""
+"""Run DAGs on an emulator, and show their results or errors."""
 
 import argparse
 import contextlib

@@ -40,7 +40,7 @@ class Mutation:
     old, new
         Text that occurs once in the file, and its replacement.
     tests
-        Files or ids of tests, at least one of which must fail.
+        Files or ids of tests. At least one must fail.
     """
 
     promise: str

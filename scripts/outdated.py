@@ -1,4 +1,4 @@
-"""List pinned packages with newer versions, and what each update would change in the lock.
+"""List pinned packages with newer versions, and the changes of each update in the lock.
 
 This changes no file. To update, write the version into the listed files, and run `make lock`.
 """

@@ -212,7 +212,7 @@ def test_a_dag_says_what_it_is_for(dags: dict[str, DAG], dag_id: str) -> None:
         )
     if dag_id in KEPT:
         assert dag.doc_md is not None
-        assert "What it costs" in dag.doc_md
+        assert "**Cost:**" in dag.doc_md
         assert {"polars-cloud", "shop"} <= dag.tags
         assert not dag.catchup
         assert dag.default_args["retries"] > 0
@@ -456,7 +456,7 @@ def test_preflight_runs_by_hand_alone_and_asks_before_it_spends(dags: dict[str, 
     assert dag.schedule is None
     assert dag.params["spend"] is False
     assert dag.doc_md is not None
-    assert "What it costs" in dag.doc_md
+    assert "**Cost:**" in dag.doc_md
     assert "shop" not in dag.tags
 
 
@@ -469,7 +469,7 @@ def test_end_orphans_runs_by_itself_and_ends_before_its_next_run(dags: dict[str,
     assert task.execution_timeout is not None
     assert task.execution_timeout < dag.schedule
     assert dag.doc_md is not None
-    assert "What it costs" in dag.doc_md
+    assert "**Cost:**" in dag.doc_md
     assert "shop" not in dag.tags
 
 

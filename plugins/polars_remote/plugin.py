@@ -19,7 +19,7 @@ async def _serve(scope: Any, receive: Callable[[], Any], send: Callable[[Any], A
 
 
 class PolarsCloudPlugin(AirflowPlugin):
-    """A page about what is in use, its place in the menu, and the link of tasks with a query."""
+    """The page of clusters and queries in use, its menu entry, and the link to a task's query."""
 
     name = "polars_cloud"
     operator_extra_links = [StoredQueryLink()]  # noqa: RUF012

@@ -243,7 +243,7 @@ def connect_own_cluster(uri: str, access: ClusterAccess) -> ComputeContext:
 
 
 def is_own_cluster(cluster_id: str) -> bool:
-    """Return whether the id is that of a cluster of your own."""
+    """Return whether this is the id of a cluster of your own."""
     return "://" in cluster_id
 
 

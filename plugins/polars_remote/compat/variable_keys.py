@@ -88,7 +88,7 @@ def _change(key: str, change: Callable[[list[str]], list[str]]) -> None:
 
 
 def _lists_of(key: str) -> list[str]:
-    """Return the lists that hold a key: that of its run, and that of its task or manifest."""
+    """Return the lists that hold a key: the list of its run, and of its task or manifest."""
     shard = int(hashlib.sha256(key.encode()).hexdigest(), 16) % SHARDS
     match key.split("/"):
         case [_, "task", run, task, _]:
