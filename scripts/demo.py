@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Column, Table
@@ -48,9 +49,10 @@ PLAN = "\n\nResolved plan until failure:"
 
 
 class Failure(NamedTuple):
-    """A task that has failed, and its exception."""
+    """A failed task, or a DAG that could not begin, and the exception."""
 
-    task: Any
+    name: str
+    function: FunctionType | None
     error: BaseException
 
 
@@ -84,22 +86,25 @@ def run_once(dag: "DAG") -> tuple[str, list[Failure]]:
     def add_failure(context: "Context") -> None:
         error = context["exception"]
         assert isinstance(error, BaseException)
-        failures.append(Failure(context["task"], error))
+        task = context["task"]
+        failures.append(Failure(task.task_id, get_function(task), error))
 
     for task in dag.tasks:
         task.retries = 0
         callbacks = task.on_failure_callback or []
         others = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
         task.on_failure_callback = [*others, add_failure]
-    return str(dag.test().state), failures
+    try:
+        return str(dag.test().state), failures
+    except Exception as error:  # such as that of a param without a default
+        return "failed", [*failures, Failure(dag.dag_id, None, error)]
 
 
 def find_place(failure: Failure, dag_file: Path) -> str:
     """Return the line of the DAG's file at which a task has failed, or the task's first line."""
     frames = traceback.extract_tb(failure.error.__traceback__)
     # A query that the task has returned fails outside of the file.
-    function = get_function(failure.task)
-    code = inspect.unwrap(function).__code__ if function else None
+    code = inspect.unwrap(failure.function).__code__ if failure.function else None
     places = [(code.co_filename, code.co_firstlineno)] if code else []
     places += [(frame.filename, frame.lineno or 0) for frame in frames]
     lines = [line for file, line in places if file == str(dag_file)]
@@ -234,7 +239,7 @@ def main(dag_ids: list[str], stay: bool, realistic: bool, rows: int) -> int:
             console.print(f"{state}, {count}, {seconds} s")
             for failure in failed:
                 place = find_place(failure, Path(dag.fileloc))
-                console.print(f"\n  {failure.task.task_id} failed: {place}", style="red")
+                console.print(f"\n  {failure.name} failed: {place}", style="red")
                 print_below(console, describe_error(failure.error))
             for query in queries:
                 if query["status"] == "Success" and rows:

@@ -24,7 +24,7 @@ from functools import partial
 
 from airflow.providers.standard.operators.empty import EmptyOperator
 from airflow.providers.standard.operators.python import PythonOperator
-from airflow.sdk import dag, task
+from airflow.sdk import Param, dag, task
 
 from include.auth import authenticate
 from polars_remote import Query, query_task, use_cluster
@@ -72,8 +72,14 @@ def second() -> None:
     PythonOperator(task_id="refuse", python_callable=Refusing())
 
 
+@dag(schedule=None, params={"day": Param(type="string")})
+def third() -> None:
+    EmptyOperator(task_id="begin")
+
+
 multi_stage_mine()
 second()
+third()
 """
 
 
@@ -169,6 +175,13 @@ def test_an_error_of_an_object_that_a_task_calls_is_told_with_its_line(demo: lis
     said = said_of(demo, "second")
     line = ANY_TASKS.splitlines().index('        raise ValueError("refused")') + 1
     assert f"refuse failed: dags/multi_stage_mine.py, line {line}\n" in said
+
+
+def test_a_dag_that_cannot_begin_is_told_and_the_others_run(demo: list[str]) -> None:
+    said = said_of(demo, "third")
+    assert said.startswith("third ... failed, 0 queries, ")
+    assert "third failed: dags/multi_stage_mine.py\n" in said
+    assert "ParamValidationError: Invalid input for param day" in said
 
 
 @pytest.mark.parametrize("command", ["check", "demo", "copy"])
