@@ -39,7 +39,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     for dag_id in config.getoption("--dag"):
-        find_dag_file(dag_id)
+        try:
+            find_dag_file(dag_id)
+        except SystemExit as error:  # pytest would print its own traceback
+            raise pytest.UsageError(str(error)) from None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
