@@ -68,10 +68,16 @@ def scan(table: str) -> pl.LazyFrame:
     Raises
     ------
     AirflowFailException
-        See `check_data_location`.
+        There is no such table; or see `check_data_location`.
     """
     check_data_location()
-    return scan_files(f"{DATA}/{table}/", get_schemas()[table])
+    schemas = get_schemas()
+    if table not in schemas:
+        raise AirflowFailException(
+            f"There is no table '{table}' in include/shop.py. Correct its name, or add its "
+            f"columns to get_schemas. There are {', '.join(schemas)}"
+        )
+    return scan_files(f"{DATA}/{table}/", schemas[table])
 
 
 def scan_files(source: Any, schema: Schema) -> pl.LazyFrame:

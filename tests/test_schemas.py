@@ -367,3 +367,8 @@ def test_an_import_that_fails_in_the_task_itself_is_not_laid_to_the_cluster(
     with pytest.raises(ModuleNotFoundError) as raised, start_try():
         importlib.import_module("nowhere_to_be_found")
     assert not hasattr(raised.value, "__notes__")
+
+
+def test_a_table_that_is_not_there_is_answered_with_those_that_are() -> None:
+    with pytest.raises(AirflowFailException, match=r"no table 'sale' in .+ There are sales, inv"):
+        shop.scan("sale")
