@@ -43,10 +43,11 @@ airflow: .venv/installed ## Serve Airflow with the DAGs, and the emulator, until
 check: .venv/installed ## Lint and run a DAG, and show its results: DAG=multi_stage ROWS=20; all DAGs without DAG=
 	@.venv/bin/python -m pytest -q --no-header --exitfirst -rN --tb=short --numprocesses=0 \
 		tests/test_dag_integrity.py $(DAG:%=--dag=%)
-	@.venv/bin/python -m ruff check $(CHECKED)
+	@.venv/bin/python -m ruff check --quiet --select E9,F $(CHECKED)
 	@.venv/bin/python scripts/demo.py $(DAG) $(ROWS:%=--rows=%)
-	@.venv/bin/python -m ruff format --check $(CHECKED) || \
-		{ echo 'Only the format is wrong. To format: .venv/bin/ruff format dags include' >&2; exit 1; }
+	@{ .venv/bin/python -m ruff check $(CHECKED) && .venv/bin/python -m ruff format --check $(CHECKED); } || \
+		{ echo 'The DAG runs, but its style needs correction. Begin with:' \
+			'.venv/bin/ruff format dags include; .venv/bin/ruff check --fix dags include' >&2; exit 1; }
 
 check: CHECKED = $(if $(DAG),$(DAG:%=dags/%.py),dags) include plugins
 

@@ -86,8 +86,9 @@ def run_once(dag: "DAG") -> tuple[str, list[Failure]]:
     def add_failure(context: "Context") -> None:
         error = context["exception"]
         assert isinstance(error, BaseException)
-        task = context["task"]
-        failures.append(Failure(task.task_id, get_function(task), error))
+        task, index = context["task"], context["ti"].map_index
+        name = name_task(task.task_id, None if index == -1 else index)
+        failures.append(Failure(name, get_function(task), error))
 
     for task in dag.tasks:
         task.retries = 0
@@ -118,6 +119,11 @@ def describe_error(error: BaseException) -> str:
     return "\n".join([text.partition(PLAN)[0].rstrip(), *notes])
 
 
+def name_task(task_id: str, map_index: int | str | None) -> str:
+    """Name a task, with its map index if it is mapped."""
+    return task_id if map_index is None else f"{task_id}[{map_index}]"
+
+
 def get_task(query: dict[str, Any]) -> str:
     """Return the task that has submitted a query, with its map index if it is mapped.
 
@@ -125,8 +131,7 @@ def get_task(query: dict[str, Any]) -> str:
     """
     parts = (label.partition("=") for label in query["labels"])
     labels: dict[str, str] = {key: value for key, _, value in parts}
-    task = labels.get("task", f"query {query['id'][:8]}")
-    return task + (f"[{labels['map']}]" if "map" in labels else "")
+    return name_task(labels.get("task", f"query {query['id'][:8]}"), labels.get("map"))
 
 
 def describe(uri: str) -> str:

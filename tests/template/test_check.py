@@ -82,6 +82,20 @@ second()
 third()
 """
 
+MAPPED = """
+from airflow.sdk import dag, task
+
+@dag(schedule=None)
+def mapped():
+    @task
+    def divide(by):
+        return 1 / by
+
+    divide.expand(by=[1, 0])
+
+mapped()
+"""
+
 
 def rename(code: str, dag_id: str) -> str:
     return re.sub(r"\borders\(\)", f"{dag_id}()", code)
@@ -100,6 +114,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "dags" / "orders.py").write_text(ORDERS)
     (folder / "dags" / "multi_stage_mine.py").write_text(ANY_TASKS)
     (folder / "dags" / "refused.py").write_text("from airflow.sdk import dag\n1 / 0\n")
+    (folder / "dags" / "mapped.py").write_text(MAPPED)
     for name, (right, wrong) in MISTAKES.items():
         code = rename(ORDERS.replace(right, wrong), name)
         assert wrong in code
@@ -118,7 +133,7 @@ def make(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
 @pytest.fixture(scope="module")
 def demo(clone: Path) -> list[str]:
     """What `make demo` says of each DAG, up to the table at the end."""
-    dags = " ".join(["orders", *MISTAKES, "multi_stage_mine", "refused"])
+    dags = " ".join(["orders", *MISTAKES, "multi_stage_mine", "mapped", "refused"])
     ran = make(clone, "demo", f"DAG={dags}", "ROWS=2")
     assert ran.returncode, ran.stdout + ran.stderr
     return re.split(r"^(?=\w+ \.\.\. |dags/|DAG )", ran.stdout, flags=re.MULTILINE)
@@ -157,6 +172,12 @@ def test_an_error_of_the_tasks_own_code_is_told_with_its_line(demo: list[str]) -
     assert "NameError: name 'COUNT' is not defined" in said
 
 
+def test_a_mapped_task_that_failed_is_told_with_its_index(demo: list[str]) -> None:
+    line = MAPPED.splitlines().index("        return 1 / by") + 1
+    [failed] = re.findall(r"^  (.+) failed: (.+)$", said_of(demo, "mapped"), re.MULTILINE)
+    assert failed == ("divide[1]", f"dags/mapped.py, line {line}")
+
+
 def test_a_dag_file_that_cannot_be_imported_is_told_with_its_line_alone(demo: list[str]) -> None:
     said = said_of(demo, "refused")
     assert 'File "dags/refused.py", line 2' in said
@@ -189,7 +210,25 @@ def test_a_dag_that_is_not_there_is_answered_with_those_that_are(clone: Path, co
     ran = make(clone, command, "DAG=order", f"TO={clone}")
     assert ran.returncode
     assert "There is no DAG 'order' in dags/. Did you mean orders? The DAGs are empty" in ran.stderr
+    assert "Traceback" not in ran.stderr
     assert ran.stdout == ""
+
+
+def test_style_is_checked_once_the_rows_are_shown(clone: Path) -> None:
+    line = 'print("a line that is longer than others")  # ' + "because of its comment " * 3
+    wide = ORDERS.replace("        import polars as pl\n", f"        import polars as pl; {line}\n")
+    (clone / "dags" / "wide.py").write_text(rename(wide, "wide"))
+    ran = make(clone, "check", "DAG=wide")
+    assert ran.returncode
+    assert ran.stdout.index("count_orders wrote 4 rows") < ran.stdout.index("E501")
+    assert "its style needs correction" in ran.stderr
+
+
+def test_an_unknown_name_is_told_before_the_dag_runs(clone: Path) -> None:
+    ran = make(clone, "check", "DAG=unknown_name")
+    assert ran.returncode
+    assert "F821 Undefined name `COUNT`" in ran.stdout
+    assert "Starting Airflow" not in ran.stdout
 
 
 def test_only_the_dag_that_was_named_is_checked(clone: Path) -> None:
