@@ -25,6 +25,8 @@ CLUSTER = {"name": "shop", "cpus": 2, "memory": 4}
 FILE = "s3://your-bucket/results/one.parquet"
 ACTIVE = [None, "scheduled", "queued", "running", "up_for_retry", "restarting", "deferred"]
 
+pytestmark = pytest.mark.usefixtures("pc")
+
 
 @pytest.fixture(autouse=True)
 def own_login(monkeypatch: pytest.MonkeyPatch) -> None:

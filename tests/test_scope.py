@@ -42,6 +42,8 @@ NOT_ENDED = ["running", "queued", "scheduled", "up_for_retry", None]
 
 Hang = Callable[..., Any]
 
+pytestmark = pytest.mark.usefixtures("pc")
+
 
 def test_a_second_copy_of_the_library_is_warned_of(
     start_try: StartTry,
