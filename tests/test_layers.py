@@ -78,3 +78,5 @@ def test_the_public_names_are_few() -> None:
     import polars_remote
 
     assert len(polars_remote.__all__) <= 7
+    # Python's "Did you mean" for a misspelled import chooses from these.
+    assert set(polars_remote.__all__) <= set(dir(polars_remote))

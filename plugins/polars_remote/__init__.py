@@ -41,3 +41,8 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_MODULES[name], __name__), name)
+
+
+# Without it, a misspelled import is not answered with "Did you mean".
+def __dir__() -> list[str]:
+    return [*globals(), *_MODULES]
