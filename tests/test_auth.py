@@ -218,7 +218,7 @@ def test_another_connection_can_be_named(monkeypatch: pytest.MonkeyPatch) -> Non
     assert run_nightly_query() == "the query ran"
 
 
-def test_a_task_without_authenticate_is_told_to_have_it() -> None:
+def test_a_task_without_authenticate_gets_a_clear_error() -> None:
     with pytest.raises(NotAuthenticatedError, match="put @authenticate below @task"):
         current_scope()
 
@@ -279,7 +279,7 @@ def test_a_function_inside_cannot_use_another_connection(
     assert calls(emulator, "token") == 1
 
 
-def test_task_logs_in_again_and_goes_on(emulator: RunningEmulator) -> None:
+def test_task_logs_in_again_and_continues(emulator: RunningEmulator) -> None:
     expire = lambda: emulator.add_fault("GET user/me", "tokens_expire")  # noqa: E731
     assert run_long_query(expire) == "the query ran"
     assert calls(emulator, "token") == 2

@@ -104,7 +104,7 @@ def test_a_query_without_an_id_is_the_one_with_its_destination_that_was_not_know
     assert find_query(session, cluster_id, None, f"{FILE}/", []) is None
 
 
-def test_a_query_without_an_id_and_a_destination_is_not_looked_for(
+def test_a_query_without_an_id_and_a_destination_is_not_searched(
     session: CloudSession, ctx: Any, emulator: RunningEmulator
 ) -> None:
     pl.LazyFrame({"x": [1]}).remote(ctx).execute()
@@ -122,7 +122,7 @@ def test_of_two_queries_with_a_destination_the_one_that_was_not_known_is_new(
     assert find_new_query(session, ctx, FILE, [get_query_id(first), get_query_id(second)]) is None
 
 
-def test_a_query_on_another_cluster_is_not_taken_for_it(
+def test_a_query_on_another_cluster_is_not_mistaken_for_it(
     session: CloudSession, query: Any, pc: ModuleType
 ) -> None:
     other = start_cluster(pc)

@@ -527,7 +527,7 @@ def test_nobody_stops_a_cluster_whose_only_user_wanted_no_stop_and_was_killed(
     ids=["polars", "python"],
 )
 @pytest.mark.parametrize("stop", [True, False])
-def test_a_task_that_is_run_alone_after_an_upgrade_registers_the_manifest_anew(
+def test_a_task_that_is_run_alone_after_an_upgrade_registers_the_manifest_again(
     emulator: RunningEmulator, stop: bool, drift: dict[str, Any]
 ) -> None:
     emulator.call("POST", "manifest", {**MANIFEST_BODY, **drift, "name": "shop"})
@@ -1301,7 +1301,7 @@ def test_a_shared_cluster_encloses_the_tasks_made_inside_mapped_ones_included() 
 
 
 @pytest.mark.usefixtures("pc")
-def test_two_shared_clusters_in_one_dag_are_told_apart(
+def test_two_shared_clusters_in_one_dag_are_distinguished(
     emulator: RunningEmulator, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AIRFLOW_CONN_NIGHTLY", os.environ["AIRFLOW_CONN_POLARS_CLOUD"])

@@ -126,7 +126,7 @@ def test_a_block_without_a_query_costs_nothing(caplog: pytest.LogCaptureFixture)
 
 
 @pytest.mark.usefixtures("ti", "pc")
-def test_a_cluster_that_is_left_to_its_idle_timeout_is_told_from_the_record(
+def test_a_cluster_that_is_left_to_its_idle_timeout_is_logged_from_the_record(
     emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
 ) -> None:
     with use_cluster(CLUSTER, stop=False) as ctx:
@@ -207,7 +207,7 @@ def test_a_cluster_that_a_task_started_in_place_of_the_runs_own_counts_too(
     assert supervisor.variables == {}
 
 
-def test_the_sweep_tells_the_cost_of_a_run_that_was_killed(
+def test_the_sweep_logs_the_cost_of_a_run_that_was_killed(
     run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     run.start_cluster()
@@ -231,7 +231,7 @@ def test_a_run_that_was_killed_and_the_one_that_ends_it_share_the_bill(
     assert total == pytest.approx(billed(emulator)[0], abs=SECOND)
 
 
-def test_a_block_that_is_killed_is_told_by_the_sweep(
+def test_the_sweep_logs_the_cost_of_a_killed_block(
     pc: ModuleType,
     emulator: RunningEmulator,
     supervisor: Supervisor,

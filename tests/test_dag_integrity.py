@@ -192,7 +192,7 @@ def test_a_dag_file_defines_a_dag_of_its_name_and_touches_nothing(
         ("import polars_cloud", "imports polars_cloud while"),
     ],
 )
-def test_a_dag_file_that_does_more_than_define_is_told_its_line_and_what_to_do_instead(
+def test_a_dag_file_that_does_more_than_define_gets_its_line_and_advice(
     parse: Parse, tmp_path: Path, line: str, advice: str
 ) -> None:
     file = tmp_path / "careless.py"
@@ -286,7 +286,7 @@ def test_a_cluster_without_a_name_is_an_error_while_the_dag_file_is_parsed(
     assert "A cluster needs a name" in error
 
 
-def test_an_authenticated_function_that_is_no_task_is_told_to_become_one(
+def test_an_authenticated_function_that_is_no_task_gets_a_clear_error(
     parse: Parse, tmp_path: Path
 ) -> None:
     (tmp_path / "reports.py").write_text(
@@ -344,7 +344,7 @@ def test_every_task_that_waits_has_a_time_limit(dags: dict[str, DAG], dag_id: st
         ("return lf.remote(ctx).execute()", "waits in its worker without a limit"),
     ],
 )
-def test_a_task_of_the_users_is_told_its_line_and_what_to_write(
+def test_an_error_about_a_users_task_names_its_line_and_what_to_write(
     tmp_path: Path, body: str, problem: str | None
 ) -> None:
     (tmp_path / "reports.py").write_text(
@@ -369,9 +369,7 @@ def test_a_task_of_the_users_is_told_its_line_and_what_to_write(
         assert problem in found[-1]
 
 
-def test_a_dag_without_a_description_or_with_clean_up_in_one_callback_is_told_what_to_write() -> (
-    None
-):
+def test_an_error_about_a_users_dag_says_what_to_write() -> None:
     dags = {"reports": DAG("reports", schedule=None, on_failure_callback=clean_up)}
     said, cleaned = get_refusals(
         lambda: test_a_dag_says_what_it_is_for(dags, "reports"),
@@ -409,7 +407,7 @@ def get_refusals(*checks: Callable[[], None]) -> list[str]:
         ("lf.remote(ctx).sink_parquet(uri)", False),
     ],
 )
-def test_a_call_that_waits_is_told_from_one_that_does_not(line: str, waits: bool) -> None:
+def test_a_call_that_waits_is_distinguished_from_one_that_does_not(line: str, waits: bool) -> None:
     assert bool(WAITS.search(line)) == waits
 
 

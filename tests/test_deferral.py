@@ -194,7 +194,7 @@ def test_a_trigger_is_stored_and_found_again_and_holds_no_secret(
         assert "eyJ" not in text  # the prefix of each token
 
 
-def test_a_trigger_is_told_the_query_and_where_it_runs(
+def test_a_trigger_gets_the_query_and_its_cluster(
     emulator: RunningEmulator, supervisor: Supervisor
 ) -> None:
     task, deferred = defer_for_query(emulator)
@@ -209,7 +209,7 @@ def test_a_trigger_is_told_the_query_and_where_it_runs(
     assert kwargs["task_key"].endswith(str(task.ti.id))
 
 
-def test_a_trigger_is_told_which_cluster_starts(
+def test_a_trigger_gets_the_cluster_that_starts(
     emulator: RunningEmulator, supervisor: Supervisor
 ) -> None:
     _, deferred = defer_for_cluster(emulator)
@@ -758,7 +758,7 @@ def test_a_worker_that_is_shut_down_while_it_defers_a_task_ends_nothing(
 
 
 @pytest.mark.parametrize("next_cluster", [CLUSTER, OTHER_CLUSTER])
-def test_a_deferred_task_that_is_cleared_asks_anew_and_the_first_cluster_is_stopped_in_the_end(
+def test_a_cleared_deferred_task_submits_again_and_the_first_cluster_is_stopped_in_the_end(
     emulator: RunningEmulator,
     supervisor: Supervisor,
     hold: Callable[[], None],

@@ -252,7 +252,7 @@ def test_a_query_that_was_detached_runs_on(
     assert query_statuses(emulator) == ["InProgress"]
 
 
-def test_nothing_is_looked_for_where_nobody_answers_for_airflow() -> None:
+def test_nothing_is_ended_without_a_supervisor() -> None:
     empty: Any = {}
     clean_up(empty)
     clean_up()
@@ -577,7 +577,7 @@ def little_time(monkeypatch: pytest.MonkeyPatch) -> None:
         ("CancelQuery", {"kind": "connection_reset"}),
     ],
 )
-def test_a_clean_up_that_does_not_come_through_ends_in_time_and_names_what_is_left(
+def test_a_clean_up_without_an_answer_ends_in_time_and_names_the_orphans(
     emulator: RunningEmulator,
     supervisor: Supervisor,
     context: Context,

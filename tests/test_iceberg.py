@@ -153,7 +153,7 @@ def append_as_somebody_else(pc: ModuleType, emulator: RunningEmulator, append: A
     append(pc.ComputeContext.connect(cluster["id"], workspace="playground"), TWO_ROWS.head(1))
 
 
-def test_another_tasks_append_is_not_taken_for_the_one_whose_reply_was_lost(
+def test_another_tasks_append_is_not_mistaken_for_the_one_whose_reply_was_lost(
     pc: ModuleType,
     emulator: RunningEmulator,
     catalog: SqlCatalog,
@@ -177,7 +177,7 @@ def test_another_tasks_append_is_not_taken_for_the_one_whose_reply_was_lost(
     assert height(catalog) == 3
 
 
-def test_another_tasks_append_is_not_taken_for_that_of_a_killed_worker(
+def test_another_tasks_append_is_not_mistaken_for_that_of_a_killed_worker(
     pc: ModuleType,
     emulator: RunningEmulator,
     append: Append,
@@ -267,7 +267,7 @@ def test_an_append_whose_cluster_and_worker_have_died_is_not_repeated(
     ],
     ids=["task", "map index", "run", "DAG", "cleared", "run of the same id"],
 )
-def test_another_task_and_one_that_was_cleared_append_anew(
+def test_another_task_and_a_cleared_task_append_again(
     catalog: SqlCatalog,
     append: Append,
     cluster: dict[str, Any],

@@ -73,7 +73,7 @@ PRIVATE_NAMES = {
 
 
 @pytest.mark.parametrize("counts", [True, False])
-def test_a_clear_that_airflow_does_not_count_is_told_by_the_tries_that_it_adds(
+def test_a_clear_that_airflow_does_not_count_is_noticed_by_the_tries_that_it_adds(
     counts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(internals, "COUNTS_CLEARED_TASKS", counts)
@@ -491,7 +491,7 @@ def test_unregistering_can_be_repeated(ctx: Any, emulator: RunningEmulator) -> N
     assert emulator.state()["manifests"] == []
 
 
-def test_the_clients_errors_are_told_apart(pc: ModuleType, ctx: Any) -> None:
+def test_the_clients_errors_are_distinguished(pc: ModuleType, ctx: Any) -> None:
     with pytest.raises(not_found_error()):
         pc.ComputeContext(workspace="playground", name="nowhere")
     with pytest.raises(misspecified_error()):

@@ -70,7 +70,7 @@ def test_a_fitting_manifest_is_left_alone(
 
 @pytest.mark.usefixtures("ti", "pc")
 @pytest.mark.parametrize("drift", OTHER_VERSIONS, ids=["polars", "python"])
-def test_a_manifest_of_other_versions_is_registered_anew(
+def test_a_manifest_of_other_versions_is_registered_again(
     emulator: RunningEmulator, drift: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     emulator.call("POST", "manifest", {**MANIFEST_BODY, **drift, "name": "shop"})
@@ -82,7 +82,7 @@ def test_a_manifest_of_other_versions_is_registered_anew(
 
 
 @pytest.mark.usefixtures("ti", "pc")
-def test_a_manifest_in_proxy_mode_is_registered_anew_where_the_code_asks_for_direct(
+def test_a_manifest_in_proxy_mode_is_registered_again_where_the_code_asks_for_direct(
     emulator: RunningEmulator,
 ) -> None:
     emulator.call("POST", "manifest", {**MANIFEST_BODY, "mode": "Proxy", "name": "shop"})

@@ -130,7 +130,7 @@ def test_a_query_that_fails_raises_its_own_exception(
         submit(ctx, frame=TWO_ROWS.select("nope")).await_result()
 
 
-def test_a_query_that_the_cluster_has_failed_is_not_submitted_anew(
+def test_a_query_that_the_cluster_has_failed_is_not_submitted_again(
     own: RunningEmulator, cluster: dict[str, str], start_try: StartTry
 ) -> None:
     own.add_fault("SubmitQuery", "worker_killed")
@@ -190,7 +190,7 @@ def test_a_trigger_cancels_the_query_of_a_task_that_is_out_of_time(
     assert query_statuses(own) == ["Canceled"]
 
 
-def test_the_log_tells_the_age_of_a_query_where_the_observatory_is_out_of_reach(
+def test_the_log_shows_the_age_of_a_query_if_the_observatory_is_unreachable(
     own: RunningEmulator,
     cluster: dict[str, str],
     start_try: StartTry,

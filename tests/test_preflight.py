@@ -120,7 +120,7 @@ def tables_checked() -> str:
 
 
 @pytest.mark.usefixtures("in_task")
-def test_each_step_tells_in_a_line_what_it_has_found(
+def test_each_step_logs_its_finding_in_a_line(
     emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
 ) -> None:
     from airflow import __version__ as airflow
@@ -163,7 +163,7 @@ def test_two_copies_of_the_library_are_refused_with_both_paths_and_versions(
 
 
 @pytest.mark.usefixtures("in_task")
-def test_releases_that_nobody_has_tried_are_named_and_let_pass(
+def test_untested_releases_are_named_and_accepted(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "NEWEST_TESTED", {"Airflow": "3.0", "polars-cloud": "0.11"})
@@ -268,7 +268,7 @@ def test_the_default_data_location_is_refused_on_the_service(
 
 
 @pytest.mark.usefixtures("in_task")
-def test_a_bucket_that_is_not_there_is_told_without_a_cluster(
+def test_a_missing_bucket_is_reported_without_a_cluster(
     caplog: pytest.LogCaptureFixture, set_settings: Set
 ) -> None:
     set_settings(DATA="s3://nobodys-bucket/shop")
@@ -303,7 +303,7 @@ def test_a_connection_of_the_wrong_shape_is_refused(
 
 
 @pytest.mark.usefixtures("in_task")
-def test_a_refused_login_is_told_without_the_secret(
+def test_a_refused_login_is_reported_without_the_secret(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = connection(login="polars-cloud-emulator", password="a secret")
@@ -316,7 +316,7 @@ def test_a_refused_login_is_told_without_the_secret(
 
 
 @pytest.mark.usefixtures("in_task", "short_outages")
-def test_an_outage_while_logging_in_is_told_as_one(
+def test_an_outage_while_logging_in_is_reported_as_one(
     emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
 ) -> None:
     emulator.add_fault("GET user/me", "http_error", status=503, times=1000)
@@ -350,7 +350,7 @@ def test_an_empty_manifest_name_is_refused(
 
 
 @pytest.mark.usefixtures("ti")
-def test_a_manifest_is_told_with_its_versions(
+def test_a_manifest_is_reported_with_its_versions(
     emulator: RunningEmulator, caplog: pytest.LogCaptureFixture, pc: ModuleType
 ) -> None:
     ensure_manifest({**CLUSTER, "name": "airflow-production"})
@@ -402,7 +402,7 @@ def test_an_unknown_instance_type_is_refused_before_anything_runs(
 
 
 @pytest.mark.usefixtures("ti", "pc")
-def test_a_cluster_that_does_not_start_is_told_with_its_reason(
+def test_a_cluster_that_does_not_start_is_reported_with_its_reason(
     emulator: RunningEmulator, caplog: pytest.LogCaptureFixture
 ) -> None:
     emulator.add_fault("POST manifest/start", "startup_fails", message="no machines left")
@@ -426,7 +426,7 @@ def leave_out(name: str) -> None:
         (create_bucket_elsewhere, "The bucket {} is not in the cluster's region"),
     ],
 )
-def test_a_bucket_that_refuses_is_told_with_what_to_do_and_no_cluster_is_left(
+def test_a_bucket_that_denies_access_is_reported_with_advice_and_no_cluster_is_left(
     emulator: RunningEmulator,
     caplog: pytest.LogCaptureFixture,
     set_settings: Set,
@@ -475,7 +475,7 @@ def test_another_row_than_the_one_that_was_written_fails(
 
 
 @pytest.mark.usefixtures("pc")
-def test_a_cluster_that_is_not_seen_to_stop_is_told(
+def test_a_cluster_that_does_not_stop_in_time_is_reported(
     emulator: RunningEmulator,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,

@@ -81,7 +81,7 @@ def test_a_cancellation_that_is_refused_is_tried_again(
     assert query_statuses(emulator) == ["Canceled"]
 
 
-def test_a_query_that_polars_cloud_has_forgotten_is_submitted_anew(
+def test_a_query_that_polars_cloud_has_forgotten_is_submitted_again(
     emulator: RunningEmulator, start_try: StartTry
 ) -> None:
     kill(lambda: submit_and_freeze(CLUSTER))
@@ -197,7 +197,7 @@ def test_a_trigger_cancels_the_query_of_a_task_that_is_out_of_time(
 
 
 @pytest.mark.usefixtures("ti")
-def test_the_log_tells_the_age_of_a_query_and_no_stages(
+def test_the_log_shows_the_age_of_a_query_and_no_stages(
     emulator: RunningEmulator, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "LOG_AFTER_SECONDS", (0.1, 1800))
@@ -220,7 +220,7 @@ def test_the_log_tells_the_age_of_a_query_and_no_stages(
     [lambda query: query.plan("ir"), lambda query: query.delete_result()],
     ids=["plan", "delete_result"],
 )
-def test_what_needs_a_connection_to_the_cluster_is_refused_in_words(ask: Any) -> None:
+def test_what_needs_a_connection_to_the_cluster_is_refused_with_a_clear_error(ask: Any) -> None:
     with use_cluster(CLUSTER) as ctx:
         query = submit(ctx)
         query.await_result()

@@ -326,7 +326,7 @@ def test_by_each_route_a_query_after_the_block_is_refused_before_anything_is_sen
 # Waiting for the result
 
 
-def test_a_successful_query_gives_its_location_and_the_log_tells_id_rows_and_destination(
+def test_a_successful_query_returns_its_location_and_the_log_shows_id_rows_and_destination(
     remote: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     query = remote.sink_parquet(FILE)
@@ -365,7 +365,7 @@ def test_an_error_of_an_unknown_type_comes_through_with_its_words(
         remote.execute()
 
 
-def test_a_failure_is_returned_to_whoever_asks_not_to_raise_it(
+def test_a_failure_is_returned_if_the_caller_asks_not_to_raise_it(
     remote: Any, emulator: RunningEmulator
 ) -> None:
     emulator.add_fault("SubmitQuery", "query_fails", error="SchemaError: of row 7")
@@ -703,7 +703,7 @@ def test_two_threads_start_one_cluster_and_submit_two_queries(
 
 @pytest.mark.usefixtures("pc")
 @pytest.mark.parametrize("over", ["block", "task"])
-def test_a_thread_that_submits_when_the_block_or_the_task_is_over_is_refused(
+def test_a_thread_that_submits_after_the_end_of_the_block_or_the_task_is_refused(
     emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor, over: str
 ) -> None:
     is_over = threading.Event()
@@ -884,7 +884,7 @@ def test_a_cluster_that_stops_just_before_the_submission_is_started_again(
 
 
 @pytest.mark.parametrize("uri", [FILE, None])
-def test_a_query_whose_cluster_is_stopped_as_it_was_submitted_is_submitted_anew_once(
+def test_a_query_whose_cluster_is_stopped_as_it_was_submitted_is_submitted_again_once(
     ctx: Any,
     emulator: RunningEmulator,
     supervisor: Supervisor,
@@ -940,7 +940,7 @@ def test_a_query_that_has_run_for_a_while_when_its_cluster_is_stopped_fails(
     assert query_statuses(emulator) == ["Failed"]
 
 
-def test_a_query_whose_cluster_has_failed_under_it_is_not_submitted_anew(
+def test_a_query_whose_cluster_has_failed_under_it_is_not_submitted_again(
     ctx: Any, emulator: RunningEmulator
 ) -> None:
     emulator.add_fault("SubmitQuery", "cluster_lost", message="no more spot instances")
@@ -950,7 +950,7 @@ def test_a_query_whose_cluster_has_failed_under_it_is_not_submitted_anew(
     assert query_statuses(emulator) == ["Failed"]
 
 
-def test_a_query_that_fails_on_its_data_is_not_submitted_anew(
+def test_a_query_that_fails_on_its_data_is_not_submitted_again(
     ctx: Any, emulator: RunningEmulator
 ) -> None:
     with pytest.raises(pl.exceptions.ColumnNotFoundError):
@@ -998,7 +998,7 @@ def test_a_submission_that_was_not_accepted_is_repeated(
 
 @pytest.mark.usefixtures("pc")
 @pytest.mark.parametrize("kind", ["answer_lost", "connection_reset"])
-def test_yesterdays_query_is_never_taken_for_the_one_whose_reply_was_lost(
+def test_yesterdays_query_is_never_mistaken_for_the_one_whose_reply_was_lost(
     emulator: RunningEmulator, start_try: StartTry, kind: str
 ) -> None:
     cluster = {**CLUSTER, "idle_timeout_mins": YEAR}
@@ -1014,7 +1014,7 @@ def test_yesterdays_query_is_never_taken_for_the_one_whose_reply_was_lost(
     assert cluster_statuses(emulator) == ["Idle"]
 
 
-def test_a_query_whose_destination_merely_begins_alike_is_not_taken_for_the_lost_one(
+def test_a_query_whose_destination_has_the_same_beginning_is_not_mistaken_for_the_lost_one(
     ctx: Any, pc: ModuleType, emulator: RunningEmulator
 ) -> None:
     sales, by_day = "s3://your-bucket/results/sales", "s3://your-bucket/results/sales_by_day"
@@ -1322,7 +1322,7 @@ def test_the_next_try_finds_a_query_whose_id_the_first_had_no_time_to_record(
 
 @pytest.mark.usefixtures("pc")
 @pytest.mark.parametrize("end", ["failed", "canceled"])
-def test_the_next_try_submits_a_query_anew_that_will_never_succeed(
+def test_the_next_try_submits_a_query_again_that_cannot_succeed(
     emulator: RunningEmulator, start_try: StartTry, end: str
 ) -> None:
     def body() -> Iterator[Any]:
@@ -1409,7 +1409,7 @@ def test_the_next_try_does_not_resume_the_temporary_result_of_other_code(
 
 @pytest.mark.usefixtures("pc")
 @pytest.mark.parametrize("end", [lambda query: query.await_result(), detach])
-def test_a_task_that_is_cleared_after_its_success_submits_anew(
+def test_a_task_that_is_cleared_after_its_success_submits_again(
     emulator: RunningEmulator, start_try: StartTry, end: Callable[[Any], object]
 ) -> None:
     for try_number, clear_number in ((1, 0), (2, 1)):
@@ -1617,13 +1617,17 @@ LOOKS_LIKE_NODES = [
 
 
 @pytest.mark.parametrize("data", LOOKS_LIKE_NODES)
-def test_data_of_a_frame_that_looks_like_a_part_of_the_plan_is_not_taken_for_it(data: Any) -> None:
+def test_data_of_a_frame_that_looks_like_a_part_of_the_plan_is_not_mistaken_for_it(
+    data: Any,
+) -> None:
     frame = pl.DataFrame(data).lazy()
     assert read(frame.sink_parquet(FILE, lazy=True)).destinations == (FILE,)
 
 
 @pytest.mark.parametrize("text", ["dsl_plans", "dataframes", "\xa9dsl_plans\x90", "dsl_plans" * 99])
-def test_texts_in_a_query_that_look_like_a_part_of_the_plan_are_not_taken_for_it(text: str) -> None:
+def test_texts_in_a_query_that_look_like_a_part_of_the_plan_are_not_mistaken_for_it(
+    text: str,
+) -> None:
     uri = f"s3://your-bucket/{text}/dsl_plans"
     frame = (
         pl.DataFrame({text: ["a"]})

@@ -393,7 +393,7 @@ def test_an_async_function_is_waited_for_as_any_other(
 
 
 @pytest.mark.usefixtures("deferring")
-def test_a_task_with_a_long_query_is_deferred_and_everything_goes_on(
+def test_a_task_with_a_long_query_is_deferred_and_its_query_and_cluster_continue(
     hold: Callable[[], None], emulator: RunningEmulator, supervisor: Supervisor
 ) -> None:
     hold()
@@ -420,7 +420,7 @@ def test_a_deferred_task_is_a_user_of_its_cluster(
 
 
 @pytest.mark.usefixtures("deferring")
-def test_a_task_that_is_resumed_with_results_stops_its_cluster_and_tells_of_them(
+def test_a_task_that_is_resumed_with_results_stops_its_cluster_and_logs_them(
     hold: Callable[[], None],
     end_held: Callable[[], None],
     emulator: RunningEmulator,
@@ -612,7 +612,7 @@ def test_a_cluster_that_has_stopped_before_the_query_ended_is_an_error(
 
 
 @pytest.mark.parametrize("where", ["in the worker", "deferred"])
-def test_a_query_whose_cluster_was_stopped_as_it_was_submitted_is_submitted_anew(
+def test_a_query_whose_cluster_was_stopped_as_it_was_submitted_is_submitted_again(
     hold: Callable[[], None],
     emulator: RunningEmulator,
     supervisor: Supervisor,
@@ -768,7 +768,7 @@ def test_a_plain_task_may_not_return_a_query(
     [lambda query: query, lambda query: query.await_result(), lambda query: {"all": [query]}],
     ids=["query", "result", "nested"],
 )
-def test_a_plain_task_that_returns_what_airflow_cannot_store_is_told_of_query_task(
+def test_an_error_about_a_plain_task_that_returns_a_query_names_query_task(
     supervisor: Supervisor, wrap: Callable[[Any], Any], start_try: StartTry
 ) -> None:
     def ask_and_return() -> Any:
@@ -1044,7 +1044,7 @@ def test_why_a_trigger_has_failed_is_logged(
 
 
 @pytest.mark.usefixtures("deferring")
-def test_a_triggerer_without_the_library_is_told_of_in_one_warning(
+def test_a_triggerer_without_the_library_causes_one_warning(
     hold: Callable[[], None], end_held: Callable[[], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     task = TriedTask(ask)
@@ -1062,7 +1062,7 @@ def test_a_triggerer_without_the_library_is_told_of_in_one_warning(
 
 
 @pytest.mark.parametrize("where", ["in the worker", "deferred", "deferred, without its record"])
-def test_what_the_function_tells_of_an_asset_survives(
+def test_the_extra_of_an_asset_event_survives(
     hold: Callable[[], None],
     supervisor: Supervisor,
     monkeypatch: pytest.MonkeyPatch,
@@ -1105,7 +1105,7 @@ def test_what_airflow_can_store_of_an_asset_survives(hold: Callable[[], None]) -
 
 
 @pytest.mark.usefixtures("deferring")
-def test_what_is_told_of_an_alias_and_of_partitions_survives(hold: Callable[[], None]) -> None:
+def test_the_events_of_an_alias_and_of_partitions_survive(hold: Callable[[], None]) -> None:
     alias, other = AssetAlias("any"), Asset("other", "s3://your-bucket/other")
 
     def ask_and_tell() -> Any:

@@ -131,7 +131,7 @@ def test_erasing_what_is_gone_is_no_error() -> None:
 
 
 @pytest.mark.parametrize("is_raised", [True, False])
-def test_an_airflow_that_does_not_answer_is_not_taken_for_an_entry_that_is_gone(
+def test_an_airflow_that_does_not_answer_is_not_mistaken_for_a_missing_entry(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, is_raised: bool
 ) -> None:
     def refuse(msg: Any) -> Any:
@@ -199,7 +199,7 @@ def test_an_owner_is_named_by_dag_task_and_run(owner: Owner, text: str) -> None:
     assert str(owner) == text
 
 
-def test_a_digest_tells_its_parts_apart() -> None:
+def test_a_digest_distinguishes_its_parts() -> None:
     assert record.digest("ab", "c") != record.digest("a", "bc")
 
 

@@ -234,7 +234,7 @@ def test_a_time_limit_ends_with_its_body(query: Any, emulator: RunningEmulator) 
     assert retry(query.get_status).is_done()
 
 
-def test_an_inner_time_limit_ends_before_the_outer_one_goes_on() -> None:
+def test_an_inner_time_limit_ends_before_the_outer_one_continues() -> None:
     assert time_left(9.0) == 9.0
     with time_limit(60.0):
         assert time_left(9.0) == 9.0

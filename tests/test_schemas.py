@@ -311,7 +311,7 @@ def test_what_this_machine_cannot_read_is_left_to_the_cluster(
     assert preflight.check_tables().startswith("not checked, as this machine cannot read them: ")
 
 
-def test_files_are_told_once_for_each_problem(
+def test_files_are_reported_once_for_each_problem(
     write: Callable[..., None], tables: dict[str, pl.DataFrame]
 ) -> None:
     write(*in_all_files(cast("date", pl.String), tables["sales"]))

@@ -485,7 +485,7 @@ def test_a_time_out_that_calls_on_kill_stays_a_time_out(
 
 
 @pytest.mark.parametrize("state", ["InProgress", "Success"])
-def test_a_task_that_is_cleared_ends_the_old_queries_and_submits_everything_anew(
+def test_a_cleared_task_cancels_the_old_queries_and_submits_all_again(
     emulator: RunningEmulator, start_try: StartTry, supervisor: Supervisor, state: str
 ) -> None:
     def submit_three(ctx: Any) -> list[Any]:
@@ -591,7 +591,7 @@ def test_a_frozen_worker_starts_nothing_more_once_the_next_try_owns_its_queries(
     assert supervisor.variables == {}
 
 
-def test_a_frozen_worker_is_told_apart_although_the_next_try_has_submitted_nothing_yet(
+def test_a_frozen_worker_is_noticed_although_the_next_try_has_submitted_nothing_yet(
     hang: Hang, emulator: RunningEmulator, start_try: StartTry
 ) -> None:
     def body() -> Iterator[Any]:

@@ -74,7 +74,7 @@ def test_a_session_logs_in_with_its_first_call_and_not_before(
     assert callers(emulator, "organization") == [CLIENT_IDS[SECOND]] * 2
 
 
-def test_log_in_logs_in_anew_each_time(emulator: RunningEmulator, pc: ModuleType) -> None:
+def test_log_in_logs_in_again_each_time(emulator: RunningEmulator, pc: ModuleType) -> None:
     before = calls(emulator, "token")
     for _ in range(2):
         CloudSession(SECOND).log_in()
@@ -239,7 +239,7 @@ def test_an_unknown_workspace_is_refused_with_those_that_there_are(
     assert isinstance(refused.value, AirflowFailException)
 
 
-def test_an_account_without_a_workspace_is_told_to_make_one(
+def test_an_account_without_a_workspace_gets_advice_to_create_one(
     pc: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sessions, "WORKSPACE", "nowhere")
@@ -248,7 +248,7 @@ def test_an_account_without_a_workspace_is_told_to_make_one(
         CloudSession(FIRST).find_workspace()
 
 
-def test_an_outage_while_the_workspace_is_looked_up_is_waited_for(
+def test_an_outage_during_the_lookup_of_the_workspace_is_waited_out(
     emulator: RunningEmulator, pc: ModuleType
 ) -> None:
     emulator.add_fault("GET workspace", "http_error", status=503)

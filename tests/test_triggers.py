@@ -447,7 +447,7 @@ def test_a_trigger_that_is_canceled_before_it_polls_ends_what_its_task_has_start
         pytest.param(None, id="it_was_cleared_a_moment_ago"),
     ],
 )
-def test_a_canceled_trigger_leaves_a_task_alone_that_goes_on(
+def test_a_canceled_trigger_leaves_the_queries_of_an_active_task_alone(
     end_deferred: EndDeferred,
     defer: Defer,
     emulator: RunningEmulator,
@@ -533,7 +533,7 @@ def test_a_trigger_fires_without_news_when_the_cluster_is_running(
 
 
 @pytest.mark.usefixtures("supervisor")
-def test_a_trigger_tells_why_the_cluster_has_not_started(emulator: RunningEmulator) -> None:
+def test_a_trigger_returns_why_the_cluster_has_not_started(emulator: RunningEmulator) -> None:
     trigger = starting(emulator, kind="startup_fails", message="no machines left")
     assert first_event(trigger) == {"failed": "no machines left"}
 
@@ -689,7 +689,7 @@ def test_what_a_watched_task_has_started_is_not_swept_before_its_trigger_stops(
     assert cluster_statuses(emulator) == ["Stopped"]
 
 
-def test_the_sweep_goes_on_when_no_task_waits(
+def test_the_sweep_continues_when_no_task_waits(
     sweeps: Sweeps, emulator: RunningEmulator, supervisor: Supervisor
 ) -> None:
     leave_orphan(emulator, supervisor, state="running")

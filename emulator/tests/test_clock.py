@@ -34,7 +34,7 @@ def test_time_never_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("stopped", [True, False])
-def test_time_goes_on_after_a_restart(stopped: bool) -> None:
+def test_time_continues_after_a_restart(stopped: bool) -> None:
     clock = Clock()
     clock.advance(100 * MINUTE)
     state = new_state(clock)

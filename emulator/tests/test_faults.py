@@ -233,7 +233,7 @@ def test_hanging_query_occupies_its_worker_until_it_is_cancelled(
     assert [query["cancels"] for query in emulator.state()["queries"]] == [1, 0, 0, 0, 0]
 
 
-def test_query_that_takes_long_ends_when_its_time_is_over_on_the_clock(
+def test_long_query_ends_when_its_time_has_passed_on_the_clock(
     emulator: RunningEmulator, remote: Any
 ) -> None:
     emulator.add_fault("SubmitQuery", "query_takes", seconds=60)
@@ -244,7 +244,7 @@ def test_query_that_takes_long_ends_when_its_time_is_over_on_the_clock(
     assert query.await_result().n_rows_total == 2
 
 
-def test_waiting_query_lets_others_run_and_ends_when_its_time_is_over_on_the_clock(
+def test_waiting_query_lets_others_run_and_ends_when_its_time_has_passed_on_the_clock(
     emulator: RunningEmulator, remote: Any
 ) -> None:
     emulator.add_fault("SubmitQuery", "query_waits", seconds=60)

@@ -92,7 +92,7 @@ def test_token_is_good_until_it_expires(emulator_here: StartEmulator) -> None:
     assert answer.json() == {"message": "the access token has expired", "errors": {}}
 
 
-def test_token_from_an_emulator_that_is_ahead_tells_the_client_its_own_time(
+def test_token_from_an_emulator_that_is_ahead_has_the_emulators_time(
     emulator_here: StartEmulator,
 ) -> None:
     clock = Clock()

@@ -115,7 +115,7 @@ def test_failed_query_is_named_without_opening_anything(
     assert re.search('<text class="[^"]*failed"[^>]*>✗ bad', page)
 
 
-def test_cluster_that_is_still_billed_is_told_from_one_that_has_ended(
+def test_cluster_that_is_still_billed_is_distinguished_from_one_that_has_ended(
     browser: httpx.Client, start_cluster: StartCluster
 ) -> None:
     context = start_cluster()
@@ -167,7 +167,7 @@ def test_filters_leave_the_clusters_of_one_dag_or_manifest(
     assert "task_of_kept" not in page
 
 
-def test_running_and_waiting_queries_are_told_apart(
+def test_running_and_waiting_queries_are_distinguished(
     browser: httpx.Client,
     start_cluster: StartCluster,
     blocking: BlockingQuery,
@@ -196,7 +196,7 @@ def test_start_up_is_drawn(
     assert 'class="starting" x="0.0%" width="100.0%"' in page
 
 
-def test_page_of_a_query_tells_all_about_it(
+def test_page_of_a_query_shows_its_details(
     emulator: RunningEmulator, browser: httpx.Client, start_cluster: StartCluster
 ) -> None:
     frame = pl.LazyFrame({"x": [3, 1]}).sort("x")

@@ -182,7 +182,7 @@ def test_wait_is_one_request_until_the_end(
     assert call["grpc_status"] == 0
 
 
-def test_wait_ends_at_its_time_limit_and_the_query_goes_on(
+def test_wait_ends_at_its_time_limit_and_the_query_continues(
     pc: ModuleType,
     start_cluster: StartCluster,
     blocking: BlockingQuery,

@@ -953,7 +953,7 @@ SHOWN_WITHOUT_SCHEDULER: Mapping[str, str] = {
     ),
     "the cluster is lost in mid-query": (
         "tests/test_queries.py::"
-        "test_a_query_whose_cluster_has_failed_under_it_is_not_submitted_anew"
+        "test_a_query_whose_cluster_has_failed_under_it_is_not_submitted_again"
     ),
     "the shutdown finds nothing to stop": (
         "tests/test_clusters.py::test_stop_is_quiet_when_nothing_is_running"
@@ -999,13 +999,13 @@ SHOWN_WITHOUT_SCHEDULER: Mapping[str, str] = {
     "an outage outlasts the budget": (
         "tests/test_retry.py::test_an_outage_that_outlasts_the_budget_is_an_error"
     ),
-    "the login expires in mid-wait": "tests/test_auth.py::test_task_logs_in_again_and_goes_on",
+    "the login expires in mid-wait": "tests/test_auth.py::test_task_logs_in_again_and_continues",
     "the manifest is missing": "tests/test_manifests.py::test_an_absent_manifest_is_registered",
     "the manifest is for another Python": (
-        "tests/test_manifests.py::test_a_manifest_of_other_versions_is_registered_anew"
+        "tests/test_manifests.py::test_a_manifest_of_other_versions_is_registered_again"
     ),
     "the manifest is for another Polars": (
-        "tests/test_manifests.py::test_a_manifest_of_other_versions_is_registered_anew"
+        "tests/test_manifests.py::test_a_manifest_of_other_versions_is_registered_again"
     ),
     "two runs of a DAG share a cluster": (
         "tests/test_clusters.py::test_stop_leaves_a_query_of_another_run_running"
@@ -1033,7 +1033,7 @@ SHOWN_WITHOUT_SCHEDULER: Mapping[str, str] = {
     ),
     "one task is cleared after Polars was upgraded": (
         "tests/test_clusters.py::"
-        "test_a_task_that_is_run_alone_after_an_upgrade_registers_the_manifest_anew"
+        "test_a_task_that_is_run_alone_after_an_upgrade_registers_the_manifest_again"
     ),
     "a task detaches a query in a run that also shares a cluster": (
         "tests/test_clusters.py::test_stop_leaves_a_query_alone_that_a_task_of_the_run_has_detached"

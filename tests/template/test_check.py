@@ -155,7 +155,7 @@ def test_an_empty_result_is_named_as_such(demo: list[str]) -> None:
     assert "count_orders wrote 0 rows: results/orders.parquet" in said_of(demo, "empty")
 
 
-def test_a_failed_query_is_told_with_its_own_lines_and_tried_once(demo: list[str]) -> None:
+def test_a_failed_query_is_printed_with_its_own_lines_and_tried_once(demo: list[str]) -> None:
     said = said_of(demo, "misspelled")
     assert said.startswith("misspelled ... failed, 1 query, ")
     line = ORDERS.splitlines().index("    @query_task  # holds no worker slot while the query runs")
@@ -165,20 +165,20 @@ def test_a_failed_query_is_told_with_its_own_lines_and_tried_once(demo: list[str
     assert "Resolved plan" not in said
 
 
-def test_an_error_of_the_tasks_own_code_is_told_with_its_line(demo: list[str]) -> None:
+def test_an_error_of_the_tasks_own_code_is_printed_with_its_line(demo: list[str]) -> None:
     said = said_of(demo, "unknown_name")
     [line] = [n for n, text in enumerate(ORDERS.splitlines(), 1) if "(COUNTS)" in text]
     assert f"count_orders failed: dags/unknown_name.py, line {line}\n" in said
     assert "NameError: name 'COUNT' is not defined" in said
 
 
-def test_a_mapped_task_that_failed_is_told_with_its_index(demo: list[str]) -> None:
+def test_a_failed_mapped_task_is_printed_with_its_index(demo: list[str]) -> None:
     line = MAPPED.splitlines().index("        return 1 / by") + 1
     [failed] = re.findall(r"^  (.+) failed: (.+)$", said_of(demo, "mapped"), re.MULTILINE)
     assert failed == ("divide[1]", f"dags/mapped.py, line {line}")
 
 
-def test_a_dag_file_that_cannot_be_imported_is_told_with_its_line_alone(demo: list[str]) -> None:
+def test_a_dag_file_that_cannot_be_imported_is_printed_with_its_line_alone(demo: list[str]) -> None:
     said = said_of(demo, "refused")
     assert 'File "dags/refused.py", line 2' in said
     assert "ZeroDivisionError" in said
@@ -192,13 +192,13 @@ def test_queries_without_the_librarys_labels_are_shown_by_their_ids(demo: list[s
     assert re.search(r"query [0-9a-f]{8} wrote 1 rows: results/own.parquet", said)
 
 
-def test_an_error_of_an_object_that_a_task_calls_is_told_with_its_line(demo: list[str]) -> None:
+def test_an_error_of_an_object_that_a_task_calls_is_printed_with_its_line(demo: list[str]) -> None:
     said = said_of(demo, "second")
     line = ANY_TASKS.splitlines().index('        raise ValueError("refused")') + 1
     assert f"refuse failed: dags/multi_stage_mine.py, line {line}\n" in said
 
 
-def test_a_dag_that_cannot_begin_is_told_and_the_others_run(demo: list[str]) -> None:
+def test_a_dag_that_cannot_begin_is_printed_and_the_others_run(demo: list[str]) -> None:
     said = said_of(demo, "third")
     assert said.startswith("third ... failed, 0 queries, ")
     assert "third failed: dags/multi_stage_mine.py\n" in said
@@ -224,7 +224,7 @@ def test_style_is_checked_once_the_rows_are_shown(clone: Path) -> None:
     assert "its style needs correction" in ran.stderr
 
 
-def test_an_unknown_name_is_told_before_the_dag_runs(clone: Path) -> None:
+def test_an_unknown_name_is_reported_before_the_dag_runs(clone: Path) -> None:
     ran = make(clone, "check", "DAG=unknown_name")
     assert ran.returncode
     assert "F821 Undefined name `COUNT`" in ran.stdout
@@ -246,7 +246,7 @@ def test_a_dag_may_be_named_like_a_deleted_one_and_have_tasks_of_any_kind(clone:
     ("module", "said"),
     [("airflow.decorators", "Please use `'airflow.sdk.dag'`"), ("airflow.sdk", "")],
 )
-def test_an_import_that_airflow_will_drop_is_told_with_its_line(
+def test_an_import_that_airflow_will_drop_is_reported_with_its_line(
     clone: Path, module: str, said: str
 ) -> None:
     code = ORDERS.replace("from airflow.sdk import dag", f"from {module} import dag")
