@@ -7,6 +7,7 @@ import socket
 import time
 import urllib.request
 from collections.abc import Set
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def get(url: str) -> dict[str, Any]:
         with OPENER.open(url, timeout=15) as response:
             answer: dict[str, Any] = json.load(response)
             return answer
-    except OSError:
+    except (OSError, HTTPException, ValueError):  # also in the middle of an answer
         return {}
 
 
