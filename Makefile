@@ -39,12 +39,16 @@ airflow: .venv/installed ## Serve Airflow with the DAGs, and the emulator, until
 
 ##@ Write your own DAGs
 
-# Errors in the file are reported first, its format last.
+# The DAG runs while its file is checked, because each takes a core. Errors in the file are reported
+# first, its style last.
 check: .venv/installed ## Lint and run a DAG, and show its results: DAG=multi_stage ROWS=20; all DAGs without DAG=
-	@.venv/bin/python -m pytest -q --no-header --exitfirst -rN --tb=short --numprocesses=0 \
-		tests/test_dag_integrity.py $(DAG:%=--dag=%)
-	@.venv/bin/python -m ruff check --quiet --select E9,F $(CHECKED)
-	@.venv/bin/python scripts/demo.py $(DAG) $(ROWS:%=--rows=%)
+	@output=$$(mktemp); \
+	.venv/bin/python scripts/demo.py $(DAG) $(ROWS:%=--rows=%) >$$output 2>&1 & run=$$!; \
+	trap 'kill $$run 2>/dev/null; wait $$run; rm -f $$output' EXIT; trap 'exit 130' INT TERM; \
+	.venv/bin/python -m pytest -q --no-header --exitfirst -rN --tb=short --numprocesses=0 \
+		tests/test_dag_integrity.py $(DAG:%=--dag=%) && \
+	.venv/bin/python -m ruff check --quiet --select E9,F $(CHECKED) || exit 1; \
+	wait $$run; code=$$?; cat $$output; exit $$code
 	@{ .venv/bin/python -m ruff check $(CHECKED) && .venv/bin/python -m ruff format --check $(CHECKED); } || \
 		{ echo 'The DAG runs, but its style needs correction. Begin with:' \
 			'.venv/bin/ruff format dags include; .venv/bin/ruff check --fix dags include' >&2; exit 1; }

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import inspect
+import os
 import shlex
 import signal
 import subprocess
@@ -200,6 +201,14 @@ def main(dag_ids: list[str], stay: bool, realistic: bool, rows: int) -> int:
         if not (MIGRATED.exists() and DATABASE.exists()):
             # At the same time as the emulator's start and Airflow's import below.
             migration = subprocess.Popen([sys.executable, "-m", "airflow", "db", "migrate"])
+
+        def stop(*_: object) -> None:
+            # A migration that is interrupted would leave a database that cannot be used.
+            if migration:
+                migration.wait()
+            os._exit(1)
+
+        signal.signal(signal.SIGTERM, stop)
         emulator = started.enter_context(running_emulator(realistic=realistic))
         use_emulator(emulator.environment)
         console.print(f"Airflow's log: {LOG.relative_to(ROOT)}\nEmulator: {emulator.rest_url}")

@@ -83,7 +83,6 @@ def test_an_address_stands_last_and_alone() -> None:
     "text",
     [
         "Submitted query http://a",
-        "\nIts page: http://a",
         "Page with the clusters, until Ctrl-C: http://a",
     ],
 )

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from local_airflow import ROOT, find_dag_file
+from polars_cloud_emulator.testing import eventually
 from tests.template.test_readme import README, blocks
 
 [ORDERS] = blocks(README, "python")
@@ -227,11 +229,23 @@ def test_style_is_checked_once_the_rows_are_shown(clone: Path) -> None:
     assert "its style needs correction" in ran.stderr
 
 
-def test_an_unknown_name_is_reported_before_the_dag_runs(clone: Path) -> None:
+def test_an_unknown_name_is_reported_alone_and_no_process_is_left(clone: Path) -> None:
     ran = make(clone, "check", "DAG=unknown_name")
     assert ran.returncode
     assert "F821 Undefined name `COUNT`" in ran.stdout
     assert "Starting Airflow" not in ran.stdout
+    assert not [command for command in find_processes(clone) if "demo.py" in command]
+    assert eventually(lambda: not find_processes(clone))
+
+
+def find_processes(clone: Path) -> list[str]:
+    """Return the commands of the processes that run in the clone or import from it."""
+    commands = []
+    for process in psutil.process_iter(["cwd", "cmdline"]):
+        command = " ".join(process.info["cmdline"] or [])
+        if str(clone) in f"{process.info['cwd']} {command}":
+            commands.append(command)
+    return commands
 
 
 def test_only_the_dag_that_was_named_is_checked(clone: Path) -> None:
