@@ -32,19 +32,6 @@ TWO_ROWS = pl.LazyFrame({"x": [1, 2]})
 
 
 @pytest.fixture
-def pc(emulator: RunningEmulator) -> ModuleType:
-    """The client, logged in."""
-    import polars_cloud
-
-    polars_cloud.authenticate(
-        client_id=emulator.environment["POLARS_CLOUD_CLIENT_ID"],
-        client_secret=emulator.environment["POLARS_CLOUD_CLIENT_SECRET"],
-        interactive=False,
-    )
-    return polars_cloud
-
-
-@pytest.fixture
 def ctx(pc: ModuleType) -> "ComputeContext":
     ctx: ComputeContext = pc.ComputeContext(workspace=WORKSPACE, cpus=2, memory=4, cluster_size=1)
     return ctx
